@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure our daemon beside its peers: ``python -m benchmarks [--only NAME] [--json FILE]``.
+
+``--ours qemu-nbd`` puts another server in our place, to see what the harness itself says (a ratio near 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from benchmarks import system
+from benchmarks.load import choose
+from benchmarks.report import Line, lines, table
+from benchmarks.rows import ROWS, LoadRow, Row, Sample, Settings
+from benchmarks.servers import OURS, SERVERS, Unavailable
+
+CACHE_DEFAULT: Final = Path(os.environ.get("TMPDIR") or "/var/tmp") / "bottomhalf-bench"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="rows whose name contains NAME; may repeat"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds per row (default 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="per server and round (default 2)"
+    )
+    parser.add_argument("--client", choices=("fio", "nbdload"), help="load every row with this client")
+    parser.add_argument("--ours", choices=sorted(SERVERS), default=OURS, help="the server in our place")
+    parser.add_argument(
+        "--image-mib", type=int, default=1024, metavar="M", help="size of the image (default 1024)"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=CACHE_DEFAULT, help=f"image and client (default {CACHE_DEFAULT})"
+    )
+    parser.add_argument("--list", action="store_true", help="print the rows and their goals, measure nothing")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.seconds < 1 or options.image_mib < 8:
+        parser.error("at least 1 round of 1 second on an image of 8 MiB")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure the chosen rows and print the table."""
+    options = parse(arguments)
+    rows = [row for row in ROWS if not options.only or any(name in row.name for name in options.only)]
+    if not rows:
+        say(f"no row's name contains {' or '.join(options.only)}; --list names them")
+        return 2
+    if options.list:
+        for row in rows:
+            goals = ", ".join(f"{peer} {goal or '-'}" for peer, goal in row.peers.items())
+            print(f"{row.name:28} {row.about}\n{'':28} beside (goal): {goals}")
+        return 0
+    # A signal ends the servers like any other way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        SERVERS[options.ours].find()
+    except Unavailable as missing:
+        say(f"{options.ours} {missing}")
+        return 1
+    say(f"image of {options.image_mib} MiB in {options.dir}")
+    settings = Settings(
+        system.make_image(options.dir, options.image_mib), options.dir, options.seconds, options.client
+    )
+    result: list[Line] = []
+    for row in rows:
+        result += measure(row, options.ours, settings, options.rounds)
+        if options.json:
+            write_json(options.json, result)
+    print(table(result, options.ours))
+    return 0 if result else 1
+
+
+def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:
+    """Run all rounds of one row, each server in turn in each round."""
+    names = [ours, *(peer for peer in row.peers if peer != ours)]
+    for name in names[1:].copy():
+        try:
+            SERVERS[name].find()
+        except Unavailable as missing:
+            say(f"{row.name}: without {name}, it {missing}")
+            names.remove(name)
+    if isinstance(row, LoadRow):
+        wanted = settings.client or row.client
+        try:
+            client, _ = choose(wanted, settings.cache)
+        except Unavailable as missing:
+            say(f"{row.name}: left out, it {missing}")
+            return []
+        if client != wanted:
+            say(f"{row.name}: no C compiler here, {client} stands in for {wanted} and may be the limit")
+    done: list[dict[str, Sample]] = []
+    for number in range(rounds):
+        turn = number % len(names)
+        samples: dict[str, Sample] = {}
+        for name in names[turn:] + names[:turn]:
+            try:
+                samples[name] = row.measure(SERVERS[name], settings)
+            except RuntimeError as failure:
+                say(f"{row.name}: {failure}")
+        done.append(samples)
+        figures = ", ".join(
+            f"{name} {samples[name].values[row.units[0]]:.4g}" for name in names if name in samples
+        )
+        say(f"{row.name} {number + 1}/{rounds}: {figures} {row.units[0]}")
+    return lines(row, ours, done)
+
+
+def write_json(path: Path, result: Sequence[Line]) -> None:
+    """Write machine, versions and rows; a reader never sees half a file."""
+    answer = {
+        "machine": system.describe(),
+        "versions": {name: server.version() for name, server in SERVERS.items()},
+        "rows": [line.as_json() for line in result],
+    }
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(answer, indent=1) + "\n")
+    unfinished.rename(path)
+
+
+def say(text: str) -> None:
+    """Print progress, beside the table."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

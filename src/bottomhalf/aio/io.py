@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file I/O engine of a context: batches in, completions out, nested polls survived.
+
+An engine collects completions in lists. If it walked such a list on its stack and the owner of the first request
+waited, in a nested poll, for the second, that poll would sleep for ever: the completion is out of the kernel, the
+wake-up is spent, and the list is known only to the suspended walk. (QEMU's mirror job hung that way in 2014.)
+Therefore the list belongs to the context, a bottom half is scheduled before the first owner is told, a nested poll
+goes on with the rest through that bottom half, and it is cancelled when the list is empty.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from bottomhalf.aio.coroutine import Coroutine, current, suspend
+from bottomhalf.aio.defer import defer_call, deferred
+from bottomhalf.host.protocol import Engine, File
+from bottomhalf.host.request import Request
+
+if TYPE_CHECKING:
+    from bottomhalf.aio.context import AioContext
+
+SUBMIT_AT: Final = 128  # prepared requests that start without waiting for the end of the deferred section
+
+
+class Waiter:
+    """The owner of a request that a coroutine waits for."""
+
+    __slots__ = ("_coroutine",)
+
+    def __init__(self, coroutine: Coroutine) -> None:
+        self._coroutine = coroutine
+
+    def complete(self, requests: list[Request]) -> None:
+        self._coroutine.context.wake(self._coroutine)
+
+
+class ContextEngine:
+    """A host's engine, bound to a context. Home thread only."""
+
+    def __init__(self, context: AioContext, engine: Engine) -> None:
+        self._context = context
+        self._engine = engine
+        self._finished: deque[Request] = deque()
+        self._prepared = 0
+        self._half = context.bottom_half(self._complete, name=f"{engine.name} completions")
+        context.set_fd_handler(
+            engine.fileno(),
+            on_read=self._complete,
+            poll=lambda: engine.pending,
+            poll_ready=self._complete,
+        )
+
+    @property
+    def name(self) -> str:
+        return self._engine.name
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were submitted and whose owners have not been told yet."""
+        return self._engine.in_flight + len(self._finished)
+
+    def submit(self, file: File, requests: list[Request]) -> None:
+        """Start requests of any op. Their owners are told in a later turn of the loop, never from in here."""
+        prepare = self._engine.prepare
+        for request in requests:
+            prepare(file, request)
+        self._prepared += len(requests)
+        if self._prepared >= SUBMIT_AT:
+            self._enter(None)
+        else:
+            defer_call(self._enter, None)
+
+    async def co_submit(self, file: File, request: Request) -> None:
+        """Start one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
+        request.owner = Waiter(current())
+        self.submit(file, [request])
+        await suspend(f"{file.path}")
+
+    def _enter(self, _: None) -> None:
+        if self._prepared:
+            self._prepared = 0
+            self._engine.enter()
+            if self._engine.pending:
+                self._half.schedule()
+
+    def _complete(self) -> None:
+        finished = self._finished
+        self._half.schedule()
+        with deferred():
+            while True:
+                if not finished:
+                    finished.extend(self._engine.reap())
+                    if not finished:
+                        break
+                owner = finished[0].owner
+                group = [finished.popleft()]
+                while finished and finished[0].owner is owner:
+                    group.append(finished.popleft())
+                if owner is not None:
+                    owner.complete(group)
+        self._half.cancel()
+
+    def close(self) -> None:
+        """Wait for what is in flight; owners are not told any more."""
+        self._context.set_fd_handler(self._engine.fileno())
+        self._half.delete()
+        self._engine.close()

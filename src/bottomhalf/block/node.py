@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes and edges: the graph of drivers that a request travels through.
+
+A driver is a subclass of ``Node``. It has three doors, each falling back to the next, and its author opens as few
+as he likes:
+
+* ``submit_batch(requests)`` takes a list of requests of one op, sets ``result`` of those that it can serve now and
+  returns the others, whose owners are told later. Raw, file and null are written so.
+* ``try_pread(request)`` is a plain call that serves one read at once (True) or says "slow" (False).
+* ``async def co_pread(offset, buffer)`` and its sisters are ordinary coroutines.
+
+The base class bridges: a batch that finds only coroutines enters one per request, a coroutine that finds only a
+batch submits a list of one and suspends until it is done.
+
+A smallest driver::
+
+    class Zeroes(Node):
+        driver = "zeroes"
+        def open_size(self) -> int:
+            return 1 << 30
+        async def co_pread(self, offset: int, buffer: memoryview) -> None:
+            buffer[:] = bytes(len(buffer))
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from bottomhalf.aio import AioContext, current, suspend
+from bottomhalf.aio.io import Waiter
+from bottomhalf.block.errors import check
+from bottomhalf.host.protocol import (
+    DATA,
+    PERM_ALL,
+    PERM_CONSISTENT_READ,
+    PERM_RESIZE,
+    PERM_WRITE,
+    PERM_WRITE_UNCHANGED,
+    File,
+)
+from bottomhalf.host.request import DISCARD, FLUSH, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
+
+if TYPE_CHECKING:
+    from bottomhalf.block.alignment import WriteGate
+    from bottomhalf.block.graph import Graph
+
+BOUNCE_BYTES_MAX: Final = 1 << 20  # of zero bytes written at a time where a file system cannot zero by itself
+
+
+class Edge:
+    """A parent's use of a node: its name ("file", "root"), its permissions, whether it was told of a drain."""
+
+    __slots__ = ("held", "name", "node", "parent", "quiesced_parent", "shared")
+
+    def __init__(self, parent: Parent, node: Node, name: str, held: int = 0, shared: int = PERM_ALL) -> None:
+        self.parent = parent
+        self.node = node
+        self.name = name
+        self.held = held
+        self.shared = shared
+        self.quiesced_parent = False
+
+    @property
+    def user(self) -> str:
+        """The parent in words, for messages."""
+        return self.parent.describe()
+
+
+class Parent:
+    """Whatever may have an edge to a node: another node or a backend."""
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+    def parent_drained_begin(self) -> None:
+        """Send nothing more through the edge. Must not wait."""
+
+    def parent_drained_poll(self) -> bool:
+        """Whether something sent earlier is still on its way."""
+        return False
+
+    def parent_drained_end(self) -> None:
+        """Sending is allowed again. Must not wait."""
+
+    def child_resized(self) -> None:
+        """The size of the node below has changed."""
+
+
+class Node(Parent):
+    """One driver instance in the graph. Everything runs in the home thread of ``context``.
+
+    ``request_alignment`` is what offset and length of the requests that reach the driver are multiples of, and
+    ``memory_alignment`` what buffers should be (others are copied)."""
+
+    driver: ClassVar[str]
+    is_filter: ClassVar[bool] = False
+    is_protocol: ClassVar[bool] = False
+
+    def __init__(self, graph: Graph, name: str = "", *, read_only: bool = False, unmap: bool = False) -> None:
+        self.graph = graph
+        self.name = graph.claim_name(name, self)
+        self.context: AioContext = graph.context
+        self.read_only = read_only
+        self.unmap = unmap  # whether discards and MAY_UNMAP mean anything (discard=unmap)
+        self.size = 0
+        self.request_alignment = 1
+        self.memory_alignment = 1
+        self.children: list[Edge] = []
+        self.parents: list[Edge] = []
+        self.quiesce_counter = 0
+        self.in_flight = 0  # work of the node's own, beside the requests that its users count
+        self.monitor_owned = False
+        self.options: Any = None
+        self._write_gate: WriteGate | None = None
+        self._has_try_pread = type(self).try_pread is not Node.try_pread
+
+    # -- what a driver may define -------------------------------------------------------------------------------
+
+    def submit_batch(self, requests: list[Request]) -> list[Request]:
+        """Take requests of one op; returns those that are not done yet (their owners will be told)."""
+        pending = []
+        try_pread = self.try_pread if self._has_try_pread and requests[0].op == READ else None
+        for request in requests:
+            if try_pread is not None and try_pread(request):
+                continue
+            self._start(request)
+            if request.result == IN_PROGRESS:
+                pending.append(request)
+        return pending
+
+    def try_pread(self, request: Request) -> bool:
+        """Serve one read at once (set ``result``) and return True, or return False."""
+        return False
+
+    async def co_pread(self, offset: int, buffer: memoryview) -> None:
+        await self._co_submit(READ, offset, len(buffer), buffer, 0)
+
+    async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        await self._co_submit(WRITE, offset, len(buffer), buffer, flags)
+
+    async def co_flush(self) -> None:
+        await self._co_submit(FLUSH, 0, 0, None, 0)
+
+    async def co_discard(self, offset: int, length: int) -> None:
+        await self._co_submit(DISCARD, offset, length, None, 0)
+
+    async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self._co_submit(WRITE_ZEROES, offset, length, None, flags)
+
+    def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
+        """(DATA or ZERO bits, count) of the first bytes of the range, or None: ask co_block_status."""
+        return DATA, length
+
+    async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+        status = self.block_status(offset, length)
+        assert status is not None, "a driver without a plain block_status defines co_block_status"
+        return status
+
+    def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
+        """The host file and offset where exactly these bytes are stored, for sending them without a copy; None
+        if they are not stored so or not in memory."""
+        return None
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """The range will be read soon."""
+
+    async def co_truncate(self, size: int) -> None:
+        raise OSError(errno.ENOTSUP, f"driver {self.driver} cannot resize", self.name)
+
+    def drain_begin(self) -> None:
+        """The node becomes quiet: start nothing of your own. Must not wait."""
+
+    def drain_end(self) -> None:
+        """The node may be active again."""
+
+    def apply_permissions(self, held: int, shared: int) -> None:
+        """The sum of the parents' permissions changes. Raise to refuse; must not change anything then."""
+
+    def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
+        """What the node needs of and shares at a child, given its parents' sum. The default is a filter's:
+        pass both through."""
+        return held, shared
+
+    def close(self) -> None:
+        """Give back what the driver holds. No request is in flight."""
+
+    # -- for drivers --------------------------------------------------------------------------------------------
+
+    def attach(self, node: Node, name: str) -> Edge:
+        """Add an edge to a child. Permissions follow when the graph refreshes them."""
+        edge = Edge(self, node, name)
+        self.children.append(edge)
+        node.add_parent(edge)
+        return edge
+
+    def storage_permissions(self, held: int, shared: int) -> tuple[int, int]:
+        """Child permissions of a format whose data and metadata live in the child."""
+        if not self.read_only and held & (PERM_WRITE | PERM_WRITE_UNCHANGED):
+            held |= PERM_WRITE | PERM_RESIZE
+        return held | PERM_CONSISTENT_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
+
+    @property
+    def write_gate(self) -> WriteGate:
+        """Who may write now, for a node whose alignment makes read-modify-write necessary."""
+        if self._write_gate is None:
+            from bottomhalf.block.alignment import WriteGate
+
+            self._write_gate = WriteGate(self)
+        return self._write_gate
+
+    def finish(self, requests: list[Request], result: int) -> list[Request]:
+        """Set one result for a whole batch; what submit_batch then returns."""
+        for request in requests:
+            request.result = result
+        return []
+
+    async def write_zero_bytes(self, offset: int, length: int, flags: int) -> None:
+        """Zero a range with plain writes, for storage that cannot do it itself."""
+        zeroes = memoryview(bytearray(min(length, BOUNCE_BYTES_MAX)))
+        while length:
+            count = min(length, len(zeroes))
+            await self.co_pwrite(offset, zeroes[:count], flags)
+            offset += count
+            length -= count
+
+    # -- the bridges --------------------------------------------------------------------------------------------
+
+    def _start(self, request: Request) -> None:
+        """Enter a coroutine for one request. If it suspends, its end is told to the owner."""
+        submitting = True
+
+        async def serve() -> None:
+            await self._co_serve(request)
+            if not submitting and request.owner is not None:
+                request.owner.complete([request])
+
+        self.context.enter(serve())
+        submitting = False
+
+    async def _co_serve(self, request: Request) -> None:
+        op = request.op
+        try:
+            if op == READ:
+                await self.co_pread(request.offset, request.buffer)
+            elif op == WRITE:
+                await self.co_pwrite(request.offset, request.buffer, request.flags)
+            elif op == FLUSH:
+                await self.co_flush()
+            elif op == DISCARD:
+                await self.co_discard(request.offset, request.length)
+            else:
+                await self.co_write_zeroes(request.offset, request.length, request.flags)
+        except OSError as error:
+            request.result = -(error.errno or errno.EIO)
+        except Exception:
+            request.result = -errno.EIO
+            raise
+        else:
+            request.result = 0
+
+    async def _co_submit(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
+        if type(self).submit_batch is Node.submit_batch:
+            raise OSError(errno.ENOTSUP, f"driver {self.driver} does not support this request", self.name)
+        request = Request(op, offset, length, buffer, flags)
+        await co_submit(self, request)
+        check(request.result, self.name)
+
+    # -- parents, drain -----------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        return f"node '{self.name}'"
+
+    def add_parent(self, edge: Edge) -> None:
+        """An edge to a drained node starts drained."""
+        self.parents.append(edge)
+        if self.quiesce_counter:
+            edge.quiesced_parent = True
+            edge.parent.parent_drained_begin()
+
+    def remove_parent(self, edge: Edge) -> None:
+        self.parents.remove(edge)
+        if edge.quiesced_parent:
+            edge.quiesced_parent = False
+            edge.parent.parent_drained_end()
+
+    def quiesce(self) -> None:
+        """Begin a drained section without waiting: parents first stop sending, then the driver is told."""
+        self.quiesce_counter += 1
+        if self.quiesce_counter == 1:
+            for edge in list(self.parents):
+                if not edge.quiesced_parent:
+                    edge.quiesced_parent = True
+                    edge.parent.parent_drained_begin()
+            self.drain_begin()
+
+    def busy(self) -> bool:
+        """Whether the node or anybody above it has something in flight."""
+        return self.in_flight > 0 or any(edge.parent.parent_drained_poll() for edge in self.parents)
+
+    def unquiesce(self) -> None:
+        """End a drained section."""
+        assert self.quiesce_counter > 0
+        self.quiesce_counter -= 1
+        if self.quiesce_counter == 0:
+            self.drain_end()
+            for edge in list(self.parents):
+                if edge.quiesced_parent:
+                    edge.quiesced_parent = False
+                    edge.parent.parent_drained_end()
+
+    def parent_drained_begin(self) -> None:
+        self.quiesce()
+
+    def parent_drained_poll(self) -> bool:
+        return self.busy()
+
+    def parent_drained_end(self) -> None:
+        self.unquiesce()
+
+    def child_resized(self) -> None:
+        self.refresh_size()
+
+    def refresh_size(self) -> None:
+        """Take the size from below again and tell the parents if it has changed."""
+        size = self.open_size()
+        if size != self.size:
+            self.size = size
+            for edge in list(self.parents):
+                edge.parent.child_resized()
+
+    def open_size(self) -> int:
+        """The size in bytes that the driver gives the node."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+
+async def co_submit(node: Node, request: Request) -> None:
+    """Submit one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
+    me = current()
+    request.owner = Waiter(me)
+    request.result = IN_PROGRESS
+    if node.submit_batch([request]):
+        await suspend(f"a request to {node.describe()}")
+        assert request.result != IN_PROGRESS, "woken by something else than the request"

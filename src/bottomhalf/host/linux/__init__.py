@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This machine as a host (floor 0). ``LinuxHost()`` is cheap; what it hands out is loaded when first asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from bottomhalf.host.linux.file import LinuxFile
+from bottomhalf.host.linux.memory import LinuxArena
+from bottomhalf.host.linux.poller import LinuxEvent, LinuxPoller
+
+if TYPE_CHECKING:
+    from bottomhalf.host import protocol
+    from bottomhalf.host.linux.engines import RingEngine, ThreadEngine
+    from bottomhalf.host.linux.process import LinuxSignals
+    from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket, LinuxStdio
+
+__all__ = ["LinuxHost"]
+
+
+class LinuxHost:
+    """A host.protocol.Host."""
+
+    name = "linux"
+
+    monotonic_ns = staticmethod(time.monotonic_ns)
+    realtime_ns = staticmethod(time.time_ns)
+    random_bytes = staticmethod(os.urandom)
+    thread_id = staticmethod(threading.get_ident)
+
+    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=target, name=name)
+        thread.start()
+        return thread
+
+    def shuffle(self, items: list[Any]) -> None:
+        pass
+
+    def poller(self) -> LinuxPoller:
+        return LinuxPoller()
+
+    def event(self) -> LinuxEvent:
+        return LinuxEvent()
+
+    def signals(self, numbers: list[int]) -> LinuxSignals:
+        from bottomhalf.host.linux.process import LinuxSignals
+
+        return LinuxSignals(numbers)
+
+    def arena(self, size: int) -> LinuxArena:
+        return LinuxArena(size)
+
+    def open_file(
+        self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto"
+    ) -> LinuxFile:
+        return LinuxFile(path, read_only=read_only, direct=direct, locking=locking)
+
+    def engine(self, kind: str = "auto") -> RingEngine | ThreadEngine:
+        from bottomhalf.host.linux.engines import RingEngine, ThreadEngine
+
+        if kind == "threads":
+            return ThreadEngine()
+        if kind not in ("auto", "io_uring"):
+            raise ValueError(f"engine is auto, io_uring or threads, not {kind!r}")
+        try:
+            return RingEngine()
+        except OSError:
+            if kind == "io_uring":
+                raise
+            return ThreadEngine()  # refused (a container's seccomp profile, the sysctl) or not there
+
+    def listen(self, address: protocol.Address) -> LinuxListener:
+        from bottomhalf.host.linux.sockets import LinuxListener
+
+        return LinuxListener(address)
+
+    def connect(self, address: protocol.Address) -> LinuxSocket:
+        from bottomhalf.host.linux.sockets import connect
+
+        return connect(address)
+
+    def stdio(self) -> LinuxStdio:
+        from bottomhalf.host.linux.sockets import LinuxStdio
+
+        return LinuxStdio()

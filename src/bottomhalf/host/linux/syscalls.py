@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System calls that Python does not wrap, through ctypes.
+
+A ctypes call costs about a microsecond, so these serve set-up and whole batches, never single requests. Two ways
+of calling exist and matter: with the GIL kept (short calls; giving it up costs more than the call) and with it
+released (calls that may wait). Every function takes plain integers and raises ``OSError``.
+
+What must live here: calls by number or name, their argument types, their structures. No policy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+_SYS_STATX: Final = 332 if os.uname().machine == "x86_64" else 291
+_SYS_IO_URING_SETUP: Final = 425
+_SYS_IO_URING_ENTER: Final = 426
+_SYS_IO_URING_REGISTER: Final = 427
+_SYS_EPOLL_PWAIT2: Final = 441
+_SYS_CACHESTAT: Final = 451
+
+_long = ctypes.c_long
+_size = ctypes.c_size_t
+_ptr = ctypes.c_void_p
+
+# argtypes are given, for without them ctypes passes pointers as 32-bit ints. Parameters beyond those that a
+# call takes are ignored by the kernel.
+_syscall_kept = ctypes.PyDLL(None, use_errno=True).syscall
+_syscall_kept.argtypes = [_long, _long, _ptr, _ptr, _long, _ptr, _size]
+_syscall_kept.restype = _long
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall_released = _libc.syscall
+_syscall_released.argtypes = [_long, _long, _ptr, _ptr, _long, _ptr, _size]
+_syscall_released.restype = _long
+
+_fallocate = _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+FALLOC_KEEP_SIZE: Final = 1
+FALLOC_PUNCH_HOLE: Final = 2
+FALLOC_ZERO_RANGE: Final = 16
+
+def error(number: int) -> OSError:
+    """The OSError (of the fitting subclass) for an errno."""
+    return OSError(number, os.strerror(number))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2). May wait for the disk; the GIL is released."""
+    if _fallocate(fd, mode, offset, length) != 0:
+        raise error(ctypes.get_errno())
+
+
+def io_uring_setup(entries: int, params: ctypes.Array[ctypes.c_char]) -> int:
+    """io_uring_setup(2): the ring's descriptor; ``params`` is read and filled in."""
+    result = _syscall_released(_SYS_IO_URING_SETUP, entries, ctypes.addressof(params), None, 0, None, 0)
+    if result < 0:
+        raise error(ctypes.get_errno())
+    return int(result)
+
+
+def io_uring_enter(fd: int, to_submit: int, min_complete: int, flags: int) -> int:
+    """io_uring_enter(2): how many entries were taken, or a negative errno.
+
+    With ``min_complete`` 0 the GIL is kept, because the call is short."""
+    if min_complete:
+        result = _syscall_released(_SYS_IO_URING_ENTER, fd, to_submit, min_complete, flags, None, 0)
+        return int(result) if result >= 0 else -ctypes.get_errno()
+    result = _syscall_kept(_SYS_IO_URING_ENTER, fd, to_submit, None, flags, None, 0)
+    return int(result) if result >= 0 else -ctypes.get_errno()
+
+
+def io_uring_register_eventfd(fd: int, eventfd: int) -> None:
+    """IORING_REGISTER_EVENTFD: signal the eventfd whenever a completion can be collected."""
+    register_eventfd = 4
+    number = ctypes.c_int(eventfd)
+    result = _syscall_released(
+        _SYS_IO_URING_REGISTER, fd, register_eventfd, ctypes.addressof(number), 1, None, 0
+    )
+    if result < 0:
+        raise error(ctypes.get_errno())
+
+
+_EPOLL_EVENT: Final = struct.Struct("<Iq" if os.uname().machine == "x86_64" else "<I4xq")
+_TIMESPEC: Final = struct.Struct("<qq")
+
+
+class EpollBuffer:
+    """Room for the answers of epoll_pwait2(2), reused from call to call."""
+
+    __slots__ = ("_events", "_events_address", "_timespec", "_timespec_address", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._events = ctypes.create_string_buffer(_EPOLL_EVENT.size * size)
+        self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
+        self._events_address = ctypes.addressof(self._events)
+        self._timespec_address = ctypes.addressof(self._timespec)
+
+    def wait(self, fd: int, timeout_ns: int) -> list[tuple[int, int]]:
+        """epoll_pwait2(2): like epoll.poll() with nanoseconds. EINTR is an empty answer."""
+        _TIMESPEC.pack_into(self._timespec, 0, timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000)
+        count = _syscall_released(
+            _SYS_EPOLL_PWAIT2, fd, self._events_address, self.size, self._timespec_address, None, 0
+        )
+        if count < 0:
+            number = ctypes.get_errno()
+            if number == 4:  # EINTR
+                return []
+            raise error(number)
+        unpack, step = _EPOLL_EVENT.unpack_from, _EPOLL_EVENT.size
+        events = []
+        for position in range(0, count * step, step):
+            mask, ready = unpack(self._events, position)
+            events.append((ready, mask))
+        return events
+
+
+class PageCacheProbe:
+    """cachestat(2) (Linux 6.5): how much of a file's range is in the page cache.
+
+    ``cached_pages`` raises OSError where the kernel has no such call or does not let us ask."""
+
+    __slots__ = ("_answer", "_answer_address", "_range", "_range_address")
+
+    def __init__(self) -> None:
+        self._range = ctypes.create_string_buffer(16)
+        self._answer = ctypes.create_string_buffer(40)
+        self._range_address = ctypes.addressof(self._range)
+        self._answer_address = ctypes.addressof(self._answer)
+
+    def cached_pages(self, fd: int, offset: int, length: int) -> int:
+        struct.pack_into("<QQ", self._range, 0, offset, length)
+        result = _syscall_kept(_SYS_CACHESTAT, fd, self._range_address, self._answer_address, 0, None, 0)
+        if result < 0:
+            raise error(ctypes.get_errno())
+        return int.from_bytes(self._answer[:8], "little")
+
+
+def direct_alignment(fd: int) -> tuple[int, int] | None:
+    """(memory, offset) alignment that O_DIRECT needs by statx(2), None where the kernel does not say."""
+    answer = ctypes.create_string_buffer(256)
+    empty = ctypes.create_string_buffer(b"")
+    at_empty_path, statx_dioalign = 0x1000, 0x2000
+    result = _syscall_released(
+        _SYS_STATX,
+        fd,
+        ctypes.addressof(empty),
+        at_empty_path,
+        statx_dioalign,
+        ctypes.addressof(answer),
+        0,
+    )
+    if result < 0:
+        return None
+    (mask,) = struct.unpack_from("<I", answer, 0)
+    memory, offset = struct.unpack_from("<II", answer, 152)
+    if not mask & statx_dioalign or not offset:
+        return None
+    return memory, offset
+
+
+def address_of(buffer: memoryview) -> int:
+    """Memory address of a writable buffer's first byte."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door: what a program cannot compute by itself, as protocols.
+
+Time, readiness, bytes from files and sockets, completions, threads, random numbers and signals enter the program
+through an object that has the shape of ``Host`` and through nothing else. ``host.linux`` is this machine,
+``host.sim`` a simulated one. A test reads the imports of everything above and fails when one goes round the door.
+
+What must live here: the shapes, the constants that both hosts share, the addresses. No behaviour.
+
+Conventions of every host: integers that ``fileno()`` returns are meaningful only to pollers of the same host; a
+call that would have to wait raises ``BlockingIOError`` instead; failures are ``OSError`` with ``errno``; time is
+in integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias
+
+from bottomhalf.host.request import Request
+
+# Readiness masks: the values of poll(2) and epoll(7).
+IN: Final = 0x001
+OUT: Final = 0x004
+ERR: Final = 0x008
+HUP: Final = 0x010
+
+# Block status bits (QEMU's BDRV_BLOCK_*), as File.block_status answers them.
+DATA: Final = 1  # reads come from storage
+ZERO: Final = 2  # reads as zeroes
+
+# Permissions of an opened image, bit numbers as in the lock bytes of a file (100 + n held, 200 + n not shared).
+PERM_CONSISTENT_READ: Final = 1
+PERM_WRITE: Final = 2
+PERM_WRITE_UNCHANGED: Final = 4
+PERM_RESIZE: Final = 8
+PERM_ALL: Final = 15
+
+
+@dataclass(frozen=True)
+class UnixAddress:
+    """A stream socket in the file system."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@dataclass(frozen=True)
+class InetAddress:
+    """A TCP address. ``port`` 0 lets the host choose when listening."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Address: TypeAlias = UnixAddress | InetAddress
+
+
+class Event(Protocol):
+    """A wake-up that a poller sees as readable: eventfd(2), or a simulated one."""
+
+    def fileno(self) -> int: ...
+
+    def set(self) -> None:
+        """Make it readable. From any thread and from signal handlers."""
+
+    def clear(self) -> bool:
+        """Make it unreadable; True if it was readable."""
+
+    def close(self) -> None: ...
+
+
+class Poller(Protocol):
+    """Level-triggered readiness of many descriptors (epoll). Belongs to one thread."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while wait(0) would return something (for embedding)."""
+
+    def register(self, fd: int, mask: int) -> None: ...
+
+    def modify(self, fd: int, mask: int) -> None: ...
+
+    def unregister(self, fd: int) -> None: ...
+
+    def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
+        """Ready descriptors as (fd, mask). 0 does not wait, -1 waits without end, else at least ``timeout_ns``
+        unless something is ready or a signal arrives; an empty list is a normal answer."""
+
+    def close(self) -> None: ...
+
+
+class Arena(Protocol):
+    """A page-aligned block of memory that requests point into."""
+
+    size: int
+    view: memoryview
+    address: int  # of the first byte; 0 where addresses mean nothing (sim)
+
+    def close(self) -> None:
+        """Give the memory back. Views into it must be gone; a leftover view only delays it."""
+
+
+class File(Protocol):
+    """An open image file or block device.
+
+    Sizes and offsets are bytes. ``alignment`` is what offset and length of a request must be multiples of
+    (1 unless O_DIRECT), ``memory_alignment`` the same for the buffer's address.
+    """
+
+    path: str
+    read_only: bool
+    direct: bool
+    alignment: int
+    memory_alignment: int
+
+    def fileno(self) -> int: ...
+
+    def size(self) -> int: ...
+
+    def allocated_size(self) -> int:
+        """Bytes that the file occupies on its file system."""
+
+    def read_inline(self, requests: list[Request]) -> list[Request]:
+        """Serve the READs whose bytes are in memory now; return those that are not. Never waits for a disk. A
+        read beyond the end of the file yields zero bytes there. Sets ``result`` of those served."""
+
+    def write_inline(self, requests: list[Request]) -> list[Request]:
+        """Serve WRITEs by copying to the page cache where that is the right thing; return the others."""
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        """Whether all bytes of the range are in memory, so that send_file would not wait for a disk."""
+
+    def block_status(self, offset: int, length: int) -> tuple[int, int]:
+        """(bits, count): DATA or ZERO for the first ``count`` (1..length) bytes from ``offset``."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Start to bring the range into memory, if the host can; no more than a hint."""
+
+    def truncate(self, size: int) -> None: ...
+
+    def set_permissions(self, held: int, shared: int) -> None:
+        """Take image locks for the permission masks ``held`` and ``shared`` (OFD locks on bytes 100 + n and
+        200 + n, the ones that QEMU uses), giving up those no longer needed. Raises ``ImageInUse`` without having
+        changed anything if another opener conflicts."""
+
+    def close(self) -> None: ...
+
+
+class ImageInUse(OSError):
+    """Another opener holds a conflicting lock; the message names the permission and, if known, the process."""
+
+
+class Engine(Protocol):
+    """Asynchronous file I/O with completions that come in lists (io_uring, threads, simulated)."""
+
+    name: str
+    in_flight: int  # prepared or submitted, not yet reaped
+
+    @property
+    def pending(self) -> bool:
+        """Whether reap() would return something. Costs no system call; for busy polling."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while reap() would return something."""
+
+    def prepare(self, file: File, request: Request) -> None:
+        """Queue a request of any op; it starts with the next enter(). The engine continues short transfers,
+        retries EINTR and EAGAIN, zero-fills a read beyond the end, and turns a write that cannot proceed into
+        ENOSPC, so that a request completes once and whole."""
+
+    def enter(self) -> None:
+        """Start everything that is prepared, with as few system calls as possible."""
+
+    def reap(self) -> list[Request]:
+        """Requests that finished since the last call, ``result`` set. Does not wait."""
+
+    def close(self) -> None:
+        """Wait until nothing is in flight, then give everything back."""
+
+
+class Socket(Protocol):
+    """A connected non-blocking byte stream."""
+
+    def fileno(self) -> int: ...
+
+    def recv_into(self, buffer: Any, /) -> int:
+        """Bytes received, 0 at the end of the stream."""
+
+    def send(self, data: Any, /) -> int: ...
+
+    def sendmsg(self, buffers: Any, /) -> int: ...
+
+    def send_more(self, data: Any) -> int:
+        """send() with a hint that more follows at once (MSG_MORE)."""
+
+    def send_file(self, file: File, offset: int, count: int) -> int:
+        """Send from the file without copying through this program; bytes sent, 0 at the end of the file."""
+
+    def peer_name(self) -> str:
+        """For messages: an address, or process and user of a local peer where the host knows them."""
+
+    def shutdown(self) -> None:
+        """End both directions; the peer sees the end of the stream."""
+
+    def close(self) -> None: ...
+
+
+class Listener(Protocol):
+    """A listening stream socket."""
+
+    address: Address  # with the real port where 0 was asked for
+
+    def fileno(self) -> int: ...
+
+    def accept(self) -> Socket: ...
+
+    def close(self) -> None:
+        """Stop listening; a Unix socket's file is removed."""
+
+
+class SignalSource(Protocol):
+    """Signals as something to poll."""
+
+    def fileno(self) -> int: ...
+
+    def take(self) -> list[int]:
+        """Numbers of the signals that arrived since the last call."""
+
+    def close(self) -> None: ...
+
+
+class Thread(Protocol):
+    """A started thread."""
+
+    def join(self) -> None: ...
+
+
+class Host(Protocol):
+    """Everything that enters a program from outside."""
+
+    name: str
+
+    def monotonic_ns(self) -> int:
+        """A clock that never goes back (CLOCK_MONOTONIC)."""
+
+    def realtime_ns(self) -> int:
+        """The wall clock (CLOCK_REALTIME); may jump."""
+
+    def random_bytes(self, count: int) -> bytes: ...
+
+    def thread_id(self) -> int: ...
+
+    def start_thread(self, target: Callable[[], None], name: str) -> Thread: ...
+
+    def shuffle(self, items: list[Any]) -> None:
+        """Reorder, in place, things whose order means nothing. The real host leaves them alone; the simulated
+        one shuffles by its seed, so that no test can depend on the order."""
+
+    def poller(self) -> Poller: ...
+
+    def event(self) -> Event: ...
+
+    def signals(self, numbers: list[int]) -> SignalSource: ...
+
+    def arena(self, size: int) -> Arena: ...
+
+    def open_file(
+        self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto"
+    ) -> File:
+        """Open an existing regular file or block device. ``locking`` is on, off or auto."""
+
+    def engine(self, kind: str = "auto") -> Engine:
+        """Make an engine: "io_uring", "threads", or "auto" for the best that works here. Belongs to the calling
+        thread. OSError if the named one is not to be had."""
+
+    def listen(self, address: Address) -> Listener: ...
+
+    def connect(self, address: Address) -> Socket: ...
+
+    def stdio(self) -> Socket:
+        """Standard input and output as one stream."""

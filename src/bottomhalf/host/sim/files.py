@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open files of the simulated host.
+
+A program sees three kinds of read: of bytes that are in memory (at once), of bytes that are not (after a
+wait), and of nothing beyond the end (zeroes). Which kind a request is changes between one call and the next
+as the kernel evicts pages. Therefore a file whose ``cached`` is "random" changes its mind by the seed, so
+that both ways through the code above are taken in every test.
+
+Requests of every op end in ``SimFile.perform``, from here for what is served in place and from the engine for
+the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from bottomhalf.host.protocol import DATA, ZERO
+from bottomhalf.host.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    READ,
+    WRITE,
+    Request,
+)
+from bottomhalf.host.sim.disk import Inode
+from bottomhalf.host.sim.faults import TRUNCATE, Faults
+from bottomhalf.host.sim.locks import Opener
+from bottomhalf.host.sim.world import Descriptor, World, failure
+
+DIRECT_ALIGNMENT = 512
+OWN_NAME = "this process"
+OWN_PID = 1000
+
+
+class SimFile(Descriptor):
+    """A host.protocol.File."""
+
+    pollable = False  # as epoll answers for a regular file: EPERM
+
+    def __init__(
+        self, world: World, faults: Faults, inode: Inode, read_only: bool, direct: bool, locking: str
+    ) -> None:
+        super().__init__(world)
+        self.inode = inode
+        self.faults = faults
+        self.path = inode.path
+        self.read_only = read_only
+        self.direct = direct
+        self.alignment = DIRECT_ALIGNMENT if direct else 1
+        self.memory_alignment = DIRECT_ALIGNMENT if direct else 1
+        self._opener = Opener(OWN_NAME, OWN_PID, is_own=True) if locking != "off" else None
+
+    def size(self) -> int:
+        self.check_open()
+        return self.inode.current.size
+
+    def allocated_size(self) -> int:
+        self.check_open()
+        return len(self.inode.current.pages) * 4096
+
+    def read_inline(self, requests: list[Request]) -> list[Request]:
+        self.check_open()
+        slow: list[Request] = []
+        for request in requests:
+            if self.direct or not self.inode.in_memory(request.offset, request.length):
+                slow.append(request)
+            else:
+                self._serve(request, slow)
+        return slow
+
+    def write_inline(self, requests: list[Request]) -> list[Request]:
+        self.check_open()
+        cached, world = self.inode.cached, self.world
+        slow: list[Request] = []
+        for request in requests:
+            refused = self.direct or cached == "never" or request.flags & FUA
+            if not refused and cached == "random":
+                refused = world.disk.random() < world.odds.refuse_inline_write
+            if refused:
+                slow.append(request)
+            else:
+                self._serve(request, slow)
+        return slow
+
+    def _serve(self, request: Request, slow: list[Request]) -> None:
+        """Serve it in place unless a fault makes it wait or the disk fills up: the engine finds that out."""
+        fault = self.faults.peek(self.path, request.op, request.offset, request.length)
+        if fault is not None and (fault.hold or fault.delay_ns):
+            slow.append(request)
+            return
+        fault = self.faults.strike(self.path, request.op, request.offset, request.length)
+        result = self.perform(request, fault.errno if fault else 0, 0)
+        self.world.note("inline", self.path, request.op, request.offset, request.length, result)
+        request.result = result
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        self.check_open()
+        return not self.direct and self.inode.in_memory(offset, length)
+
+    def block_status(self, offset: int, length: int) -> tuple[int, int]:
+        self.check_open()
+        is_data, count = self.inode.current.extent(offset, length)
+        return (DATA if is_data else ZERO), count
+
+    def truncate(self, size: int) -> None:
+        self.check_open()
+        if self.read_only or size < 0:
+            raise failure(errno.EINVAL)
+        fault = self.faults.strike(self.path, TRUNCATE)
+        if fault is not None and fault.errno:
+            raise failure(fault.errno)
+        self.world.note("truncate", self.path, size)
+        self.inode.resize(size)
+
+    def set_permissions(self, held: int, shared: int) -> None:
+        self.check_open()
+        if self._opener is not None:
+            self.inode.locks.set(self._opener, held, shared)
+
+    def close(self) -> None:
+        if not self.closed and self._opener is not None:
+            self.inode.locks.remove(self._opener)
+        super().close()
+
+    # What a request does
+
+    def perform(self, request: Request, fault_errno: int, mark: int) -> int:
+        """Do what the request asks; the result. ``mark`` is where the journal was when a flush began."""
+        op, offset, length = request.op, request.offset, request.length
+        inode = self.inode
+        refusal = self._refuse(request)
+        if refusal or fault_errno:
+            if fault_errno and not refusal:
+                if op == WRITE:
+                    inode.write_badly(offset, request.buffer)
+                elif op == FLUSH:
+                    inode.doom(mark)
+            return -(refusal or fault_errno)
+        if op == READ:
+            inode.current.read_into(offset, memoryview(request.buffer).cast("B"))
+            inode.touch(offset, min(length, max(0, inode.current.size - offset)))
+            return 0
+        durable = bool(request.flags & FUA)
+        if op == WRITE:
+            return inode.write(offset, memoryview(request.buffer).cast("B"), durable)
+        if op == FLUSH:
+            inode.make_durable(mark)
+            return 0
+        if op == DISCARD:
+            if not inode.can_discard:
+                return -errno.EOPNOTSUPP
+            return inode.zero(offset, length, unmap=True, grow=False, durable=durable)
+        if inode.can_zero:
+            unmap = bool(request.flags & MAY_UNMAP)
+            return inode.zero(offset, length, unmap=unmap, grow=True, durable=durable)
+        if request.flags & NO_FALLBACK:
+            return -errno.EOPNOTSUPP
+        return inode.write(offset, bytes(length), durable)
+
+    def _refuse(self, request: Request) -> int:
+        """The errno with which a kernel refuses the request as such, or 0."""
+        if request.offset < 0 or request.length < 0:
+            return errno.EINVAL
+        if self.direct and (request.offset % self.alignment or request.length % self.alignment):
+            return errno.EINVAL
+        if self.read_only and request.op not in (READ, FLUSH):
+            return errno.EBADF
+        return 0

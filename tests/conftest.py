@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test can rely on: seeds, foreign programs, a guard against hangs, and skips that are counted.
+
+* ``require("qemu-img")`` gives a foreign program's path or skips with the reason; ``spawn([...])`` starts a
+  process that cannot outlive its test (``tests/peers/programs.py``).
+* ``seed`` runs a test once per seed: ``--seeds N`` says how many, ``--seed S`` repeats one.
+* A test that runs longer than ``HANG_SECONDS`` ends the whole run with the stacks of all threads;
+  ``@pytest.mark.hang_seconds(600)`` grants more.
+* Tests marked ``soak`` are left out unless ``--soak`` is given.
+* With ``CI`` in the environment, a skip whose reason is not in ``EXPECTED_SKIPS`` fails the run: there,
+  everything is installed, and a test that does not run must not look like one that passed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import hypothesis
+import pytest
+
+from tests.peers import programs
+
+HANG_SECONDS: Final = 120.0
+SEEDS_DEFAULT: Final = 20
+
+# Regular expressions of the reasons for which a test may skip under continuous integration, with the cause.
+EXPECTED_SKIPS: Final[tuple[str, ...]] = ()
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "soak",
+    deadline=None,
+    max_examples=2000,
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+_usual_profile = "ci" if os.environ.get("CI") else "default"
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or _usual_profile)
+
+_skip_reasons: Counter[str] = Counter()
+_terminal_fd = -1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bottomhalf")
+    group.addoption(
+        "--seeds", type=int, default=SEEDS_DEFAULT, metavar="N", help="run seeded tests with N seeds"
+    )
+    group.addoption("--seed", type=int, default=None, metavar="S", help="run seeded tests with one seed")
+    group.addoption("--soak", action="store_true", help="run the long tests too (marked soak)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _terminal_fd
+    config.addinivalue_line("markers", "hang_seconds(limit): may run longer than the usual guard allows")
+    # Output is not captured yet: this is the real standard error, where the stacks of a hang must go.
+    _terminal_fd = os.dup(2)
+
+
+def pytest_unconfigure() -> None:
+    global _terminal_fd
+    if _terminal_fd >= 0:
+        os.close(_terminal_fd)
+        _terminal_fd = -1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        return
+    long_ones = [item for item in items if item.get_closest_marker("soak")]
+    if long_ones:
+        config.hook.pytest_deselected(items=long_ones)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+# Seeds
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" not in metafunc.fixturenames:
+        return
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if "seed" in str(mark.args[0]).split(","):
+            return  # the test says itself which seeds
+    one = metafunc.config.getoption("--seed")
+    seeds = range(metafunc.config.getoption("--seeds")) if one is None else [one]
+    metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed{seed}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    if report.failed and callspec is not None and "seed" in callspec.params:
+        seed = callspec.params["seed"]
+        report.sections.append(("repeat with", f"python -m pytest --seed {seed} '{item.nodeid}'"))
+    return report
+
+
+# Foreign programs
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], str]:
+    """Give ``require(program) -> path``, which skips the test when the program is not installed."""
+    return programs.require
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., programs.Spawned]]:
+    """Give ``spawn(argv, ready=address)``: a process that has ended when the test has."""
+    running: list[programs.Spawned] = []
+
+    def start(
+        argv: Sequence[str | Path],
+        ready: str | Path | tuple[str, int] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> programs.Spawned:
+        running.append(programs.Spawned(argv, environment))
+        if ready is not None:
+            running[-1].wait_ready(ready)
+        return running[-1]
+
+    yield start
+    for process in reversed(running):
+        if process.output():
+            print(f"--- output of {' '.join(process.argv)}\n{process.output()}")
+        process.close()
+
+
+# Hangs
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    marker = item.get_closest_marker("hang_seconds")
+    limit = float(marker.args[0]) if marker else HANG_SECONDS
+    faulthandler.dump_traceback_later(limit, exit=True, file=_terminal_fd)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# Skips
+
+
+def _count_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skip_reasons[reason.removeprefix("Skipped: ")] += 1
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _count_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _count_skip(report)
+
+
+def unexpected_skips() -> dict[str, int]:
+    """Return the reasons that ``EXPECTED_SKIPS`` does not name, and how many tests each of them skipped."""
+    return {
+        reason: count
+        for reason, count in _skip_reasons.items()
+        if not any(re.search(pattern, reason) for pattern in EXPECTED_SKIPS)
+    }
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") and unexpected_skips() and session.exitstatus in (0, 5):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _skip_reasons:
+        return
+    terminalreporter.section("skipped tests, counted by reason")
+    for reason, count in _skip_reasons.most_common():
+        terminalreporter.line(f"{count:5d}  {reason}")
+    if os.environ.get("CI") and unexpected_skips():
+        verdict = "CI is set, and these reasons are not in EXPECTED_SKIPS (tests/conftest.py): the run fails."
+        terminalreporter.line(verdict, red=True)
