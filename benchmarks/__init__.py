@@ -9,6 +9,7 @@ numbers
 * The image is read into the page cache before every run, because the kernel may have paged it out
 meanwhile; for
   O_DIRECT rows it is dropped from the page cache instead.
+* Before writes it is filled with small pages instead (``system.settle_for_writes`` says why).
 * Foreign CPU, busy time that is neither server nor client, is printed; a row with much of it is marked. *
 CPU per operation of the server comes from ``/proc``; it moves less than operations per second do when the
 machine

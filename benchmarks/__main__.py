@@ -71,7 +71,11 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     say(f"image of {options.image_mib} MiB in {options.dir}")
     settings = Settings(
-        system.make_image(options.dir, options.image_mib), options.dir, options.seconds, options.client
+        image=system.make_image(options.dir, options.image_mib),
+        image_for_writes=system.make_image(options.dir, max(8, options.image_mib // 4)),
+        cache=options.dir,
+        seconds=options.seconds,
+        client=options.client,
     )
     result: list[Line] = []
     for row in rows:

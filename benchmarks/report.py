@@ -78,7 +78,8 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-HEADINGS: Final = "row|client|unit|ours|peer||ratio|spread|goal|us CPU/op|p50 us|foreign".split("|")
+_HEADINGS: Final = "row,client,unit,ours,peer,,ratio,spread,goal,us CPU/op,p50 us,foreign"
+HEADINGS: Final = _HEADINGS.split(",")
 
 
 def table(result: Sequence[Line], ours: str) -> str:

@@ -25,6 +25,7 @@ class Settings:
     """What the command line chose."""
 
     image: Path
+    image_for_writes: Path
     cache: Path
     seconds: float
     client: Client | None = None
@@ -67,8 +68,13 @@ class LoadRow(Row):
     def measure(self, server: Server, settings: Settings) -> Sample:
         """Return operations per second, or bytes for sequential loads."""
         client, program = choose(settings.client or self.client, settings.cache)
-        with running(server, settings.image, direct=self.direct) as up:
-            system.settle(settings.image, cached=not self.direct)
+        writes = self.load.op == "randwrite"
+        image = settings.image_for_writes if writes else settings.image
+        with running(server, image, direct=self.direct) as up:
+            if writes:
+                system.settle_for_writes(image)
+            else:
+                system.settle(image, cached=not self.direct)
             meter = system.Meter(up.pid)
             result = run(client, program, self.load, up.socket, settings.seconds)
             meter.stop()

@@ -110,9 +110,14 @@ SERVERS: Final = {
 class Running:
     """A server that answers: its process, its socket, and how long it took from exec to the NBD greeting."""
 
-    pid: int
+    process: subprocess.Popen[bytes]
     socket: Path
     startup_seconds: float
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self.process.pid
 
 
 def _die_with_parent() -> None:
@@ -141,7 +146,7 @@ def running(server: Server, image: Path, *, direct: bool = False) -> Iterator[Ru
                     what = "does not answer" if late else f"ended with status {process.returncode}"
                     raise RuntimeError(f"{server.name} {what}: {said}")
                 time.sleep(POLL_SECONDS)
-            yield Running(process.pid, sock, time.monotonic() - start)
+            yield Running(process, sock, time.monotonic() - start)
         finally:
             process.terminate()
             try:

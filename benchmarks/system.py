@@ -36,7 +36,8 @@ def make_image(directory: Path, size_mib: int) -> Path:
 
 
 def settle(image: Path, *, cached: bool) -> None:
-    """Write back what earlier runs left dirty, then read the whole image into the page cache, or drop it."""
+    """Write back what earlier runs left dirty, then read the whole image into the page cache, or drop
+    it."""
     buffer = bytearray(MIB)
     with open(image, "rb", buffering=0) as file:
         os.fsync(file.fileno())
@@ -45,6 +46,22 @@ def settle(image: Path, *, cached: bool) -> None:
                 pass
         else:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def settle_for_writes(image: Path) -> None:
+    """Fill the page cache with dirty pages of 4 KiB, whatever lay there before.
+
+    Read-ahead fills it with folios of up to 2 MiB, and ext4 walks through all of such a folio for each
+    write into it: a 4 KiB write then costs 20 microseconds instead of 2, for every server alike, and hides
+    the servers.
+    """
+    page = memoryview(random.Random(0).randbytes(MIB))
+    with open(image, "r+b", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for offset in range(0, image.stat().st_size, 4096):
+            at = offset % MIB
+            os.pwrite(file.fileno(), page[at : at + 4096], offset)
 
 
 def family(pid: int) -> Iterator[int]:

@@ -99,6 +99,7 @@ class BlockBackend(Parent):
         self.size = 0
         self.in_flight = 0
         self.on_resize: Callable[[], object] | None = None
+        self.on_drain: Callable[[], object] | None = None  # a drained section begins; must not wait
         self._quiesced = 0
         self._parked: deque[list[Request]] = deque()
         self._operations = [0] * 5
@@ -161,6 +162,8 @@ class BlockBackend(Parent):
 
     def parent_drained_begin(self) -> None:
         self._quiesced += 1
+        if self.on_drain is not None:
+            self.on_drain()
 
     def parent_drained_poll(self) -> bool:
         return self.in_flight > 0
@@ -317,6 +320,16 @@ class BlockBackend(Parent):
             return await self.node.co_block_status(offset, length)
         finally:
             self.request_ended(1)
+
+    @property
+    def memory_alignment(self) -> int:
+        """What buffers should be aligned to in memory, so that they need no copy."""
+        return self.root.node.memory_alignment if self.root is not None else 1
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """The range will be read soon."""
+        if self.root is not None and offset + length <= self.size:
+            self.root.node.prefetch(offset, length)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         """See Node.file_range. None as well while the backend is drained."""

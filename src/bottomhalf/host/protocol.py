@@ -126,6 +126,10 @@ class File(Protocol):
     def allocated_size(self) -> int:
         """Bytes that the file occupies on its file system."""
 
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read now, waiting for the disk if need be; short at the end of the file. For rare, small reads (format
+        probing): the loop stands still meanwhile."""
+
     def read_inline(self, requests: list[Request]) -> list[Request]:
         """Serve the READs whose bytes are in memory now; return those that are not. Never waits for a disk. A
         read beyond the end of the file yields zero bytes there. Sets ``result`` of those served."""

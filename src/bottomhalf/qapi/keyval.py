@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options on a command line: ``key=value,key.sub=value,list.0=value``, or a JSON object.
 
-``--blockdev``, ``--export``, ``--nbd-server``, ``--monitor`` and ``--object`` take this form (``--chardev`` takes
-an older one, see ``qemu_opts``):
+``--blockdev``, ``--export``, ``--nbd-server``, ``--monitor`` and ``--object`` take this form (``--chardev``
+takes an older one, see ``qemu_opts``):
 
     key-vals     = [ key-val { ',' key-val } [ ',' ] ]
     key-val      = key '=' val | help
@@ -11,9 +11,9 @@ an older one, see ``qemu_opts``):
     help         = 'help' | '?'
 
 The first key and its '=' may be left out where the option has an implied key; that value then holds neither
-',' nor '='. The text denotes a tree: a fragment of a key selects a member of an object, a number an element of
-a list; leaves are strings. If a leaf is given twice the last one counts. An object or list cannot be empty. Text
-that begins with '{' is JSON instead, with its own types.
+',' nor '='. The text denotes a tree: a fragment of a key selects a member of an object, a number an element
+of a list; leaves are strings. If a leaf is given twice the last one counts. An object or list cannot be
+empty. Text that begins with '{' is JSON instead, with its own types.
 
     parse_keyval("driver=raw,file.driver=null-co")          # {"driver": "raw", "file": {"driver": "null-co"}}
     parse_options(BlockdevOptions, "raw,file=disk0", implied_key="driver")
@@ -39,7 +39,7 @@ COUNT_MAX: Final = 4096  # keys
 _NAME: Final = re.compile(r"(?:__[A-Za-z0-9.-]+_)?[A-Za-z][A-Za-z0-9_-]*")
 _INDEX: Final = re.compile(r"[0-9]+", re.ASCII)
 _KEY_END: Final = re.compile(r"[=,]|\Z")
-_VALUE: Final = re.compile(r"(?:[^,]|,,)*")
+_VALUE: Final = re.compile(r"[^,]*(?:,,[^,]*)*")
 HELP_WORDS: Final = frozenset(("help", "?"))
 
 
@@ -97,14 +97,16 @@ def _inconsistent(prefix: str) -> OptionError:
 def _listify(tree: dict[str, Any], prefix: str) -> Any:
     """Turn every object whose members are all numbers into a list."""
     indices: dict[int, Any] = {}
+    numbers = 0
     for name, value in tree.items():
         if isinstance(value, dict):
             value = tree[name] = _listify(value, f"{prefix}{name}.")
         if name[0].isdigit():
-            indices[int(name) if len(name) < 10 else 1 << 31] = value
-    if not indices:
+            numbers += 1
+            indices[int(name) if len(name.lstrip("0")) < 10 else 1 << 31] = value
+    if not numbers:
         return tree
-    if len(indices) < len(tree) and not all(name[0].isdigit() for name in tree):
+    if numbers < len(tree):
         raise _inconsistent(prefix[:-1])
     result = []
     for index in range(min(len(tree), max(indices)) + 1):
@@ -161,8 +163,8 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
 def parse_options(type: type[S], text: str, *, implied_key: str | None = None) -> S:
     """An instance of ``type`` from a command line option, in either form.
 
-    Raises OptionError, and HelpRequested (whose ``str()`` is the text) if ``help`` or ``?`` is among the words;
-    ``file,help`` asks for the help of the branch ``file``.
+    Raises OptionError, and HelpRequested (whose ``str()`` is the text) if ``help`` or ``?`` is among the
+    words; ``file,help`` asks for the help of the branch ``file``.
     """
     if text.startswith("{"):
         from bottomhalf.wire.json_reader import JsonError, loads

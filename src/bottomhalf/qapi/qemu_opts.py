@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The older option form that ``--chardev`` takes: flat ``key=value`` pairs from a fixed list.
 
-It looks like ``keyval`` and differs in what users can see: keys are flat and have no dots to split at, the value of
-the implied key may contain a doubled comma, and a word without ``=`` is a boolean (``server`` is ``server=on``,
-``nowait`` is ``wait=off``), which is deprecated and warned about. If a key is given twice the last one counts.
+It looks like ``keyval`` and differs in what users can see: keys are flat and have no dots to split at, the
+value of the implied key may contain a doubled comma, and a word without ``=`` is a boolean (``server`` is
+``server=on``, ``nowait`` is ``wait=off``), which is deprecated and warned about. If a key is given twice the
+last one counts.
 
     parse_qemu_opts("socket,id=m,path=/tmp/s,server=on,wait=off", implied_key="backend")
     # .values == {"backend": "socket", "id": "m", "path": "/tmp/s", "server": "on", "wait": "off"}
@@ -18,7 +19,7 @@ from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.keyval import COUNT_MAX, HELP_WORDS, TEXT_LENGTH_MAX
 
 _NAME_END: Final = re.compile(r"[=,]|\Z")
-_VALUE: Final = re.compile(r"(?:[^,]|,,)*")
+_VALUE: Final = re.compile(r"[^,]*(?:,,[^,]*)*")
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 

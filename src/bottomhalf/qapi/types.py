@@ -2,8 +2,8 @@
 """The type kernel: options, arguments, return values and events as typed Python classes.
 
 QEMU describes its interface in a schema and generates parsers, printers and introspection from it. We want
-the same from one source, but scripts start a daemon hundreds of times, and ``dataclasses`` compiles methods for
-each class: 0.3 ms of start-up each, of a hundred classes. Therefore a ``Struct`` is a plain class with
+the same from one source, but scripts start a daemon hundreds of times, and ``dataclasses`` compiles methods
+for each class: 0.3 ms of start-up each, of a hundred classes. Therefore a ``Struct`` is a plain class with
 annotations: making one costs microseconds, its member table is computed when it is first asked for, and type
 checkers see a frozen dataclass with keyword arguments.
 
@@ -15,7 +15,7 @@ checkers see a frozen dataclass with keyword arguments.
 
 Rules:
 
-* ``from __future__ import annotations`` in every file that defines some, so that nothing is evaluated on import;
+* ``from __future__ import annotations`` in every file that defines some: nothing is evaluated on import;
 * a member's name in the schema is its attribute with ``-`` for ``_``, unless ``Doc`` says ``name="..."``;
 * ``| None`` with the default None is an optional member that may be absent; any other default makes it
   optional too and is what absence means;
@@ -33,14 +33,20 @@ from typing import Annotated, Any, ClassVar, Final, Self, TypeAlias
 class Doc:
     """Documentation of a member.
 
-    ``name`` is its name in the schema where the rule does not yield it, ``default`` the words for what absence
-    means if the class does not say it, ``features`` those of the schema (``deprecated``, ``unstable``).
+    ``name`` is its name in the schema where the rule does not yield it, ``default`` the words for what
+    absence means if the class does not say it, ``features`` those of the schema (``deprecated``,
+    ``unstable``).
     """
 
     __slots__ = ("default", "features", "name", "text")
 
     def __init__(
-        self, text: str, *, name: str | None = None, default: str | None = None, features: tuple[str, ...] = ()
+        self,
+        text: str,
+        *,
+        name: str | None = None,
+        default: str | None = None,
+        features: tuple[str, ...] = (),
     ) -> None:
         self.text = text
         self.name = name
@@ -164,8 +170,8 @@ class Struct:
 
     def __init_subclass__(cls) -> None:
         fields = dict(cls._fields)
-        for attribute in cls.__annotations__:
-            if attribute[0] != "_":
+        for attribute, annotation in cls.__annotations__.items():
+            if not annotation.startswith("ClassVar"):
                 fields[attribute] = cls.__dict__.get(attribute, REQUIRED)
         cls._fields = fields
 
@@ -335,7 +341,7 @@ def members(cls: type[Struct]) -> tuple[Member, ...]:
             for attribute, default in cls._fields.items()
             if attribute != "branch"
         )
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 def first_sentence(cls: type) -> str:

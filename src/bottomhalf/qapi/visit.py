@@ -80,7 +80,7 @@ def parse_integer(text: str) -> int | None:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes: an integer, or a decimal fraction with one of the suffixes k M G T P E (powers of 1024); or None.
+    """Bytes: an integer, or a decimal fraction with a suffix k M G T P E (powers of 1024); or None.
 
     A fraction of a byte is cut off (``1.1k`` is 1126). At most 2**64 - 1.
     """
@@ -328,7 +328,9 @@ class _KeyvalVisitor(_Visitor):
         if type is SIZE:
             size = parse_size(text)
             if size is None:
-                raise self.expects("size", hint="A size is a number of bytes, or has a suffix: 512, 64k, 1.5G.")
+                raise self.expects(
+                    "size", hint="A size is a number of bytes, or has a suffix: 512, 64k, 1.5G."
+                )
             return size
         number = parse_integer(text)
         low, high = (-UINT64.high, UINT64.high) if type.low >= 0 else (INT.low, INT.high)

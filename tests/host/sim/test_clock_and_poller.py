@@ -157,7 +157,7 @@ def test_deadlock_names_held_and_forgotten_requests() -> None:
     with pytest.raises(Deadlock, match="1 prepared and enter\\(\\) not called"):
         poller.wait(-1)
     engine.enter()
-    with pytest.raises(Deadlock, match="1 requests held by <Fault read of a.raw, 1 hits>"):
+    with pytest.raises(Deadlock, match=r"1 requests held by <Fault read of a\.raw, 1 hits>"):
         poller.wait(-1)
     fault.release()
     assert poller.wait(-1) == [(engine.fileno(), IN)]

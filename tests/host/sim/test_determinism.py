@@ -35,7 +35,9 @@ def run(seed: int) -> tuple[list[tuple[Any, ...]], bytes, bytes]:
     engine.enter()
     to_send, received, buffer = b"hello " * 500, bytearray(), bytearray(1000)
     while engine.in_flight or len(received) < 3000:
-        for fd, _ in poller.wait(-1):
+        if engine.pending:
+            engine.reap()
+        for fd, _ in poller.wait(10**9):
             if fd == engine.fileno():
                 engine.reap()
             elif fd == near.fileno():

@@ -192,6 +192,30 @@ def test_explicit_pages() -> None:
     assert file.is_cached(4 * PAGE, PAGE)  # beyond the end there is nothing to wait for
 
 
+def test_pread_waits_in_place() -> None:
+    host, file = make(b"abc" * 100, cached="explicit")
+    before_ns = host.monotonic_ns()
+    assert file.pread(5, 297) == b"abc"
+    assert host.monotonic_ns() > before_ns
+    before_ns = host.monotonic_ns()
+    assert file.pread(3, 0) == b"abc"
+    assert file.pread(10, 1 << 20) == b""
+    assert host.monotonic_ns() == before_ns
+    host.fault(path="x.raw", op=READ, errno=errno.EIO, times=1)
+    with pytest.raises(OSError) as caught:
+        file.pread(1, 0)
+    assert caught.value.errno == errno.EIO
+
+
+def test_prefetch_brings_pages_in_later() -> None:
+    host, file = make(b"x" * 3 * PAGE, cached="explicit")
+    file.prefetch(PAGE, PAGE)
+    file.prefetch(1 << 30, PAGE)
+    assert not file.is_cached(PAGE, PAGE)
+    host.advance(10**9)
+    assert file.is_cached(PAGE, PAGE) and not file.is_cached(0, 1)
+
+
 def test_random_pages_hit_and_miss(seed: int) -> None:
     _, file = make(b"x" * 64 * PAGE, cached="random", seed=seed)
     hits = sum(not file.read_inline([Request(READ, n % 64 * PAGE, 10, bytearray(10))]) for n in range(200))

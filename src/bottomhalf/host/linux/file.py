@@ -18,6 +18,7 @@ import time
 from typing import Final
 
 from bottomhalf.host.linux.locks import ImageLocks
+from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.protocol import DATA, ZERO, ImageInUse
 from bottomhalf.host.request import FUA, Request
 
@@ -70,6 +71,19 @@ class LinuxFile:
 
     def allocated_size(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
+
+    def pread(self, length: int, offset: int) -> bytes:
+        alignment = self.alignment
+        if alignment == 1:
+            return os.pread(self._fd, length, offset)
+        start = offset - offset % alignment
+        span = -(-(offset + length - start) // alignment) * alignment
+        arena = LinuxArena(max(span, _PAGE))
+        try:
+            count = os.preadv(self._fd, [arena.view[:span]], start)
+            return bytes(arena.view[offset - start : min(count, offset - start + length)])
+        finally:
+            arena.close()
 
     def read_inline(self, requests: list[Request]) -> list[Request]:
         if not self._nowait:
@@ -186,8 +200,6 @@ class LinuxFile:
         said = direct_alignment(self._fd)
         if said is not None:
             return said
-        from bottomhalf.host.linux.memory import LinuxArena
-
         arena = LinuxArena(2 * _PAGE)
         try:
             for alignment in (512, 1024, 2048, 4096):

@@ -58,6 +58,8 @@ class SimEngine(Descriptor):
         self._waiting: deque[_Job] = deque()
         self._working: dict[int, _Job] = {}  # by id(request)
         self._done: list[Request] = []
+        self._is_entering = False
+        self._is_readable = False
 
     @property
     def pending(self) -> bool:
@@ -68,7 +70,7 @@ class SimEngine(Descriptor):
         return bool(self._done)
 
     def readiness(self) -> int:
-        return IN if self._done else 0
+        return IN if self._is_readable else 0
 
     def prepare(self, file: File, request: Request) -> None:
         self.check_open()
@@ -95,16 +97,19 @@ class SimEngine(Descriptor):
         world.note("enter", len(started))
         together = world.disk.random() < world.odds.coalesce
         heap_ns = max(self._latency.draw(world, job.request.op) for job in started) if together else None
+        self._is_entering = True
         for job in started:
             if len(self._working) < self.depth:
                 self._start(job, heap_ns)
             else:
                 self._waiting.append(job)
+        self._is_entering = False
 
     def reap(self) -> list[Request]:
         self.check_open()
         self.check_home()
         done, self._done = self._done, []
+        self._is_readable = False
         self.in_flight -= len(done)
         return done
 
@@ -121,6 +126,8 @@ class SimEngine(Descriptor):
 
     def explain(self) -> str:
         parts = []
+        if self._done and not self._is_readable:
+            parts.append(f"{len(self._done)} finished inside enter() and ``pending`` not looked at")
         if self._working:
             parts.append(f"{len(self._working) + len(self._waiting)} in flight")
         if self._prepared:
@@ -155,6 +162,9 @@ class SimEngine(Descriptor):
             job.early, job.result = True, file.perform(request, 0, 0)
         elif request.op == READ:
             memoryview(request.buffer).cast("B")[:] = JUNK * request.length
+        if self._is_entering and fault is None and world.disk.random() < world.odds.at_once:
+            self._finish(job)
+            return
         if fault is not None:
             delay_ns += fault.delay_ns
             if fault.hold:
@@ -171,5 +181,7 @@ class SimEngine(Descriptor):
         request.slot = None
         del self._working[id(request)]
         self._done.append(request)
+        if not self._is_entering:
+            self._is_readable = True
         if self._waiting:
             self._start(self._waiting.popleft(), None)

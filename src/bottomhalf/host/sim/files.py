@@ -26,7 +26,7 @@ from bottomhalf.host.request import (
     Request,
 )
 from bottomhalf.host.sim.disk import Inode
-from bottomhalf.host.sim.faults import TRUNCATE, Faults
+from bottomhalf.host.sim.faults import TRUNCATE, Faults, Latency
 from bottomhalf.host.sim.locks import Opener
 from bottomhalf.host.sim.world import Descriptor, World, failure
 
@@ -41,9 +41,17 @@ class SimFile(Descriptor):
     pollable = False  # as epoll answers for a regular file: EPERM
 
     def __init__(
-        self, world: World, faults: Faults, inode: Inode, read_only: bool, direct: bool, locking: str
+        self,
+        world: World,
+        faults: Faults,
+        latency: Latency,
+        inode: Inode,
+        read_only: bool,
+        direct: bool,
+        locking: str,
     ) -> None:
         super().__init__(world)
+        self.latency = latency
         self.inode = inode
         self.faults = faults
         self.path = inode.path
@@ -99,6 +107,30 @@ class SimFile(Descriptor):
     def is_cached(self, offset: int, length: int) -> bool:
         self.check_open()
         return not self.direct and self.inode.in_memory(offset, length)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Waits in place: virtual time passes in this call unless the bytes are in memory."""
+        self.check_open()
+        length = max(0, min(length, self.inode.current.size - offset))
+        self.read_in_place(offset, length)
+        return self.inode.current.read(offset, length)
+
+    def read_in_place(self, offset: int, length: int) -> None:
+        """What a system call does that needs these bytes: wait for the disk, or fail."""
+        fault = self.faults.strike(self.path, READ, offset, length)
+        if fault is not None and fault.errno:
+            raise failure(fault.errno, self.path)
+        if fault is not None or not self.is_cached(offset, length):
+            self.world.block(self.latency.draw(self.world, READ) + (fault.delay_ns if fault else 0))
+        self.inode.touch(offset, length)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """The pages come into memory some time later; with cached="random" perhaps, or not for long."""
+        self.check_open()
+        length = max(0, min(length, self.inode.current.size - offset))
+        if length and not self.direct and self.inode.cached in ("random", "explicit"):
+            delay_ns = self.latency.draw(self.world, READ)
+            self.world.at(delay_ns, lambda: self.inode.touch(offset, length), any_order=True)
 
     def block_status(self, offset: int, length: int) -> tuple[int, int]:
         self.check_open()

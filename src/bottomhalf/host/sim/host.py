@@ -59,7 +59,7 @@ class SimHost:
         self.world.reports.append(self.faults.explain)
         self.latency = Latency() if latency is None else latency
         self.disk = Disk(self.world)
-        self.network = Network(self.world, self.faults, self.latency, self.disk)
+        self.network = Network(self.world, self.faults, self.disk)
         self.tick_ns = 0  # by which every look at the clock moves it; 0: only waiting does
         self._random = self.world.chance("random bytes")
         self._survival = self.world.chance("survival")
@@ -123,7 +123,7 @@ class SimHost:
         if not inode.readable or not (read_only or inode.writable):
             raise failure(errno_module.EACCES, path)
         self.world.note("open", path)
-        return SimFile(self.world, self.faults, inode, read_only, direct, locking)
+        return SimFile(self.world, self.faults, self.latency, inode, read_only, direct, locking)
 
     def engine(self, kind: str = "auto") -> SimEngine:
         if kind not in ("auto", *ENGINE_KINDS):

@@ -14,7 +14,7 @@ from typing import Final
 
 from bottomhalf.host.protocol import IN, Address, InetAddress, UnixAddress
 from bottomhalf.host.sim.disk import Disk
-from bottomhalf.host.sim.faults import ACCEPT, CONNECT, Faults, Latency
+from bottomhalf.host.sim.faults import ACCEPT, CONNECT, Faults
 from bottomhalf.host.sim.files import OWN_NAME, OWN_PID
 from bottomhalf.host.sim.sockets import BUFFER_BYTES, SimSocket, Stream
 from bottomhalf.host.sim.world import Descriptor, World, failure
@@ -68,12 +68,11 @@ class SimListener(Descriptor):
 class Network:
     """Who listens where."""
 
-    def __init__(self, world: World, faults: Faults, latency: Latency, disk: Disk) -> None:
+    def __init__(self, world: World, faults: Faults, disk: Disk) -> None:
         self.faults = faults
         self.buffer_bytes = BUFFER_BYTES
         self.delay_ns = (0, 0)  # least and most that bytes take to the other side
         self._world = world
-        self._latency = latency
         self._disk = disk
         self._paths: dict[str, SimListener | None] = {}  # None: the file of a listener that is gone
         self._ports: dict[tuple[str, int], SimListener] = {}
@@ -84,8 +83,8 @@ class Network:
         world = self._world
         there = Stream(world, self.buffer_bytes, self.delay_ns)
         back = Stream(world, self.buffer_bytes, self.delay_ns)
-        first = SimSocket(world, self.faults, self._latency, back, there)
-        second = SimSocket(world, self.faults, self._latency, there, back)
+        first = SimSocket(world, back, there)
+        second = SimSocket(world, there, back)
         first.peer, second.peer = second, first
         first.name, second.name = first_name, second_name
         first.is_local = second.is_local = is_local

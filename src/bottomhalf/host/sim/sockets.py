@@ -19,8 +19,6 @@ from collections import deque
 from typing import Any, Final
 
 from bottomhalf.host.protocol import ERR, HUP, IN, OUT, File
-from bottomhalf.host.request import READ
-from bottomhalf.host.sim.faults import Faults, Latency
 from bottomhalf.host.sim.files import SimFile
 from bottomhalf.host.sim.world import Descriptor, World, failure
 
@@ -83,14 +81,10 @@ class SimSocket(Descriptor):
 
     peer: SimSocket
 
-    def __init__(
-        self, world: World, faults: Faults, latency: Latency, inbound: Stream, outbound: Stream
-    ) -> None:
+    def __init__(self, world: World, inbound: Stream, outbound: Stream) -> None:
         super().__init__(world)
         self.is_local = True  # a Unix socket or standard input and output
         self.name = "unknown peer"
-        self._faults = faults
-        self._latency = latency
         self._inbound = inbound
         self._outbound = outbound
         self._error = 0  # to be told once, when the bytes that came before it are read
@@ -165,12 +159,7 @@ class SimSocket(Descriptor):
         count = self._grant(max(0, min(count, file.size() - offset)))
         if not count:
             return 0
-        fault = self._faults.strike(file.path, READ, offset, count)
-        if fault is not None and fault.errno:
-            raise failure(fault.errno)
-        if not file.is_cached(offset, count) or fault is not None:
-            self.world.block(self._latency.draw(self.world, READ) + (fault.delay_ns if fault else 0))
-        file.inode.touch(offset, count)
+        file.read_in_place(offset, count)
         self._outbound_put(file.inode.current.read(offset, count))
         return count
 

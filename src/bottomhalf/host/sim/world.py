@@ -55,6 +55,9 @@ class Odds:
     evict: float = 0.25  # a page of a file with cached="random" left the page cache
     refuse_inline_write: float = 0.25  # write_inline leaves a request of such a file to the engine
     coalesce: float = 0.5  # what one enter() starts completes all at once
+    at_once: float = (
+        0.1  # a request is finished when enter() returns; ``pending`` tells, ``fileno()`` does not
+    )
     slow: float = 0.03  # a request takes a hundred times as long as usual
 
     @classmethod

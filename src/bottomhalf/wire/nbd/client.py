@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client's transmission phase: requests to bytes, bytes to completions.
 
-Replies come in any order and, with structured replies, in pieces that may interleave; a server may lie about each
-of them. Therefore every request under way is remembered by its cookie, data is copied once from the received
-bytes to where the caller wants it, and every piece is checked against what was asked: a reply that does not fit
-is a ``ProtocolError`` that says "probably a server bug", and never a short or mixed-up read.
+Replies come in any order and, with structured replies, in pieces that may interleave; a server may lie
+about each of them. Therefore every request under way is remembered by its cookie, data is copied once from
+the received bytes to where the caller wants it, and every piece is checked against what was asked: a reply
+that does not fit is a ``ProtocolError`` that says "probably a server bug", and never a short or mixed-up
+read.
 
     client = Client(handshake.negotiated)
     packet, cookie = client.read(0, 4096)
@@ -21,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bottomhalf.wire.errors import ProtocolError
-from bottomhalf.wire.nbd.client_handshake import ClientNegotiated
+from bottomhalf.wire.nbd.client_options import ClientNegotiated
 from bottomhalf.wire.nbd.client_replies import Completion, Pending, server_bug
 from bottomhalf.wire.nbd.constants import (
     CMD_BLOCK_STATUS,
@@ -83,8 +84,9 @@ _MAX_CHUNK = max(MAX_ERROR_CHUNK, U32.size + U64.size * MAX_BLOCK_STATUS_EXTENTS
 class Client:
     """One connection in the transmission phase. Used in one thread at a time.
 
-    Every request method returns the bytes to send and the request's cookie. With ``strict`` it raises ValueError
-    for what the server has not offered or would reject; without, it sends what it is told (to test servers).
+    Every request method returns the bytes to send and the request's cookie. With ``strict`` it raises
+    ValueError for what the server has not offered or would reject; without, it sends what it is told (to
+    test servers).
     """
 
     def __init__(self, negotiated: ClientNegotiated, *, strict: bool = True) -> None:
@@ -96,7 +98,8 @@ class Client:
         self._pending: dict[int, Pending] = {}
         self._next_cookie = 1
         self._disconnected = False
-        # The framing: either ``_target`` wants that many bytes of data more, or ``_need`` bytes go to ``_stage``.
+        # The framing: either ``_target`` is the room that data still has to fill, or ``_need`` bytes are
+        # collected for ``_stage``.
         self._target: memoryview | None = None
         self._need = SIMPLE_REPLY_SIZE
         self._stage: Callable[[Bytes], None] = self._reply_begin
@@ -119,8 +122,8 @@ class Client:
     def read(
         self, offset: int, length: int, *, into: memoryview | None = None, dont_fragment: bool = False
     ) -> tuple[bytes, int]:
-        """NBD_CMD_READ. ``into``: where the data goes (``length`` bytes, format "B"), else the completion brings
-        a new bytearray. With an error part of it may have been written."""
+        """NBD_CMD_READ. ``into``: where the data goes (``length`` bytes, format "B"), else the completion
+        brings a new bytearray. With an error part of it may have been written."""
         if into is not None and len(into) != length:
             raise ValueError(f"buffer of {len(into)} bytes for a read of {length}")
         return self._request(CMD_READ, CMD_FLAG_DF if dont_fragment else 0, offset, length, into)
@@ -145,7 +148,8 @@ class Client:
     def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, no_hole: bool = False, fast: bool = False
     ) -> tuple[bytes, int]:
-        """NBD_CMD_WRITE_ZEROES. ``no_hole``: keep it allocated; ``fast``: fail with ENOTSUP rather than be slow."""
+        """NBD_CMD_WRITE_ZEROES. ``no_hole``: keep it allocated; ``fast``: fail with ENOTSUP rather than be
+        slow."""
         flags = CMD_FLAG_FUA if fua else 0
         flags |= CMD_FLAG_NO_HOLE if no_hole else 0
         flags |= CMD_FLAG_FAST_ZERO if fast else 0
@@ -161,7 +165,8 @@ class Client:
         return self._request(CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE if one else 0, offset, length)
 
     def disconnect(self) -> bytes:
-        """NBD_CMD_DISC, to be sent when nothing is in flight. It has no reply; nothing may be sent after it."""
+        """NBD_CMD_DISC, to be sent when nothing is in flight. It has no reply; nothing may be sent after
+        it."""
         if self._strict and self._pending:
             raise ValueError(f"disconnect with {len(self._pending)} requests in flight")
         self._disconnected = True
@@ -187,7 +192,8 @@ class Client:
         offered = export.flags
         if command in _CHANGING and offered & FLAG_READ_ONLY:
             raise ValueError(f"{name}: the export is read-only")
-        if not offered & _COMMAND_NEEDS.get(command, offered):
+        needs = _COMMAND_NEEDS.get(command, 0)
+        if needs and not offered & needs:
             raise ValueError(f"{name}: the server does not offer it")
         for flag, needed in _FLAG_NEEDS.items():
             if flags & flag and not offered & needed:
@@ -206,9 +212,9 @@ class Client:
     # --- Replies ------------------------------------------------------------------------------------------
 
     def receive(self, data: Bytes) -> list[Completion]:
-        """Take what the server sent, any amount of it; return the requests that it completes, in the order of
-        their completion. Raises ProtocolError when the server broke the protocol, again at every later call;
-        completions found before are lost then, as the connection is."""
+        """Take what the server sent, any amount of it; return the requests that it completes, in the order
+        of their completion. Raises ProtocolError when the server broke the protocol, again at every later
+        call; what was completed before is then in ``take_completions``."""
         if self.error is not None:
             raise self.error
         view = memoryview(data)
@@ -243,6 +249,10 @@ class Client:
         except ProtocolError as error:
             self.error = error
             raise
+        return self.take_completions()
+
+    def take_completions(self) -> list[Completion]:
+        """Requests that completed and were not handed out, because an error came after them."""
         completions = self._completions
         self._completions = []
         return completions
@@ -288,7 +298,7 @@ class Client:
             raise server_bug(text, self._consumed, "a structured one, as negotiated")
         if word:
             pending.fail(word, "", None)
-        elif pending.command == CMD_READ:
+        elif pending.command == CMD_READ and pending.length:
             self._current = pending
             self._chunk_done = True
             self._await_data(pending.place(pending.offset, pending.length, self._consumed))

@@ -115,8 +115,8 @@ _FIXED_SIZES = {
 class ClientHandshake:
     """One connection's negotiation (section "Handshake"). Used in one thread at a time.
 
-    ``contexts``: exact names to select; those that the server has are in the result. ``structured_replies``:
-    False is for testing a server's simple replies.
+    ``contexts``: exact names to select; those that the server has are in the result.
+    ``structured_replies``: False is for testing a server's simple replies.
     """
 
     def __init__(
@@ -326,9 +326,9 @@ class ClientHandshake:
         elif reply == REP_META_CONTEXT and option == OPT_LIST_META_CONTEXT:
             export.contexts.append(read_context(data, self._consumed)[1])
         elif reply == REP_META_CONTEXT and option == OPT_SET_META_CONTEXT:
+            number, name = read_context(data, self._consumed)
             known = name in self._contexts or number in self._contexts.values()
             if known or name not in self._wanted_contexts:
-                raise unexpected(f"context {name!r} with id {number}", self._consumed)
                 raise unexpected(f"context {name!r} with id {number}", self._consumed)
             self._contexts[name] = number
         else:

@@ -2,9 +2,9 @@
 """What the client writes into options and reads out of replies (sections "Option types", "Option reply
 types").
 
-A server's word is not trusted: sizes, block sizes and string lengths are checked where they are read, because
-whoever uses them later (a block driver, a mapping of the device) has no way to complain to the peer. Pure
-functions over whole messages; the order of messages is in ``client_handshake``.
+A server's word is not trusted: sizes, block sizes and string lengths are checked where they are read,
+because whoever uses them later (a block driver, a mapping of the device) has no way to complain to the
+peer. Pure functions over whole messages; the order of messages is in ``client_handshake``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def context_option(name: str, queries: tuple[str, ...]) -> bytes:
 
 
 def read_info(export: ClientExport, data: bytes, offset: int) -> None:
-    """One REP_INFO into ``export``; unknown kinds of information are ignored as the specification demands."""
+    """One REP_INFO into ``export``; unknown kinds of information are ignored as the specification
+    demands."""
     if len(data) < U16.size:
         raise unexpected(f"NBD_REP_INFO of {len(data)} bytes", offset)
     (kind,) = U16.unpack_from(data)

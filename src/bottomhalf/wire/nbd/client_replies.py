@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request under way at the client, and the rules that the pieces of its reply must keep.
 
-A structured reply is a puzzle: chunks of data and holes in any order, errors before or after them, one list of
-extents per context, and an end mark. The specification allows a client to hang up on invalid ones, and a client
-that does not check hands out buffers with stale bytes in them. Therefore each piece is checked when it comes
-(inside the request, not seen before) and the whole when it ends (nothing missing). Sections "Structured reply
-types" and "Request types".
+A structured reply is a puzzle: chunks of data and holes in any order, errors before or after them, one list
+of extents per context, and an end mark. The specification allows a client to hang up on invalid ones, and a
+client that does not check hands out buffers with stale bytes in them. Therefore each piece is checked when
+it comes (inside the request, not seen before) and the whole when it ends (nothing missing). Sections
+"Structured reply types" and "Request types".
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def pack_block_status(
     extents: Iterable[tuple[int, int]],
     done: bool = True,
 ) -> int:
-    """A BLOCK_STATUS chunk (24 bytes + 8 per extent). ``extents``: pairs of length in bytes and status flags,
-    consecutive from the request's offset, at least one, at most MAX_BLOCK_STATUS_EXTENTS."""
+    """A BLOCK_STATUS chunk (24 bytes + 8 per extent). ``extents``: pairs of length in bytes and status
+    flags, consecutive from the request's offset, at least one, at most MAX_BLOCK_STATUS_EXTENTS."""
     after = position + BLOCK_STATUS_SIZE
     for length, status in extents:
         EXTENT.pack_into(arena, after, length, status)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each option of the negotiation means, and the replies to it (section "Option types").
 
-Options are independent but for three things that they leave behind: structured replies, the metadata contexts
-that were selected, and for which export. Therefore they are methods of one small object which holds exactly
-these. A malformed option costs the client an error reply, never the connection; the exception is EXPORT_NAME,
-which has no error reply.
+Options are independent but for three things that they leave behind: structured replies, the metadata
+contexts that were selected, and for which export. Therefore they are methods of one small object which
+holds exactly these. A malformed option costs the client an error reply, never the connection; the exception
+is EXPORT_NAME, which has no error reply.
 
 Rules: no framing here (that is ``server_handshake``); every handler ends with exactly one final reply.
 """
@@ -183,8 +183,8 @@ class OptionHandlers:
         return export
 
     def conclude(self, export: ExportInfo, leftover: bytes) -> Negotiated:
-        """What was settled, now that ``export`` is chosen. Contexts that were selected for another export do
-        not count: "the server MUST NOT" assume that they are the same."""
+        """What was settled, now that ``export`` is chosen. Contexts that were selected for another export
+        do not count: "the server MUST NOT" assume that they are the same."""
         contexts = self._contexts if self._contexts_of == export.name else {}
         return Negotiated(
             export=export,
@@ -198,7 +198,8 @@ class OptionHandlers:
     # --- Options that leave the haggling going ------------------------------------------------------------
 
     def handle(self, option: int, data: bytes) -> None:
-        """Any other option. What we do not know or do not offer (STARTTLS, EXTENDED_HEADERS) is ERR_UNSUP."""
+        """Any other option. What we do not know or do not offer (STARTTLS, EXTENDED_HEADERS) is
+        ERR_UNSUP."""
         try:
             if option == OPT_LIST:
                 self._list(data)

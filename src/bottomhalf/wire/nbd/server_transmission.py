@@ -106,8 +106,8 @@ class RequestParser:
     """Turns a connection's received bytes into requests (section "Request message").
 
     One per connection, used in its home thread. ``owner`` is set in every request. ``alignment``: requests
-    that are not a multiple of it are rejected; the default 1 takes them all and leaves it to the block layer,
-    as QEMU does even with clients that negotiated a minimum block size.
+    that are not a multiple of it are rejected; the default 1 takes them all and leaves it to the block
+    layer, as QEMU does even with clients that negotiated a minimum block size.
     """
 
     __slots__ = (
@@ -281,9 +281,9 @@ class RequestParser:
     def _leading_reads(
         self, view: memoryview, start: int, end: int, batch: Batch, max_requests: int, max_bytes: int
     ) -> int:
-        """The run of plain valid reads at the front, in the form that costs the least per request (0.6 of the
-        general loop): iter_unpack beside a slice of the pool, no positions, one list. Returns their bytes.
-        Whatever is not plain and valid, or does not fit, is left to the general loop."""
+        """The run of plain valid reads at the front, in the form that costs the least per request (0.6 of
+        the general loop): iter_unpack beside a slice of the pool, no positions, one list. Returns their
+        bytes. Whatever is not plain and valid, or does not fit, is left to the general loop."""
         count = min((end - start) // REQUEST_SIZE, max_requests)
         pool = self.pool
         if len(pool) < count:
@@ -403,8 +403,8 @@ class RequestParser:
     def _complaint(self, command: int, flags: int, offset: int, length: int) -> str:
         """What is wrong with a request, in words for the client's user; "" if nothing is.
 
-        All of it is answered with EINVAL, also where the specification would have ENOSPC or EPERM ("SHOULD"):
-        QEMU's server does, and clients have learned to read the text.
+        All of it is answered with EINVAL, also where the specification would have ENOSPC or EPERM
+        ("SHOULD"): QEMU's server does, and clients have learned to read the text.
         """
         valid = self._valid_flags.get(command)
         if valid is None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One NBD export: a backend on a node, what a client is told of it, and its clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bottomhalf.aio import AioContext
+from bottomhalf.block import BlockBackend, BlockError, Graph, Node
+from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
+from bottomhalf.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, FLAG_CAN_MULTI_CONN, MAX_REQUEST, MAX_STRING
+from bottomhalf.wire.nbd.export import READ_ONLY_FLAGS, WRITABLE_FLAGS, ExportInfo
+
+if TYPE_CHECKING:
+    from bottomhalf.exports.nbd.connection import Connection
+
+
+@dataclass
+class ExportStatistics:
+    """Counts since the export was made; bytes of payload, ``latency_ns`` summed over answered requests."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    write_bytes: int = 0
+    others: int = 0
+    failed: int = 0
+    rejected: int = 0
+    answered: int = 0
+    latency_ns: int = 0
+
+
+class NbdExport:
+    """A node that clients of the NBD server can open by name."""
+
+    kind = "nbd"
+
+    def __init__(
+        self,
+        graph: Graph,
+        export_id: str,
+        node: Node,
+        *,
+        name: str | None = None,
+        description: str = "",
+        writable: bool = False,
+        writethrough: bool = False,
+        multi_conn: bool = True,
+    ) -> None:
+        if writable and node.read_only:
+            raise BlockError("Cannot export read-only node as writable")
+        self.id = export_id
+        self.name = node.name if name is None else name
+        if len(self.name.encode()) > MAX_STRING:
+            raise BlockError(f"export name '{self.name[:20]}...' too long")
+        if len(description.encode()) > MAX_STRING:
+            raise BlockError(f"description '{description[:20]}...' too long")
+        self.description = description
+        self.writable = writable
+        self.node_name = node.name
+        self.shutting_down = False
+        self.connections: list[Connection] = []
+        self.statistics = ExportStatistics()
+        self._multi_conn = multi_conn
+        self.backend = BlockBackend(
+            graph,
+            held=PERM_CONSISTENT_READ | (PERM_WRITE if writable else 0),
+            shared=PERM_ALL & ~PERM_RESIZE,
+            writethrough=writethrough,
+        )
+        try:
+            self.backend.insert(node)
+        except BaseException:
+            self.backend.close()
+            raise
+        self.backend.on_drain = self._drained
+        self.alignment = node.request_alignment
+
+    @property
+    def context(self) -> AioContext:
+        return self.backend.context
+
+    @property
+    def info(self) -> ExportInfo:
+        """What a client that connects now is told."""
+        flags = WRITABLE_FLAGS if self.writable else READ_ONLY_FLAGS
+        return ExportInfo(
+            name=self.name,
+            size=self.backend.size,
+            flags=flags | (FLAG_CAN_MULTI_CONN if self._multi_conn else 0),
+            description=self.description,
+            minimum_block_size=self.alignment,
+            preferred_block_size=max(4096, self.alignment),
+            maximum_block_size=MAX_REQUEST,
+            contexts=(CONTEXT_BASE_ALLOCATION,),
+        )
+
+    def _drained(self) -> None:
+        for connection in self.connections:
+            connection.keep_file_bytes()
+
+    def disconnect(self) -> None:
+        """Accept no new clients and send the present ones away. They are gone when ``connections`` is empty."""
+        self.shutting_down = True
+        for connection in list(self.connections):
+            connection.context.schedule_oneshot(connection.close)
+
+    def close(self) -> None:
+        """Give the node back. All clients are gone."""
+        assert not self.connections
+        self.backend.close()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every host promises about files, locks, engines and arenas."""
+
+from __future__ import annotations
+
+import pytest
+
+from bottomhalf.host.protocol import DATA, IN, PERM_ALL, PERM_WRITE, ZERO, ImageInUse
+from bottomhalf.host.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    IN_PROGRESS,
+    MAY_UNMAP,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
+from tests.host.contract.conftest import WAIT_NS, Place
+
+PAGE = 4096
+
+
+def read(place: Place, path: str) -> bytes:
+    """All of a file, through whichever way there is."""
+    file = place.open(path, read_only=True)
+    request = Request(READ, 0, file.size(), memoryview(bytearray(file.size())))
+    for slow in file.read_inline([request]):
+        engine = place.engine()
+        engine.prepare(file, slow)
+        engine.enter()
+        place.complete(engine)
+    assert request.result == 0
+    return bytes(request.buffer)
+
+
+def test_opening(place: Place) -> None:
+    with pytest.raises(FileNotFoundError):
+        place.open(place.path("nowhere"))
+    path = place.file("a", b"abc")
+    file = place.open(path)
+    assert (file.path, file.size(), file.read_only, file.direct) == (path, 3, False, False)
+    assert (file.alignment, file.memory_alignment) == (1, 1)
+    with pytest.raises(ValueError):
+        place.open(path, locking="perhaps")
+
+
+def test_inline_requests_are_served_or_left_alone(place: Place) -> None:
+    path = place.file("a", b"x" * 10_000)
+    file = place.open(path)
+    for _ in range(20):
+        requests = [Request(READ, n * 1000, 1000, memoryview(bytearray(1000))) for n in range(10)]
+        slow = file.read_inline(requests)
+        for request in requests:
+            if request in slow:
+                assert request.result == IN_PROGRESS
+            else:
+                assert request.result == 0 and request.buffer == b"x" * 1000
+    beyond = Request(READ, 9_990, 20, memoryview(bytearray(b"j" * 20)))
+    assert file.read_inline([beyond]) == [beyond] or beyond.buffer == b"x" * 10 + bytes(10)
+    changed = bytearray(b"x" * 10_000)
+    for n in range(20):
+        request = Request(WRITE, n * 100, 100, memoryview(bytes([n]) * 100), FUA if n == 3 else 0)
+        if not file.write_inline([request]):
+            assert request.result == 0
+            changed[n * 100 : n * 100 + 100] = bytes([n]) * 100
+    assert changed[300:400] == b"x" * 100  # durable writes are for the engine
+    assert read(place, path) == changed
+
+
+def test_pread_and_prefetch(place: Place) -> None:
+    file = place.open(place.file("a", bytes(range(200))))
+    file.prefetch(0, 200)
+    assert file.pread(10, 100) == bytes(range(100, 110))
+    assert file.pread(10, 195) == bytes(range(195, 200))
+    assert file.pread(10, 1000) == b""
+
+
+def test_engine_serves_every_op(place: Place) -> None:
+    path = place.file("a", bytes(range(256)) * 64)
+    file, engine = place.open(path), place.engine()
+    assert engine.name and engine.in_flight == 0 and not engine.pending
+    assert engine.reap() == []
+    requests = [
+        Request(READ, 100, 1000, memoryview(bytearray(1000))),
+        Request(READ, 16_380, 10, memoryview(bytearray(b"junk junk!"))),
+        Request(READ, 1 << 40, 10, memoryview(bytearray(b"junk junk!"))),
+        Request(WRITE, 5000, 100, memoryview(b"w" * 100)),
+        Request(WRITE, 6000, 100, memoryview(b"f" * 100), FUA),
+        Request(WRITE_ZEROES, 8192, 4096),
+        Request(WRITE_ZEROES, 12288, 2048, flags=MAY_UNMAP),
+        Request(DISCARD, 1 << 20, 4096),
+        Request(FLUSH),
+    ]
+    for request in requests:
+        engine.prepare(file, request)
+    assert engine.in_flight == len(requests)
+    engine.enter()
+    done = place.complete(engine)
+    assert sorted(map(id, done)) == sorted(map(id, requests))
+    assert [request.result for request in requests] == [0] * len(requests)
+    original = bytes(range(256)) * 64
+    assert requests[0].buffer == original[100:1100]
+    assert requests[1].buffer == original[-4:] + bytes(6)
+    assert requests[2].buffer == bytes(10)
+    expected = bytearray(original)
+    expected[5000:5100], expected[6000:6100] = b"w" * 100, b"f" * 100
+    expected[8192 : 12288 + 2048] = bytes(6144)
+    assert read(place, path) == expected
+
+
+def test_completion_is_announced(place: Place) -> None:
+    file, engine, poller = place.open(place.file("a", 1 << 20)), place.engine(), place.poller()
+    poller.register(engine.fileno(), IN)
+    for n in range(50):
+        request = Request(READ, n * 4096, 4096, memoryview(bytearray(4096)))
+        engine.prepare(file, request)
+        engine.enter()
+        assert engine.pending or poller.wait(WAIT_NS) == [(engine.fileno(), IN)]
+        assert engine.reap() == [request] and not engine.pending
+
+
+def test_writes_grow_the_file(place: Place) -> None:
+    path = place.file("a", 10)
+    file, engine = place.open(path), place.engine()
+    engine.prepare(file, Request(WRITE, 100, 5, memoryview(b"hello")))
+    engine.enter()
+    place.complete(engine)
+    assert file.size() == 105
+    assert read(place, path) == bytes(100) + b"hello"
+
+
+def test_failed_requests_carry_an_errno(place: Place) -> None:
+    file, engine = place.open(place.file("a", 512), read_only=True), place.engine()
+    requests = [
+        Request(WRITE, 0, 1, memoryview(b"x")),
+        Request(READ, 0, 1, memoryview(bytearray(1))),
+        Request(DISCARD, 0, 512),
+    ]
+    for request in requests:
+        engine.prepare(file, request)
+    engine.enter()
+    place.complete(engine)
+    assert requests[0].result < 0 and requests[2].result < 0
+    assert requests[1].result == 0
+
+
+def test_many_requests_complete_once_each(place: Place) -> None:
+    file, engine = place.open(place.file("a", 1 << 20)), place.engine()
+    requests = [Request(WRITE, n * 512, 512, memoryview(bytes([n % 256]) * 512)) for n in range(2000)]
+    for n, request in enumerate(requests):
+        engine.prepare(file, request)
+        if n % 300 == 0:
+            engine.enter()
+    engine.enter()
+    done = place.complete(engine)
+    assert len(done) == len({id(request) for request in done}) == 2000
+    assert all(request.result == 0 for request in done)
+
+
+def test_closing_an_engine_waits(place: Place) -> None:
+    path = place.file("a", 4096)
+    file, engine = place.open(path), place.host.engine()
+    requests = [Request(WRITE, n * 512, 512, memoryview(b"x" * 512)) for n in range(8)]
+    for request in requests:
+        engine.prepare(file, request)
+    engine.enter()
+    engine.close()
+    assert read(place, path) == b"x" * 4096
+
+
+def test_truncate(place: Place) -> None:
+    path = place.file("a", b"x" * 5000)
+    file = place.open(path)
+    file.truncate(100)
+    file.truncate(200)
+    assert file.size() == 200
+    assert read(place, path) == b"x" * 100 + bytes(100)
+    with pytest.raises(OSError):
+        place.open(path, read_only=True).truncate(0)
+
+
+def test_block_status(place: Place) -> None:
+    file, engine = place.open(place.file("a", 1 << 20)), place.engine()
+    assert file.block_status(0, 1 << 20)[0] in (ZERO, DATA)
+    engine.prepare(file, Request(WRITE, 512 * 1024, 4096, memoryview(b"x" * 4096)))
+    engine.enter()
+    place.complete(engine)
+    position = 0
+    while position < 1 << 20:
+        bits, count = file.block_status(position, (1 << 20) - position)
+        assert bits in (ZERO, DATA) and 1 <= count <= (1 << 20) - position
+        if position <= 512 * 1024 < position + count:
+            assert bits == DATA
+        position += count
+    assert file.block_status(0, 100)[1] == 100
+    assert file.block_status(2 << 20, 100) == (ZERO, 100)
+    assert 4096 <= file.allocated_size() <= 1 << 20
+
+
+def test_locks(place: Place) -> None:
+    path = place.file("a", 1 << 20)
+    first, second = place.open(path, locking="on"), place.open(path, locking="on")
+    first.set_permissions(PERM_WRITE, PERM_ALL & ~PERM_WRITE)
+    with pytest.raises(ImageInUse, match='Failed to get "write" lock'):
+        second.set_permissions(PERM_WRITE, PERM_ALL)
+    with pytest.raises(ImageInUse, match='Failed to get shared "write" lock'):
+        second.set_permissions(0, PERM_ALL & ~PERM_WRITE)
+    second.set_permissions(0, PERM_ALL)
+    first.set_permissions(0, PERM_ALL)
+    second.set_permissions(PERM_WRITE, PERM_ALL & ~PERM_WRITE)
+    second.close()
+    first.set_permissions(PERM_ALL, 0)
+
+
+def test_arena(place: Place) -> None:
+    arena = place.host.arena(3 * PAGE)
+    assert arena.size >= 3 * PAGE and len(arena.view) >= 3 * PAGE and arena.address % PAGE == 0
+    file, engine = place.open(place.file("a", b"y" * PAGE)), place.engine()
+    request = Request(READ, 0, PAGE, arena.view[PAGE : 2 * PAGE])
+    request.address = arena.address + PAGE if arena.address else 0
+    engine.prepare(file, request)
+    engine.enter()
+    place.complete(engine)
+    assert bytes(arena.view[:PAGE]) == bytes(PAGE)
+    assert bytes(arena.view[PAGE : 2 * PAGE]) == b"y" * PAGE
+    del request.buffer
+    arena.close()
