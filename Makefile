@@ -34,6 +34,7 @@ test: install strangers lint tests ## all checks and all tests
 
 lint: install types ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --select D100,D101,D103 src
 
 types: install
 	$(BIN)/mypy src benchmarks
@@ -41,7 +42,7 @@ types: install
 tests: install ## the tests alone: TESTS=path PYTEST_ARGS='-x -k word'
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
-bench: install ## measure beside QEMU and nbdkit: ONLY=name JSON=file ROUNDS=5 BENCH_SECONDS=2
+bench: install ## measure beside QEMU and nbdkit: ONLY=name JSON=file ROUNDS=5 BENCH_SECONDS=2 BENCH_ARGS=...
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only '$(ONLY)') $(if $(JSON),--json '$(JSON)') \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)) $(BENCH_ARGS)
 

@@ -82,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         result += measure(row, options.ours, settings, options.rounds)
         if options.json:
             write_json(options.json, result)
-    print(table(result, options.ours))
+    if result:
+        print(table(result, options.ours))
     return 0 if result else 1
 
 
@@ -96,6 +97,11 @@ def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:
             say(f"{row.name}: without {name}, it {missing}")
             names.remove(name)
     if isinstance(row, LoadRow):
+        if row.direct:
+            names = [name for name in names if SERVERS[name].can_direct]
+        if ours not in names:
+            say(f"{row.name}: left out, {ours} cannot pass by the page cache")
+            return []
         wanted = settings.client or row.client
         try:
             client, _ = choose(wanted, settings.cache)

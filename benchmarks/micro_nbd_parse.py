@@ -15,9 +15,10 @@ import struct
 import time
 from collections.abc import Callable
 
+from bottomhalf.wire.nbd.batch import Batch
 from bottomhalf.wire.nbd.export import ExportInfo, Negotiated
 from bottomhalf.wire.nbd.replies import place_simple_reads, place_structured_reads
-from bottomhalf.wire.nbd.server_transmission import Batch, RequestParser
+from bottomhalf.wire.nbd.server_transmission import RequestParser
 
 SIZE_BYTES = 1 << 30
 BLOCK_BYTES = 4096

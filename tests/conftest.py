@@ -27,6 +27,7 @@ import pytest
 from tests.peers import programs
 
 HANG_SECONDS: Final = 120.0
+SOAK_PATIENCE: Final = 10  # long runs give each test many more examples
 SEEDS_DEFAULT: Final = 20
 
 # Regular expressions of the reasons for which a test may skip under continuous integration, with the cause.
@@ -142,6 +143,8 @@ def spawn() -> Iterator[Callable[..., programs.Spawned]]:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     marker = item.get_closest_marker("hang_seconds")
     limit = float(marker.args[0]) if marker else HANG_SECONDS
+    if item.config.getoption("--soak"):
+        limit *= SOAK_PATIENCE
     faulthandler.dump_traceback_later(limit, exit=True, file=_terminal_fd)
     try:
         return (yield)

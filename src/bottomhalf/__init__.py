@@ -1,1 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
+"""bottomhalf: QEMU's asynchronous core as Python software.
+
+    import bottomhalf
+
+    with bottomhalf.open("disk.raw") as disk:
+        disk.pwrite(b"hello", 4096)
+        print(disk.pread(5, 4096))
+
+See ``bottomhalf.aio`` for the event core and ``bottomhalf.block`` for the block layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Disk", "AsyncDisk", "open", "__version__"]
+
+if TYPE_CHECKING:
+    from bottomhalf.library import AsyncDisk, Disk, open
+
+
+def __getattr__(name: str) -> Any:
+    """Load the library's face when it is first used: tools that do not need it start sooner."""
+    if name in ("Disk", "AsyncDisk", "open"):
+        from bottomhalf import library
+
+        return getattr(library, name)
+    raise AttributeError(f"module 'bottomhalf' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from bottomhalf.aio.defer import defer_call, deferred
 from bottomhalf.aio.errors import AioError, WrongContext
 from bottomhalf.aio.iothread import IOThread
 from bottomhalf.aio.locks import CoMutex, CoQueue
+from bottomhalf.aio.main_loop import MainLoop
 from bottomhalf.aio.sleep import sleep_ns
 from bottomhalf.aio.timer import Timer
 from bottomhalf.aio.wait import kick, wait_while, waits
@@ -32,6 +33,7 @@ __all__ = [
     "CoMutex",
     "CoQueue",
     "IOThread",
+    "MainLoop",
     "deferred",
     "defer_call",
     "wait_while",

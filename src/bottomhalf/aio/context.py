@@ -375,6 +375,8 @@ class AioContext:
                 found = self._poll_busily(started_ns, timeout_ns)
                 if found is not None:
                     return found
+                if timeout_ns > 0:
+                    timeout_ns = max(timeout_ns - (self._monotonic_ns() - started_ns), 0)
         self.notify_me += 1
         try:
             events = self._wait(0 if self.notified else timeout_ns)

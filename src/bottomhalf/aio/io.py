@@ -100,7 +100,7 @@ class ContextEngine:
                     group.append(finished.popleft())
                 if owner is not None:
                     owner.complete(group)
-        self._half.cancel()
+            self._half.cancel()  # inside the section: what its end submits may schedule it again
 
     def close(self) -> None:
         """Wait for what is in flight; owners are not told any more."""

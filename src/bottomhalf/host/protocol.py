@@ -171,7 +171,8 @@ class Engine(Protocol):
         """Whether reap() would return something. Costs no system call; for busy polling."""
 
     def fileno(self) -> int:
-        """A descriptor that is readable while reap() would return something."""
+        """A descriptor that becomes readable when something finishes outside enter() and reap(). What finishes
+        inside enter() shows in ``pending`` alone: look there afterwards."""
 
     def prepare(self, file: File, request: Request) -> None:
         """Queue a request of any op; it starts with the next enter(). The engine continues short transfers,

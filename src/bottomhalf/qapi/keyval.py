@@ -16,12 +16,13 @@ of a list; leaves are strings. If a leaf is given twice the last one counts. An 
 empty. Text that begins with '{' is JSON instead, with its own types.
 
     parse_keyval("driver=raw,file.driver=null-co")          # {"driver": "raw", "file": {"driver": "null-co"}}
-    parse_options(BlockdevOptions, "raw,file=disk0", implied_key="driver")
+    parse_options(BlockdevOptions, "raw,file=disk0", implied_key="driver", loads=loads)
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from bottomhalf.qapi.errors import HelpRequested, OptionError
@@ -160,20 +161,23 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
     return tree
 
 
-def parse_options(type: type[S], text: str, *, implied_key: str | None = None) -> S:
+def parse_options(
+    type: type[S], text: str, *, implied_key: str | None = None, loads: Callable[[str], Any]
+) -> S:
     """An instance of ``type`` from a command line option, in either form.
+
+    ``loads`` reads JSON and raises ValueError with the text of the error: ``wire.json_reader.loads``, handed
+    over by the caller because this package and that one do not know each other.
 
     Raises OptionError, and HelpRequested (whose ``str()`` is the text) if ``help`` or ``?`` is among the
     words; ``file,help`` asks for the help of the branch ``file``.
     """
     if text.startswith("{"):
-        from bottomhalf.wire.json_reader import JsonError, loads
-
         if len(text) > TEXT_LENGTH_MAX:
             raise OptionError("Option is too long", hint=f"At most {TEXT_LENGTH_MAX} characters are allowed.")
         try:
             value = loads(text)
-        except JsonError as error:
+        except ValueError as error:
             raise OptionError(str(error)) from None
         return from_json(type, value)
     tree, help_wanted = parse_keyval_help(text, implied_key)

@@ -25,23 +25,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.json_reader import JsonError, JsonStream
 from bottomhalf.wire.json_writer import dumps, qdict_order
-from bottomhalf.wire.qmp_error import COMMAND_NOT_FOUND, ERROR_CLASSES, GENERIC_ERROR, QmpError
 
 __all__ = [
     "ServerSession", "Request", "Refusal", "NO_ID",
     "ClientSession", "Greeting", "Response", "Event",
-    "JsonStream", "JsonError", "QmpError", "qdict_order",
+    "ErrorLike", "Failure", "JsonStream", "JsonError", "qdict_order",
 ]  # fmt: skip
 
 # Requests that may wait before a server stops reading from the client (monitor/qmp.c).
 QUEUE_LENGTH_MAX: Final = 1
 QUEUE_LENGTH_MAX_OOB: Final = 8
 
+GENERIC_ERROR: Final = "GenericError"
+COMMAND_NOT_FOUND: Final = "CommandNotFound"
 _STRANGER: Final = "probably not a QMP server"
 
 NEGOTIATION_EXPECTED: Final = "Expecting capabilities negotiation with 'qmp_capabilities'"
@@ -55,6 +56,25 @@ class _NoId:
 
 NO_ID: Final = _NoId()
 """The request had no id (null would be one)."""
+
+
+class ErrorLike(Protocol):
+    """What an error response is made of: the shape of ``Failure`` and of ``qapi.errors.QmpError``."""
+
+    class_name: str
+    desc: str
+
+
+class Failure(Exception):
+    """An error that this protocol core makes itself, or that a server answered to a client's request."""
+
+    def __init__(self, class_name: str, desc: str) -> None:
+        super().__init__(desc)
+        self.class_name = class_name
+        self.desc = desc
+
+    def __repr__(self) -> str:
+        return f"Failure({self.class_name!r}, {self.desc!r})"
 
 
 class Request:
@@ -77,7 +97,7 @@ class Refusal:
 
     __slots__ = ("error", "id")
 
-    def __init__(self, error: QmpError, id: Any = NO_ID) -> None:
+    def __init__(self, error: Failure, id: Any = NO_ID) -> None:
         self.error = error
         self.id = id
 
@@ -131,44 +151,44 @@ class ServerSession:
             return None
         value = self._queue.popleft()
         if isinstance(value, JsonError):
-            return Refusal(QmpError(GENERIC_ERROR, str(value)))
+            return Refusal(Failure(GENERIC_ERROR, str(value)))
         id = value.get("id", NO_ID) if isinstance(value, dict) else NO_ID
         try:
             request = self._check(value, id)
             if not self.negotiated and request.command != "qmp_capabilities":
-                raise QmpError(COMMAND_NOT_FOUND, NEGOTIATION_EXPECTED)
-        except QmpError as error:
+                raise Failure(COMMAND_NOT_FOUND, NEGOTIATION_EXPECTED)
+        except Failure as error:
             return Refusal(error, id)
         return request
 
     def _check(self, value: Any, id: Any) -> Request:
         if not isinstance(value, dict):
-            raise QmpError(GENERIC_ERROR, "QMP input must be a JSON object")
+            raise Failure(GENERIC_ERROR, "QMP input must be a JSON object")
         executes: str | None = None
         for name in qdict_order(value):
             member = value[name]
             if name == "execute" or (name == "exec-oob" and "oob" in self.enabled):
                 if not isinstance(member, str):
-                    raise QmpError(GENERIC_ERROR, f"QMP input member '{name}' must be a string")
+                    raise Failure(GENERIC_ERROR, f"QMP input member '{name}' must be a string")
                 if executes is not None:
-                    raise QmpError(GENERIC_ERROR, f"QMP input member '{name}' clashes with '{executes}'")
+                    raise Failure(GENERIC_ERROR, f"QMP input member '{name}' clashes with '{executes}'")
                 executes = name
             elif name == "arguments":
                 if not isinstance(member, dict):
-                    raise QmpError(GENERIC_ERROR, "QMP input member 'arguments' must be an object")
+                    raise Failure(GENERIC_ERROR, "QMP input member 'arguments' must be an object")
             elif name != "id":
-                raise QmpError(GENERIC_ERROR, f"QMP input member '{name}' is unexpected")
+                raise Failure(GENERIC_ERROR, f"QMP input member '{name}' is unexpected")
         if executes is None:
-            raise QmpError(GENERIC_ERROR, "QMP input lacks member 'execute'")
+            raise Failure(GENERIC_ERROR, "QMP input lacks member 'execute'")
         return Request(value[executes], value.get("arguments", {}), id, executes == "exec-oob")
 
     def negotiate(self, enable: Sequence[str] = ()) -> None:
-        """Run ``qmp_capabilities``: enter command mode with the capabilities ``enable``. Raises QmpError."""
+        """Run ``qmp_capabilities``: enter command mode with the capabilities ``enable``. Raises Failure."""
         if self.negotiated:
-            raise QmpError(COMMAND_NOT_FOUND, NEGOTIATION_COMPLETE)
+            raise Failure(COMMAND_NOT_FOUND, NEGOTIATION_COMPLETE)
         unavailable = [name for name in enable if name not in self._offered]
         if unavailable:
-            raise QmpError(GENERIC_ERROR, f"Capability {', '.join(unavailable)} not available")
+            raise Failure(GENERIC_ERROR, f"Capability {', '.join(unavailable)} not available")
         self.enabled = frozenset(enable)
         self.negotiated = True
 
@@ -179,7 +199,7 @@ class ServerSession:
             message["id"] = id
         return self._line(message)
 
-    def error(self, error: QmpError, id: Any = NO_ID) -> bytes:
+    def error(self, error: ErrorLike, id: Any = NO_ID) -> bytes:
         """A failure."""
         message: dict[str, Any] = {"error": {"class": error.class_name, "desc": error.desc}}
         if id is not NO_ID:
@@ -225,13 +245,13 @@ class Response:
 
     __slots__ = ("error", "id", "value")
 
-    def __init__(self, id: Any, value: Any, error: QmpError | None) -> None:
+    def __init__(self, id: Any, value: Any, error: Failure | None) -> None:
         self.id = id
         self.value = value
         self.error = error
 
     def result(self) -> Any:
-        """The value. Raises the QmpError that the server answered."""
+        """The value. Raises the Failure that the server answered."""
         if self.error is not None:
             raise self.error
         return self.value
@@ -301,7 +321,7 @@ class ClientSession:
             error = None
             if "error" in value:
                 class_name, desc = value["error"]["class"], value["error"]["desc"]
-                error = QmpError(class_name if class_name in ERROR_CLASSES else GENERIC_ERROR, str(desc))
+                error = Failure(str(class_name), str(desc))
             elif "return" not in value:
                 raise KeyError
         except (KeyError, TypeError, ValueError):

@@ -123,6 +123,11 @@ def test_misuse_is_refused() -> None:
         engine.prepare(file, request)
     with pytest.raises(ValueError):
         host.engine("bogus")
+    assert host.engine("io_uring").name == "io_uring"
+    host.engine_kinds.remove("io_uring")
+    with pytest.raises(OSError):
+        host.engine("io_uring")
+    assert host.engine().name == "sim"
 
 
 def test_file_closed_between_prepare_and_enter() -> None:

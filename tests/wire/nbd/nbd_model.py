@@ -8,7 +8,7 @@ import itertools
 import random
 import struct
 
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRITE, WRITE_ZEROES
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.nbd import replies
 from bottomhalf.wire.nbd.batch import BLOCK_STATUS, CACHE, DONT_FRAGMENT, EMPTY, REQ_ONE, Batch
@@ -126,7 +126,8 @@ class MemoryServer:
         assert taken <= max_requests
         assert batch.read_bytes == sum(each.length for each in batch.reads)
         assert batch.write_bytes == sum(each.length for each in batch.writes)
-        assert batch.read_bytes + batch.write_bytes <= max_bytes or taken == 1
+        moving = len(batch.reads) + len(batch.writes)
+        assert batch.read_bytes + batch.write_bytes <= max_bytes or moving == 1
         if not (batch.limited or batch.disconnect or batch.error):
             assert batch.needed > end - position if position < end else batch.needed == 0
         if batch.limited:
@@ -135,41 +136,49 @@ class MemoryServer:
             assert each.result == IN_PROGRESS
 
     def _answer(self, batch: Batch) -> None:
+        """Serve all of a batch; the replies leave in the order of their cookies, however it was cut."""
         assert self.parser is not None
         negotiated = self.handshake.negotiated
         assert negotiated is not None
         structured = negotiated.structured_replies
+        answers: list[tuple[int, bytes]] = []
         for each in batch.writes:
             assert each.op == WRITE and len(each.buffer) == each.length
             self.disk[each.offset : each.offset + each.length] = each.buffer
             self.durable += bool(each.flags & FUA)
-            self._output += replies.result_reply(each.cookie, 0, structured)
+            answers.append((each.cookie, replies.result_reply(each.cookie, 0, structured)))
         if self.random is None:
-            self._read_at_once(batch, structured)
+            answers += self._read_at_once(batch, structured)
         else:
             for each in batch.reads:
-                self._read_in_pieces(each.cookie, each.offset, each.length, each.flags, structured)
+                pieces = self._read_in_pieces(each.cookie, each.offset, each.length, each.flags, structured)
+                answers.append((each.cookie, pieces))
         for each in batch.others:
             if each.op == BLOCK_STATUS:
-                extents = [(512, 0), (512, 3), (512, 0)]
-                if each.flags & REQ_ONE or each.length < 1536:
-                    extents = [(min(each.length, 512), 3)]
-                ids = sorted(negotiated.contexts)
-                for number in ids:
-                    self._output += replies.block_status(each.cookie, number, extents, done=number == ids[-1])
+                answers.append((each.cookie, self._block_status(each, sorted(negotiated.contexts))))
                 continue
             if each.op in (DISCARD, WRITE_ZEROES):
                 self.disk[each.offset : each.offset + each.length] = bytes(each.length)
             else:
                 assert each.op in (FLUSH, CACHE, EMPTY)
             self.durable += each.op == FLUSH or bool(each.flags & FUA)
-            self._output += replies.result_reply(each.cookie, 0, structured)
+            answers.append((each.cookie, replies.result_reply(each.cookie, 0, structured)))
         for reject in batch.rejects:
-            self._output += replies.result_reply(reject.cookie, -reject.error, structured, reject.text)
+            text = replies.result_reply(reject.cookie, -reject.error, structured, reject.text)
+            answers.append((reject.cookie, text))
+        self._output += b"".join(data for _, data in sorted(answers, key=lambda answer: answer[0]))
         self.parser.release(batch.reads)
         self.parser.release(batch.writes)
 
-    def _read_at_once(self, batch: Batch, structured: bool) -> None:
+    def _block_status(self, each: Request, ids: list[int]) -> bytes:
+        extents = [(512, 0), (512, 3), (512, 0)]
+        if each.flags & REQ_ONE or each.length < 1536:
+            extents = [(min(each.length, 512), 3)]
+        return b"".join(
+            replies.block_status(each.cookie, number, extents, done=number == ids[-1]) for number in ids
+        )
+
+    def _read_at_once(self, batch: Batch, structured: bool) -> list[tuple[int, bytes]]:
         header = 28 if structured else 16
         arena = memoryview(bytearray(len(batch.reads) * header + batch.read_bytes))
         place = replies.place_structured_reads if structured else replies.place_simple_reads
@@ -177,32 +186,32 @@ class MemoryServer:
         for each in batch.reads:
             assert each.op == READ and each.address == (1 << 20) + each.start + header
             each.buffer[:] = self.disk[each.offset : each.offset + each.length]
-        self._output += arena
+        return [
+            (each.cookie, bytes(arena[each.start : each.start + header + each.length]))
+            for each in batch.reads
+        ]
 
-    def _read_in_pieces(self, cookie: int, offset: int, length: int, flags: int, structured: bool) -> None:
+    def _read_in_pieces(self, cookie: int, offset: int, length: int, flags: int, structured: bool) -> bytes:
         assert self.random is not None
         if self.random.random() < 0.1:
-            self._output += replies.result_reply(cookie, -errno.EIO, structured, "bad sector")
-            return
+            return replies.result_reply(cookie, -errno.EIO, structured, "bad sector")
         data = bytes(self.disk[offset : offset + length])
         if not structured:
-            self._output += replies.simple_reply(cookie) + data
-            return
+            return replies.simple_reply(cookie) + data
         if flags & DONT_FRAGMENT:
-            self._output += replies.offset_data(cookie, offset, length) + data
-            return
+            return replies.offset_data(cookie, offset, length) + data
         cuts = sorted({0, length, *(self.random.randrange(length) for _ in range(3))})
         pieces = list(itertools.pairwise(cuts))
         self.random.shuffle(pieces)
+        output = b""
         for start, after in pieces:
             piece = data[start:after]
             if any(piece):
-                self._output += replies.offset_data(cookie, offset + start, len(piece), False) + piece
+                output += replies.offset_data(cookie, offset + start, len(piece), False) + piece
             else:
-                self._output += replies.offset_hole(cookie, offset + start, len(piece), False)
+                output += replies.offset_hole(cookie, offset + start, len(piece), False)
         if self.random.random() < 0.1:
             where = offset + self.random.randrange(length)
             error = errno_to_nbd(errno.EIO)
-            self._output += replies.error_offset_chunk(cookie, error, where, "unreadable", done=True)
-        else:
-            self._output += replies.none(cookie)
+            return output + replies.error_offset_chunk(cookie, error, where, "unreadable", done=True)
+        return output + replies.none(cookie)

@@ -237,7 +237,7 @@ def test_export_name_too_long() -> None:
 def test_eof_says_where() -> None:
     handshake = ClientHandshake("disk")
     handshake.receive(b"NBD")
-    with pytest.raises(ProtocolError, match="first magic.*byte 3"):
+    with pytest.raises(ProtocolError, match=r"first magic.*byte 3"):
         handshake.eof()
     handshake = ClientHandshake("disk")
     handshake.receive(NEWSTYLE + b"\0\2")

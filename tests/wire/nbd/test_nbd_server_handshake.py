@@ -184,6 +184,11 @@ def test_unknown_exports() -> None:
         handshake.receive(b"")
 
 
+def test_export_name_that_is_no_text() -> None:
+    with pytest.raises(ProtocolError, match="UTF-8"):
+        start().receive(option(1, b"\xff"))
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -381,9 +386,22 @@ def test_error_texts_keep_the_limit_of_strings() -> None:
         {"minimum_block_size": 128 << 10},
         {"minimum_block_size": 8192},
         {"maximum_block_size": 33 << 20},
+        {"maximum_block_size": 0},
+        {"preferred_block_size": 0},
         {"contexts": ("a:b", "a:b")},
     ],
 )
 def test_export_info_is_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="export 'x'"):
         ExportInfo(**{"name": "x", "size": 1, **wrong})  # type: ignore[arg-type]
+
+
+def test_context_ids_are_qemu_s() -> None:
+    export = ExportInfo("x", 1, contexts=("qemu:dirty-bitmap:a", "qemu:allocation-depth", "x:y"))
+    assert [export.context_id(name) for name in export.contexts] == [2, 1, 3]
+
+
+def test_protocol_error_says_no_more_than_it_knows() -> None:
+    assert str(ProtocolError("bad")) == "bad"
+    error = ProtocolError("bad", expected="a", got="b", offset=3, cause="probably a client bug")
+    assert str(error) == "bad, expected a, got b, at byte 3 of the stream (probably a client bug)"

@@ -195,6 +195,11 @@ class Connection:
             self.server.log(f"{self.peer}: connection lost: {error}")
             self.close()
 
+    @property
+    def in_flight(self) -> int:
+        """Requests of this client that are in the block layer."""
+        return self._transmission.in_flight if self._transmission is not None else 0
+
     def keep_file_bytes(self) -> None:
         """See Transmission.keep_file_bytes."""
         if self._transmission is not None:
@@ -226,5 +231,7 @@ class Connection:
             transmission.close()
         if self.export is not None and self in self.export.connections:
             self.export.connections.remove(self)
+            if not self.export.connections and self.export.on_idle is not None:
+                self.export.on_idle()
         self.server.forget(self)
         kick()

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
+from bottomhalf.host.request import FLUSH
 from bottomhalf.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, FLAG_CAN_MULTI_CONN, MAX_REQUEST, MAX_STRING
 from bottomhalf.wire.nbd.export import READ_ONLY_FLAGS, WRITABLE_FLAGS, ExportInfo
 
@@ -60,6 +62,7 @@ class NbdExport:
         self.writable = writable
         self.node_name = node.name
         self.shutting_down = False
+        self.on_idle: Callable[[], object] | None = None  # the last client has gone
         self.connections: list[Connection] = []
         self.statistics = ExportStatistics()
         self._multi_conn = multi_conn
@@ -107,6 +110,11 @@ class NbdExport:
             connection.context.schedule_oneshot(connection.close)
 
     def close(self) -> None:
-        """Give the node back. All clients are gone."""
+        """Make everything durable and give the node back. All clients are gone. Main thread."""
         assert not self.connections
+        if self.writable:
+            try:
+                self.backend.request(FLUSH, 0, 0)
+            except OSError:
+                pass  # the disk failed; whoever cared has flushed, and was told
         self.backend.close()

@@ -364,6 +364,7 @@ class Transmission:
     def close(self) -> None:
         """Give the memory back. Nothing is in flight."""
         self.output.drop()
+        self._parser.pool.clear()  # pooled requests still point into the arenas
         self._input.release()
         self._buffers.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import struct
 from typing import Any
 
@@ -136,7 +137,9 @@ class LinuxListener:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether nobody listens on the socket file any more."""
+    """Whether the path is a socket on which nobody listens any more."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False  # connecting to a plain file is refused as well
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         probe.setblocking(False)

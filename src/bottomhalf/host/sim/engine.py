@@ -127,7 +127,9 @@ class SimEngine(Descriptor):
     def explain(self) -> str:
         parts = []
         if self._done and not self._is_readable:
-            parts.append(f"{len(self._done)} finished inside enter() and ``pending`` not looked at")
+            parts.append(
+                f"{len(self._done)} finished inside enter(), not reaped: ``pending`` tells, fileno() does not"
+            )
         if self._working:
             parts.append(f"{len(self._working) + len(self._waiting)} in flight")
         if self._prepared:

@@ -61,6 +61,7 @@ class SimHost:
         self.disk = Disk(self.world)
         self.network = Network(self.world, self.faults, self.disk)
         self.tick_ns = 0  # by which every look at the clock moves it; 0: only waiting does
+        self.engine_kinds = set(ENGINE_KINDS)  # those that can be had by name
         self._random = self.world.chance("random bytes")
         self._survival = self.world.chance("survival")
         self._stdio: tuple[SimSocket, SimSocket] | None = None
@@ -128,6 +129,8 @@ class SimHost:
     def engine(self, kind: str = "auto") -> SimEngine:
         if kind not in ("auto", *ENGINE_KINDS):
             raise ValueError(f"an engine is auto, {' or '.join(ENGINE_KINDS)}, not {kind!r}")
+        if kind != "auto" and kind not in self.engine_kinds:
+            raise failure(errno_module.ENOSYS)
         return SimEngine(self.world, self.faults, self.latency, "sim" if kind == "auto" else kind)
 
     def listen(self, address: Address) -> SimListener:

@@ -47,8 +47,6 @@ from bottomhalf.wire.nbd.constants import (
     FLAG_SEND_FUA,
     FLAG_SEND_TRIM,
     FLAG_SEND_WRITE_ZEROES,
-    MAX_BLOCK_STATUS_EXTENTS,
-    MAX_ERROR_CHUNK,
     REPLY_FLAG_DONE,
     REPLY_TYPE_FLAG_ERROR,
     REPLY_TYPE_OFFSET_DATA,
@@ -78,7 +76,6 @@ _FLAG_NEEDS = {
 }
 _CHANGING = (CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES)
 _LIMITED = (CMD_READ, CMD_WRITE, CMD_CACHE)
-_MAX_CHUNK = max(MAX_ERROR_CHUNK, U32.size + U64.size * MAX_BLOCK_STATUS_EXTENTS)
 
 
 class Client:
@@ -316,8 +313,6 @@ class Client:
         pending.begin_chunk(self._chunk_type, self._chunk_length, self._chunk_done, self._consumed)
         if self._chunk_type == REPLY_TYPE_OFFSET_DATA:
             self._await(U64.size, self._chunk_data)
-        elif self._chunk_length > _MAX_CHUNK:
-            raise server_bug(f"chunk of {self._chunk_length} bytes", self._consumed)
         elif self._chunk_length:
             self._await(self._chunk_length, self._chunk_payload)
         else:

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All exports of a program by id, and the NBD server that serves most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bottomhalf.aio import AioContext, wait_while
+from bottomhalf.block import BlockError, Graph
+from bottomhalf.block.graph import is_well_formed_id
+from bottomhalf.exports.nbd.export import NbdExport
+from bottomhalf.exports.nbd.server import NbdServer
+from bottomhalf.host.protocol import Address
+from bottomhalf.qapi.export import (
+    BlockExportInfo,
+    BlockExportOptions,
+    BlockExportOptionsNbd,
+    BlockExportRemoveMode,
+    BlockExportType,
+)
+
+
+class ExportRegistry:
+    """Exports that exist. Changed only by the main thread, outside coroutines.
+
+    ``on_deleted(export_id)`` is called when an export is really gone."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        find_iothread: Callable[[str], AioContext],
+        on_deleted: Callable[[str], object],
+        log: Callable[[str], object] | None = None,
+    ) -> None:
+        self._graph = graph
+        self._find_iothread = find_iothread
+        self._on_deleted = on_deleted
+        self._log = log
+        self.exports: dict[str, NbdExport] = {}
+        self.nbd_server: NbdServer | None = None
+
+    # -- the NBD server -----------------------------------------------------------------------------------------
+
+    def start_nbd_server(self, address: Address, *, connections_max: int, handshake_seconds_max: int) -> NbdServer:
+        if self.nbd_server is not None:
+            raise BlockError("NBD server already running")
+        server = NbdServer(
+            self._graph.context,
+            connections_max=connections_max,
+            handshake_seconds_max=handshake_seconds_max,
+            log=self._log,
+        )
+        try:
+            server.listen(address)
+        except OSError as error:
+            raise BlockError(f"Failed to listen on {address}: {error.strerror}") from error
+        self.nbd_server = server
+        return server
+
+    def stop_nbd_server(self) -> None:
+        """Remove all NBD exports, send the clients away, stop listening. Waits until that is done."""
+        server = self.nbd_server
+        if server is None:
+            raise BlockError("NBD server not running")
+        self.nbd_server = None
+        server.stop()
+        for export in list(self.exports.values()):
+            self._shut_down(export)
+        wait_while(None, lambda: server.connections, what="clients of the NBD server to go")
+        self._reap()
+
+    # -- exports ------------------------------------------------------------------------------------------------
+
+    def add(self, options: BlockExportOptions) -> NbdExport:
+        """block-export-add. BlockError says why not."""
+        if not is_well_formed_id(options.id):
+            raise BlockError("Invalid block export id")
+        if options.id in self.exports:
+            raise BlockError(f"Block export id '{options.id}' is already in use")
+        branch = options.branch
+        assert isinstance(branch, BlockExportOptionsNbd)
+        node = self._graph.find(options.node_name)
+        if options.iothread is not None:
+            context = self._find_iothread(options.iothread)
+            try:
+                self._graph.move(node, context)
+            except BlockError:
+                if options.fixed_iothread:
+                    raise
+        if branch.bitmaps:
+            raise BlockError("dirty bitmaps are not supported yet; remove 'bitmaps'")
+        if branch.allocation_depth:
+            raise BlockError("qemu:allocation-depth is not supported yet; remove 'allocation-depth'")
+        server = self.nbd_server
+        if server is None:
+            raise BlockError("NBD server not running")
+        name = branch.name if branch.name is not None else options.node_name
+        if name in server.exports:
+            raise BlockError(f"NBD server already has export named '{name}'")
+        export = NbdExport(
+            self._graph,
+            options.id,
+            node,
+            name=name,
+            description=branch.description or "",
+            writable=options.writable,
+            writethrough=options.writethrough,
+            multi_conn=server.connections_max != 1,
+        )
+        server.add(export)
+        self.exports[options.id] = export
+        return export
+
+    def remove(self, export_id: str, mode: BlockExportRemoveMode) -> None:
+        """block-export-del: returns at once; on_deleted tells when the export is gone."""
+        export = self.exports.get(export_id)
+        if export is None:
+            raise BlockError(f"Export '{export_id}' is not found")
+        if mode == BlockExportRemoveMode.SAFE and export.connections:
+            raise BlockError(f"export '{export_id}' still in use\nUse mode='hard' to force client disconnect")
+        self._shut_down(export)
+        self._graph.context.schedule_oneshot(self._reap)
+
+    def _shut_down(self, export: NbdExport) -> None:
+        if not export.shutting_down:
+            export.on_idle = lambda: self._graph.context.schedule_oneshot(self._reap)
+            export.disconnect()
+            if self.nbd_server is not None:
+                self.nbd_server.drop(export)
+
+    def _reap(self) -> None:
+        """Close the exports that are shutting down and have no clients left."""
+        for export_id, export in list(self.exports.items()):
+            if export.shutting_down and not export.connections:
+                del self.exports[export_id]
+                export.close()
+                self._on_deleted(export_id)
+
+    def infos(self) -> list[BlockExportInfo]:
+        return [
+            BlockExportInfo(
+                id=export.id,
+                type=BlockExportType(export.kind),
+                node_name=export.node_name,
+                shutting_down=export.shutting_down,
+            )
+            for export in self.exports.values()
+        ]
+
+    def close(self) -> None:
+        """Remove everything, waiting for what is in flight."""
+        if self.nbd_server is not None:
+            self.stop_nbd_server()
+        for export in list(self.exports.values()):
+            self._shut_down(export)
+        self._reap()

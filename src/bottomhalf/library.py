@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's face: open a disk image and read and write it, from plain code or from asyncio.
+
+    with bottomhalf.open("disk.raw") as disk:                 # plain code
+        data = disk.pread(4096, 0)
+
+    async with bottomhalf.open("disk.raw") as disk:           # asyncio
+        data = await disk.pread(4096, 0)
+
+``open`` takes a path or the options of a block node as QMP's blockdev-add takes them. Offsets and lengths are in
+bytes, of any alignment. Errors are ``OSError`` (with errno) for I/O and ``bottomhalf.block.BlockError`` for images
+that cannot be opened as asked.
+"""
+
+from __future__ import annotations
+
+import errno
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bottomhalf.aio import AioContext
+from bottomhalf.block import BlockBackend, Graph
+from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE, ZERO
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, WRITE_ZEROES
+
+if TYPE_CHECKING:
+    import os
+
+    from bottomhalf.aio.asyncio_bridge import Embedded
+
+__all__ = ["open", "Disk", "AsyncDisk", "Extent"]
+
+Extent: TypeAlias = "tuple[int, int, str]"
+"""(offset, length, kind) with kind "data" or "zero"."""
+
+
+def open(image: str | os.PathLike[str] | dict[str, Any], read_only: bool = False) -> Disk:
+    """Open an image.
+
+    ``image`` is a path (served as raw bytes, discards reach the file) or a dict with the options of a block node,
+    ``{"driver": "raw", "offset": 1048576, "file": {"driver": "file", "filename": "disk.img"}}``. What comes back
+    is for plain code, with or without ``with``; ``async with`` on it gives the same for asyncio."""
+    if isinstance(image, dict):
+        options = dict(image)
+    else:
+        from os import fspath
+
+        options = {
+            "driver": "raw",
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": fspath(image), "discard": "unmap"},
+        }
+    if read_only:
+        options["read-only"] = True
+    return Disk(_Image(options))
+
+
+class _Image:
+    """A context, a graph and a backend for one image."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from bottomhalf.drivers.registry import open_node
+        from bottomhalf.qapi.block import BlockdevOptions
+        from bottomhalf.qapi.visit import from_json
+
+        self.context = AioContext(name="disk")
+        self.graph = Graph(self.context)
+        try:
+            node = open_node(self.graph, from_json(BlockdevOptions, options))
+            writable = not node.read_only
+            node.monitor_owned = True
+            self.backend = BlockBackend(
+                self.graph,
+                held=PERM_CONSISTENT_READ | (PERM_WRITE if writable else 0),
+                shared=PERM_ALL & ~PERM_WRITE if writable else PERM_ALL,
+            )
+            self.backend.insert(node)
+        except BaseException:
+            self.graph.close()
+            self.context.close()
+            raise
+
+    def check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.backend.size:
+            raise OSError(
+                errno.EINVAL,
+                f"{length} bytes at {offset} are not within the disk's {self.backend.size} bytes",
+            )
+
+    def close(self) -> None:
+        self.backend.close()
+        self.graph.close()
+        self.context.close()
+
+
+class Disk:
+    """An open image for plain code. One thread: the one that opened it. ``async with`` gives an AsyncDisk."""
+
+    def __init__(self, image: _Image) -> None:
+        self._image = image
+        self._backend = image.backend
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._backend.size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        self._image.check(offset, length)
+        buffer = bytearray(length)
+        self._backend.request(READ, offset, length, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill a buffer, without a copy."""
+        view = memoryview(buffer).cast("B")
+        self._image.check(offset, len(view))
+        self._backend.request(READ, offset, len(view), view)
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> int:
+        """Write all of ``data``; returns its length. ``fua``: durable when this returns."""
+        view = memoryview(data).cast("B")
+        self._image.check(offset, len(view))
+        self._backend.request(WRITE, offset, len(view), view, FUA if fua else 0)
+        return len(view)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make the range read as zeroes; with ``unmap`` it may become a hole."""
+        self._image.check(offset, length)
+        self._backend.request(WRITE_ZEROES, offset, length, None, MAY_UNMAP if unmap else 0)
+
+    def discard(self, offset: int, length: int) -> None:
+        """The content is not needed any more. A hint: what reads there afterwards is not defined."""
+        self._image.check(offset, length)
+        self._backend.request(DISCARD, offset, length)
+
+    def flush(self) -> None:
+        """Everything written before is durable when this returns."""
+        self._backend.request(FLUSH, 0, 0)
+
+    def block_status(self, offset: int = 0, length: int | None = None) -> list[Extent]:
+        """Extents of the range, up to the end of the disk if ``length`` is None."""
+        extents = []
+        end = self.size if length is None else offset + length
+        self._image.check(offset, end - offset)
+        while offset < end:
+            status = self._backend.block_status(offset, end - offset)
+            if status is None:
+                status = self._image.context.run(self._backend.co_block_status(offset, end - offset))
+            extents.append(_extent(offset, *status))
+            offset += status[1]
+        return extents
+
+    def close(self) -> None:
+        """Write what is pending and let go of the image. Idempotent."""
+        if self._image.backend.root is not None:
+            try:
+                if not self._backend.node.read_only:
+                    self.flush()
+            finally:
+                self._image.close()
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> AsyncDisk:
+        self._async = AsyncDisk(self._image)
+        return self._async
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._async.close()
+
+
+class AsyncDisk:
+    """An open image for asyncio code: the same calls, awaited, any number at once."""
+
+    def __init__(self, image: _Image) -> None:
+        from bottomhalf.aio.asyncio_bridge import Embedded
+
+        self._image = image
+        self._backend = image.backend
+        self._embedded: Embedded = Embedded(image.context).__enter__()
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._backend.size
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        self._image.check(offset, length)
+        return bytes(await self._embedded.run(self._backend.co_pread(offset, length)))
+
+    async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> int:
+        """Write all of ``data`` (not to be changed until then); returns its length."""
+        view = memoryview(data).cast("B")
+        self._image.check(offset, len(view))
+        await self._embedded.run(self._backend.co_pwrite(offset, view, FUA if fua else 0))
+        return len(view)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        self._image.check(offset, length)
+        await self._embedded.run(
+            self._backend.co_write_zeroes(offset, length, MAY_UNMAP if unmap else 0)
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        self._image.check(offset, length)
+        await self._embedded.run(self._backend.co_discard(offset, length))
+
+    async def flush(self) -> None:
+        await self._embedded.run(self._backend.co_flush())
+
+    async def block_status(self, offset: int = 0, length: int | None = None) -> list[Extent]:
+        end = self.size if length is None else offset + length
+        self._image.check(offset, end - offset)
+        extents = []
+        while offset < end:
+            status = await self._embedded.run(self._backend.co_block_status(offset, end - offset))
+            extents.append(_extent(offset, *status))
+            offset += status[1]
+        return extents
+
+    async def close(self) -> None:
+        """Write what is pending and let go of the image. Idempotent."""
+        if self._image.backend.root is not None:
+            try:
+                if not self._backend.node.read_only:
+                    await self.flush()
+            finally:
+                self._embedded.__exit__(None, None, None)
+                self._image.close()
+
+
+def _extent(offset: int, bits: int, count: int) -> Extent:
+    return offset, count, "zero" if bits & ZERO and not bits & DATA else "data"
+
+

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each QMP command does, in terms of the program's parts. The schema says what it takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from bottomhalf.monitor.addresses import host_address
+from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions
+from bottomhalf.qapi.block_info import BlockDeviceInfo
+from bottomhalf.qapi.commands import COMMANDS
+from bottomhalf.qapi.control import CommandInfo, VersionInfo
+from bottomhalf.qapi.errors import OptionError
+from bottomhalf.qapi.export import (
+    BlockExportDel,
+    BlockExportInfo,
+    BlockExportOptions,
+    NbdServerOptions,
+    NbdServerOptionsLegacy,
+)
+
+if TYPE_CHECKING:
+    from bottomhalf.monitor.storage import Storage
+
+
+def query_version(storage: Storage, arguments: Any) -> VersionInfo:
+    from bottomhalf.monitor.qmp import version_info
+
+    return version_info()
+
+
+def query_commands(storage: Storage, arguments: Any) -> list[CommandInfo]:
+    return [CommandInfo(name=name) for name in COMMANDS if name in HANDLERS or name == "qmp_capabilities"]
+
+
+def query_block_exports(storage: Storage, arguments: Any) -> list[BlockExportInfo]:
+    return storage.exports.infos()
+
+
+def query_named_block_nodes(storage: Storage, arguments: Any) -> list[BlockDeviceInfo]:
+    from bottomhalf.drivers.registry import describe_node
+
+    return [describe_node(node) for node in storage.graph.nodes.values()]
+
+
+def blockdev_add(storage: Storage, options: BlockdevOptions) -> None:
+    storage.add_node(options)
+
+
+def blockdev_del(storage: Storage, arguments: BlockdevDel) -> None:
+    storage.graph.delete(arguments.node_name)
+
+
+def block_export_add(storage: Storage, options: BlockExportOptions) -> None:
+    storage.exports.add(options)
+
+
+def block_export_del(storage: Storage, arguments: BlockExportDel) -> None:
+    storage.exports.remove(arguments.id, arguments.mode)
+
+
+def start_nbd_server(storage: Storage, options: NbdServerOptions) -> None:
+    """nbd-server-start and --nbd-server."""
+    if options.tls_creds is not None or options.tls_authz is not None:
+        raise OptionError("TLS is not supported yet; remove 'tls-creds'", key="tls-creds")
+    storage.exports.start_nbd_server(
+        host_address(options.addr),
+        connections_max=options.max_connections,
+        handshake_seconds_max=options.handshake_max_seconds,
+    )
+
+
+def nbd_server_start(storage: Storage, options: NbdServerOptionsLegacy) -> None:
+    start_nbd_server(storage, options.flatten())
+
+
+def nbd_server_stop(storage: Storage, arguments: Any) -> None:
+    storage.exports.stop_nbd_server()
+
+
+def quit(storage: Storage, arguments: Any) -> None:
+    storage.quit()
+
+
+HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
+    "query-version": query_version,
+    "query-commands": query_commands,
+    "query-block-exports": query_block_exports,
+    "query-named-block-nodes": query_named_block_nodes,
+    "blockdev-add": blockdev_add,
+    "blockdev-del": blockdev_del,
+    "block-export-add": block_export_add,
+    "block-export-del": block_export_del,
+    "nbd-server-start": nbd_server_start,
+    "nbd-server-stop": nbd_server_stop,
+    "quit": quit,
+}

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format an image has, by its first bytes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROBE_BYTES: Final = 512
+
+_MAGIC: Final = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+)
+
+
+def probe(head: bytes) -> str:
+    """The format's name; "raw" if nothing else fits, which any sequence of bytes may be."""
+    for offset, magic, name in _MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            if name == "qcow2" and head[4:8] == b"\0\0\0\x01":
+                return "qcow"
+            return name
+    return "raw"

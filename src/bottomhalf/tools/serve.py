@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bottomhalf serve IMAGE: the friendly way to put a disk image on a socket.
+
+It finds out what the image is, picks a socket, says what to paste into other programs, shows what is going on
+while it does, and ends on Ctrl-C with everything written.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
+
+if TYPE_CHECKING:
+    from bottomhalf.exports.nbd.export import NbdExport
+    from bottomhalf.exports.nbd.server import NbdServer
+    from bottomhalf.host.protocol import Address
+    from bottomhalf.monitor.storage import Storage
+
+PROGRAM: Final = "bottomhalf serve"
+REFRESH_NS: Final = 500_000_000
+PORT_DEFAULT: Final = 10809  # IANA's for NBD
+_SOCKETS_TRIED_MAX: Final = 100
+
+OPTIONS: Final = (
+    Option("help", "h"),
+    Option("socket", "k", VALUE),
+    Option("port", "p", VALUE),
+    Option("bind", "b", VALUE),
+    Option("name", "x", VALUE),
+    Option("format", "f", VALUE),
+    Option("read-only", "r"),
+    Option("direct", "n"),
+    Option("qmp", takes=VALUE),
+    Option("quiet", "q"),
+)
+
+HELP: Final = f"""\
+Usage: bottomhalf serve [options] IMAGE
+Serve a disk image over NBD until Ctrl-C.
+
+  -k, --socket PATH   listen on a Unix socket (default: one is picked)
+  -p, --port PORT     listen on TCP instead ({PORT_DEFAULT} is NBD's port; 0 picks a free one)
+  -b, --bind HOST     with --port: address to listen on (default: 127.0.0.1)
+  -x, --name NAME     name of the export (default: the image's name)
+  -f, --format FMT    format of the image (default: found out); "raw" serves the bytes as they are
+  -r, --read-only     refuse writes
+  -n, --direct        bypass the page cache (O_DIRECT)
+      --qmp PATH      also take QMP commands on this Unix socket
+  -q, --quiet         print only the URI
+  -h, --help          display this help and exit
+
+Example:
+  bottomhalf serve disk.raw
+"""
+
+
+class Settings:
+    """What the command line says."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.help = False
+        self.socket: str | None = None
+        self.port: int | None = None
+        self.bind = "127.0.0.1"
+        self.name: str | None = None
+        self.format: str | None = None
+        self.read_only = False
+        self.direct = False
+        self.qmp: str | None = None
+        self.quiet = False
+        images = []
+        for name, value in parse(arguments, OPTIONS):
+            if name == "":
+                images.append(value)
+            elif name == "port":
+                if not value.isdecimal() or int(value) > 65535:
+                    raise UsageError(f"port '{value}' is not a number from 0 to 65535")
+                self.port = int(value)
+            elif name in ("help", "read-only", "direct", "quiet"):
+                setattr(self, name.replace("-", "_"), True)
+            else:
+                setattr(self, name, value)
+        if self.help:
+            return
+        if len(images) != 1:
+            raise UsageError("give one image" if images else "no image given")
+        if self.socket is not None and self.port is not None:
+            raise UsageError("--socket and --port exclude each other")
+        self.image = images[0]
+        if self.name is None:
+            base = os.path.basename(os.path.abspath(self.image))
+            self.name = base.rpartition(".")[0] or base
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; the exit status."""
+    try:
+        settings = Settings(arguments)
+    except UsageError as error:
+        fail(PROGRAM, str(error), error.hint or "Try 'bottomhalf serve --help' for more information.")
+    if settings.help:
+        print(HELP, end="")
+        return 0
+    return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    from bottomhalf.block import BlockError
+    from bottomhalf.monitor.storage import Storage, watch_signals
+    from bottomhalf.qapi.errors import OptionError
+
+    screen = Screen(quiet=settings.quiet)
+    storage = Storage(log=screen.log)
+    forget_signals = watch_signals(storage)
+    status = 0
+    try:
+        try:
+            export, server = _set_up(storage, settings)
+        except (BlockError, OptionError) as error:
+            fail(PROGRAM, str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(PROGRAM, f"{where}{error.strerror or error}")
+        assert server.address is not None
+        _introduce(settings, export, uri(server.address, export.name))
+        screen.watch(storage, export, server)
+        storage.run()
+        screen.end()
+    finally:
+        forget_signals()
+        storage.close()
+    if not settings.quiet:
+        counts = export.statistics
+        print(
+            f"served {counts.reads} reads and {counts.writes} writes "
+            f"to {server.clients_seen} client{'s' * (server.clients_seen != 1)}; everything is written"
+        )
+    return status
+
+
+def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
+    from bottomhalf.qapi.block import BlockdevOptions
+    from bottomhalf.qapi.export import BlockExportOptions
+    from bottomhalf.qapi.visit import from_json
+
+    _check_format(storage, settings)
+    file = {
+        "driver": "file",
+        "filename": settings.image,
+        "discard": "unmap",
+        "read-only": settings.read_only,
+        "auto-read-only": not settings.read_only,
+        "cache": {"direct": settings.direct},
+    }
+    node = storage.add_node(
+        from_json(
+            BlockdevOptions,
+            {
+                "driver": "raw",
+                "node-name": "image",
+                "discard": "unmap",
+                "read-only": settings.read_only,
+                "auto-read-only": not settings.read_only,
+                "file": file,
+            },
+        )
+    )
+    server = _listen(storage, settings)
+    export = storage.exports.add(
+        from_json(
+            BlockExportOptions,
+            {
+                "type": "nbd",
+                "id": "serve",
+                "node-name": "image",
+                "name": settings.name,
+                "writable": not node.read_only,
+            },
+        )
+    )
+    if settings.qmp is not None:
+        _take_commands(storage, settings.qmp)
+    return export, server
+
+
+def _check_format(storage: Storage, settings: Settings) -> None:
+    """Refuse what this version cannot read, unless the user says that the bytes are meant."""
+    from bottomhalf.block import BlockError
+    from bottomhalf.tools.formats import PROBE_BYTES, probe
+
+    if settings.format == "raw":
+        return
+    if settings.format is not None:
+        raise BlockError(f"Unknown format '{settings.format}'; this version serves raw")
+    try:
+        file = storage.host.open_file(settings.image, read_only=True, locking="off")
+    except OSError as error:
+        raise BlockError(f"Could not open '{settings.image}': {error.strerror}") from error
+    try:
+        found = probe(file.pread(PROBE_BYTES, 0))
+    finally:
+        file.close()
+    if found != "raw":
+        raise BlockError(
+            f"'{settings.image}' is a {found} image, which this version cannot read yet\n"
+            "To serve its bytes as they are, say --format raw"
+        )
+
+
+def _listen(storage: Storage, settings: Settings) -> NbdServer:
+    from bottomhalf.exports.nbd.server import CONNECTIONS_MAX_DEFAULT, HANDSHAKE_SECONDS_MAX_DEFAULT
+    from bottomhalf.host.protocol import InetAddress, UnixAddress
+
+    limits = {
+        "connections_max": CONNECTIONS_MAX_DEFAULT,
+        "handshake_seconds_max": HANDSHAKE_SECONDS_MAX_DEFAULT,
+    }
+    if settings.port is not None:
+        return storage.exports.start_nbd_server(InetAddress(settings.bind, settings.port), **limits)
+    if settings.socket is not None:
+        return storage.exports.start_nbd_server(UnixAddress(os.path.abspath(settings.socket)), **limits)
+    return storage.exports.start_nbd_server(UnixAddress(_free_socket(settings)), **limits)
+
+
+def _free_socket(settings: Settings) -> str:
+    """A path for our socket that is not taken, in the user's own run-time directory if there is one."""
+    folder = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"
+    assert settings.name is not None
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in settings.name)[:40]
+    for number in range(_SOCKETS_TRIED_MAX):
+        path = os.path.join(folder, f"bottomhalf-{stem}{f'-{number}' if number else ''}.sock")
+        if not os.path.lexists(path):
+            return path
+    return os.path.join(folder, f"bottomhalf-{stem}-{os.getpid()}.sock")
+
+
+def _take_commands(storage: Storage, path: str) -> None:
+    from bottomhalf.host.protocol import UnixAddress
+    from bottomhalf.monitor.chardev import SocketServerChardev
+    from bottomhalf.monitor.qmp import QmpMonitor
+
+    chardev = SocketServerChardev("qmp", storage.loop.iohandler, UnixAddress(os.path.abspath(path)), wait=False)
+    storage.chardevs["qmp"] = chardev
+    QmpMonitor(storage, chardev)
+    chardev.start()
+
+
+def uri(address: Address, name: str) -> str:
+    """The NBD URI of an export, as the specification writes it."""
+    from bottomhalf.host.protocol import UnixAddress
+
+    if isinstance(address, UnixAddress):
+        return f"nbd+unix:///{quote(name, safe='')}?socket={quote(address.path)}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"nbd://{host}:{address.port}/{quote(name, safe='')}"
+
+
+def _introduce(settings: Settings, export: NbdExport, where: str) -> None:
+    from bottomhalf.tools.units import binary_size
+
+    if settings.quiet:
+        print(where, flush=True)
+        return
+    quoted = shlex.quote(where)
+    kind = "writable" if export.writable else "read-only"
+    print(
+        f"serving {settings.image} (raw, {binary_size(export.backend.size)}, {kind})\n"
+        f"\n  {where}\n\n"
+        f"  copy it      nbdcopy {quoted} copy.raw\n"
+        f"  look at it   qemu-img info {quoted}\n"
+        f"  measure it   fio --name=disk --ioengine=nbd --uri={quoted} --rw=randread --bs=4k --iodepth=32 "
+        "--runtime=10 --time_based\n"
+        "\nCtrl-C ends it.",
+        flush=True,
+    )
+
+
+class Screen:
+    """One line on the terminal that shows what is going on; nothing where there is no terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._live = sys.stdout.isatty() and not quiet
+        self._shown = False
+
+    def log(self, line: str) -> None:
+        self._clear()
+        print(f"bottomhalf: {line}", file=sys.stderr, flush=True)
+
+    def watch(self, storage: Storage, export: NbdExport, server: NbdServer) -> None:
+        """Refresh the line twice a second from now on."""
+        if not self._live:
+            return
+        context = storage.loop.iohandler
+        before = replace(export.statistics)
+        before_ns = context.now_ns()
+
+        def refresh() -> None:
+            nonlocal before, before_ns
+            now, now_ns = replace(export.statistics), context.now_ns()
+            seconds = (now_ns - before_ns) / 1e9
+            self._show(_line(export, server, before, now, seconds))
+            before, before_ns = now, now_ns
+            timer.arm_ns(now_ns + REFRESH_NS)
+
+        timer = context.timer(refresh, name="screen")
+        timer.arm_ns(before_ns + REFRESH_NS)
+
+    def _show(self, line: str) -> None:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+        sys.stdout.write(f"\r\x1b[K{line[: columns - 1]}")
+        sys.stdout.flush()
+        self._shown = True
+
+    def _clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r\x1b[K")
+            sys.stdout.flush()
+            self._shown = False
+
+    def end(self) -> None:
+        self._clear()
+
+
+def _line(export: NbdExport, server: NbdServer, before: object, now: object, seconds: float) -> str:
+    from bottomhalf.tools.units import binary_size, duration, rate
+
+    def per_second(name: str) -> float:
+        difference: float = getattr(now, name) - getattr(before, name)
+        return difference / max(seconds, 1e-9)
+
+    answered = per_second("answered")
+    clients = len(server.connections)
+    in_flight = sum(connection.in_flight for connection in export.connections)
+    latency = duration(per_second("latency_ns") / answered) if answered else "-"
+    return (
+        f"{clients} client{'s' * (clients != 1)}"
+        f" | read {binary_size(per_second('read_bytes'))}/s {rate(per_second('reads'))}"
+        f" | write {binary_size(per_second('write_bytes'))}/s {rate(per_second('writes'))}"
+        f" | {in_flight} in flight | latency {latency}"
+    )
