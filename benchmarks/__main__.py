@@ -119,11 +119,12 @@ def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:
                 samples[name] = row.measure(SERVERS[name], settings)
             except RuntimeError as failure:
                 say(f"{row.name}: {failure}")
+                names.remove(name)
+                if name == ours:
+                    return lines(row, ours, done)  # nothing left to compare with
         done.append(samples)
-        figures = ", ".join(
-            f"{name} {samples[name].values[row.units[0]]:.4g}" for name in names if name in samples
-        )
-        say(f"{row.name} {number + 1}/{rounds}: {figures} {row.units[0]}")
+        known = (f"{name} {samples[name].values[row.units[0]]:.4g}" for name in names if name in samples)
+        say(f"{row.name} {number + 1}/{rounds}: {', '.join(known)} {row.units[0]}")
     return lines(row, ours, done)
 
 

@@ -109,7 +109,10 @@ def _run_fio(program: str, load: Load, sock: Path, seconds: float) -> Result:
 
 
 def _run_json(command: list[str], seconds: float) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{Path(command[0]).name} has not ended 60 s after its time") from None
     if done.returncode != 0:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip() or done.stdout.strip()}")
     # fio says "connected to NBD server" on its standard output, before the JSON.

@@ -142,7 +142,7 @@ def running(server: Server, image: Path, *, direct: bool = False) -> Iterator[Ru
             while not _greets(sock):
                 late = time.monotonic() - start > READY_SECONDS
                 if late or process.poll() is not None:
-                    said = os.pread(log.fileno(), 4096, 0).decode(errors="replace").strip()
+                    said = os.pread(log.fileno(), 65536, 0).decode(errors="replace").strip()[-300:]
                     what = "does not answer" if late else f"ended with status {process.returncode}"
                     raise RuntimeError(f"{server.name} {what}: {said}")
                 time.sleep(POLL_SECONDS)

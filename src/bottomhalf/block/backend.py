@@ -297,15 +297,22 @@ class BlockBackend(Parent):
         await self.co_request(WRITE_ZEROES, offset, length, None, flags)
 
     def request(self, op: int, offset: int, length: int, buffer: memoryview | None = None, flags: int = 0) -> None:
-        """One request from plain code: waits for its end. OSError if it fails."""
+        """One request from plain code: waits for its end. OSError if it fails. In the home thread of the
+        backend's context, or in the main thread, which lets the other do the work."""
         request = Request(op, offset, length, buffer, flags)
         request.owner = self.queue(lambda _: kick())
-        if self.submit([request]):
-            wait_while(
-                self.context,
-                lambda: request.result == IN_PROGRESS,
-                what=f"a request to {self.describe()}",
-            )
+        if self.context.is_home:
+            self.submit([request])
+        else:
+
+            def submit() -> None:
+                self.submit([request])
+                kick()
+
+            self.context.schedule_oneshot(submit)
+        wait_while(
+            self.context, lambda: request.result == IN_PROGRESS, what=f"a request to {self.describe()}"
+        )
         check(request.result, self.name)
 
     # -- what is where ------------------------------------------------------------------------------------------

@@ -162,6 +162,10 @@ class Node(Parent):
         if they are not stored so or not in memory."""
         return None
 
+    def allocated_size(self) -> int | None:
+        """Bytes that the node occupies on the host, None if unknown. A node without a say asks its first child."""
+        return self.children[0].node.allocated_size() if self.children else None
+
     def prefetch(self, offset: int, length: int) -> None:
         """The range will be read soon."""
 

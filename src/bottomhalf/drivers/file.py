@@ -114,6 +114,9 @@ class FileNode(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return (self.file, offset) if self.file.is_cached(offset, length) else None
 
+    def allocated_size(self) -> int:
+        return self.file.allocated_size()
+
     def prefetch(self, offset: int, length: int) -> None:
         self.file.prefetch(offset, length)
 

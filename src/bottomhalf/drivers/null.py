@@ -47,6 +47,9 @@ class _NullNode(Node):
     def open_size(self) -> int:
         return self._size
 
+    def allocated_size(self) -> int:
+        return 0
+
     def fill(self, requests: list[Request]) -> None:
         """What a read brings: zeroes if that was asked for."""
         if self.read_zeroes and requests[0].op == READ:

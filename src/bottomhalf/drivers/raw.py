@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class RawNode(Node):
-    """A window on ``file`` from byte ``offset`` on, ``size`` bytes long (None: up to the end)."""
+    """A window on ``file`` from byte ``offset`` on, ``size`` bytes long (None: up to the end).
+
+    Over a read-only node it can be opened like over any other; who wants to write is refused. With
+    ``auto_read_only`` it says itself that it is read-only. A window need not begin or end at a multiple of the
+    file's alignment: then the backend pads for the window, which says that it has the alignment 1, and the window
+    pads for the file (``split_unaligned``)."""
 
     driver = "raw"
 
@@ -27,31 +32,18 @@ class RawNode(Node):
         offset: int = 0,
         size: int | None = None,
         read_only: bool = False,
+        auto_read_only: bool = False,
         unmap: bool = False,
     ) -> None:
-        super().__init__(graph, name, read_only=read_only or file.read_only, unmap=unmap)
+        _check_window(file.size, offset, size)
+        super().__init__(graph, name, read_only=read_only or (auto_read_only and file.read_only), unmap=unmap)
         self.offset = offset
         self.fixed_size = size
         self.context = file.context
-        self._edge = self.attach(file, "file")
         self.memory_alignment = file.memory_alignment
         self.request_alignment = file.request_alignment
-        try:
-            if offset < 0:
-                raise BlockError("Parameter 'offset' is negative")
-            if size is not None and size < 0:
-                raise BlockError("Parameter 'size' is negative")
-            if offset % self.request_alignment:
-                raise BlockError(f"offset {offset} is not a multiple of the {self.request_alignment} byte alignment")
-            if offset + (size or 0) > file.size:
-                raise BlockError(
-                    f"The window from offset {offset}, {size or 0} bytes, ends beyond the end of the file "
-                    f"({file.size} bytes)"
-                )
-            self.size = self.open_size()
-        except BaseException:
-            graph.forget(self)
-            raise
+        self._edge = self.attach(file, "file")
+        self.size = self.open_size()
 
     def open_size(self) -> int:
         if self.fixed_size is not None:
@@ -83,3 +75,22 @@ class RawNode(Node):
 
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)
+
+
+def _check_window(file_size: int, offset: int, size: int | None) -> None:
+    for name, value in (("offset", offset), ("size", size or 0)):
+        if value < 0:
+            raise BlockError(f"Value '{value}' is out of range for parameter '{name}'")
+    if size is None:
+        if offset > file_size:
+            raise BlockError(
+                f"Offset ({offset}) cannot be greater than size of the containing file ({file_size})"
+            )
+        return
+    if offset + size > file_size:
+        raise BlockError(
+            f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
+            f" actual size of the containing file ({file_size})"
+        )
+    if size % SECTOR_BYTES:
+        raise BlockError("Specified size is not multiple of 512")

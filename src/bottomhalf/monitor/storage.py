@@ -35,6 +35,9 @@ class Storage:
         self.loop = MainLoop(host)
         self.host = self.loop.main.host
         self.loop.main.poll_max_ns = POLL_MAX_NS
+        self._log = log or (lambda line: None)
+        for context in (self.loop.main, self.loop.iohandler):
+            context.exception_handler = self._callback_failed
         self.graph = Graph(self.loop.main)
         self.iothreads: dict[str, IOThread] = {}
         self.chardevs: dict[str, Chardev] = {}
@@ -43,6 +46,13 @@ class Storage:
         self.exports = ExportRegistry(
             self.graph, self.iothread_context, lambda export_id: self.emit(BlockExportDeleted(id=export_id)), log
         )
+
+    def _callback_failed(self, context: AioContext, error: Exception, where: str) -> None:
+        """A defect of ours must not take the other clients down: say where it is and go on."""
+        from traceback import format_exception
+
+        self._log(f"internal error in {context.name}, {where}; please report this:")
+        self._log("".join(format_exception(error)).rstrip())
 
     def add_node(self, options: BlockdevOptions) -> Node:
         """blockdev-add: a node that lives until it is deleted."""
@@ -66,6 +76,7 @@ class Storage:
                 raise OptionError(f"{name.replace('_', '-')} value must be in range [0, 9223372036854775807]")
         poll_max_ns = POLL_MAX_NS if properties.poll_max_ns is None else properties.poll_max_ns
         thread = IOThread(options.id, self.host, poll_max_ns)
+        thread.context.exception_handler = self._callback_failed
         thread.context.poll_grow = properties.poll_grow or 2
         thread.context.poll_shrink = properties.poll_shrink or 0
         self.iothreads[options.id] = thread

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a node to what it tells about itself: its name as an image, and ``query-named-block-nodes``.
+
+An image's name is a path (or ``null-co://``) where that says everything about what one would read there, else
+``json:`` with the options that matter for the content: driver, children, windows, sizes, but not caches, locks or
+latencies. Users compare it as text with QEMU's, so the members stand in the order of QEMU's hash tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from bottomhalf.block import Node
+from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
+from bottomhalf.qapi.block_info import (
+    BlockdevCacheInfo,
+    BlockDeviceInfo,
+    ImageInfo,
+    ImageInfoSpecific,
+    ImageInfoSpecificFile,
+    ImageInfoSpecificFileWrapper,
+    ImageInfoSpecificKind,
+)
+from bottomhalf.wire.json_writer import dumps
+
+# Options of a driver that decide what is read; children are added from the graph.
+_CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "file": ("filename",),
+    "raw": ("offset", "size"),
+    "null-co": ("size", "read_zeroes"),
+    "null-aio": ("size", "read_zeroes"),
+}
+_WITH_DIRTY_FLAG: Final = ("file", "raw")  # QEMU: drivers with a bdrv_get_info
+
+
+def file_name(node: Node) -> str:
+    """The name by which the image could be opened again."""
+    return _plain_name(node) or f"json:{dumps(content_options(node))}"
+
+
+def content_options(node: Node) -> dict[str, Any]:
+    """The options that decide what is read from the node, children and all, as JSON values."""
+    described: dict[str, Any] = {"driver": node.driver, **_given(node)}
+    for edge in node.children:
+        described[edge.name] = content_options(edge.node)
+    return described
+
+
+def _given(node: Node) -> dict[str, Any]:
+    """The node's own content options, as far as they were given."""
+    source = node if node.options is None else node.options.branch
+    given = {}
+    for attribute in _CONTENT_OPTIONS.get(node.driver, ()):
+        value = getattr(source, attribute, None)
+        if value is not None:
+            given[attribute.replace("_", "-")] = value
+    return given
+
+
+def _plain_name(node: Node) -> str:
+    given = _given(node)
+    if node.driver == "file":
+        return str(given["filename"])
+    if node.driver.startswith("null-"):
+        return "" if given else f"{node.driver}://"
+    if node.driver == "raw" and not given and node.children[0].node.is_protocol:
+        return _plain_name(node.children[0].node)
+    return ""
+
+
+def describe_node(node: Node) -> BlockDeviceInfo:
+    """The node as query-named-block-nodes tells it."""
+    name = file_name(node)
+    cache = node.options.cache if node.options is not None else None
+    return BlockDeviceInfo(
+        file=name,
+        node_name=node.name,
+        ro=node.read_only,
+        drv=node.driver,
+        backing_file_depth=0,
+        active=True,
+        encrypted=False,
+        detect_zeroes=BlockdevDetectZeroesOptions.OFF,
+        bps=0,
+        bps_rd=0,
+        bps_wr=0,
+        iops=0,
+        iops_rd=0,
+        iops_wr=0,
+        image=_describe_image(node, name),
+        cache=BlockdevCacheInfo(
+            writeback=True,
+            direct=bool(cache and cache.direct),
+            no_flush=bool(cache and cache.no_flush),
+        ),
+        write_threshold=0,
+    )
+
+
+def _describe_image(node: Node, name: str) -> ImageInfo:
+    specific = None
+    if node.driver == "file":
+        specific = ImageInfoSpecific(
+            type=ImageInfoSpecificKind("file"),
+            branch=ImageInfoSpecificFileWrapper(data=ImageInfoSpecificFile()),
+        )
+    return ImageInfo(
+        filename=name,
+        format=node.driver,
+        virtual_size=node.size,
+        actual_size=node.allocated_size(),
+        dirty_flag=False if node.driver in _WITH_DIRTY_FLAG else None,
+        format_specific=specific,
+    )

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options of a block node to the node.
+
+    node = open_node(graph, from_json(BlockdevOptions, {"driver": "file", "filename": "disk.raw"}))
+
+Facts that shape it:
+
+* A program that serves a file never needs the other drivers, and importing them takes time. Therefore a driver is
+  loaded when a node of its kind is first asked for.
+* Opening may fail anywhere in a tree of options. Therefore an ``Opening`` remembers the children that it brought
+  along, and a failure lets go of them; nodes that were given by name are left as they were.
+* A child that is given by its options takes from its parent what it does not say itself: read-only, auto-read-only,
+  force-share, cache. Its discards are on, because the parent has decided already. A child given by name is what it is.
+
+A driver of one's own registers a branch of the schema and an opener::
+
+    BlockdevOptions.register_branch("mine", MyOptions)
+    register_driver("mine", lambda opening: MyNode(opening.graph, file=opening.child(opening.branch.file)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from bottomhalf.block import BlockError, Graph, Node, permissions
+from bottomhalf.qapi.block import (
+    BlockdevAioOptions,
+    BlockdevCacheOptions,
+    BlockdevDetectZeroesOptions,
+    BlockdevDiscardOptions,
+    BlockdevOptions,
+)
+
+if TYPE_CHECKING:
+    from bottomhalf.qapi.block_info import BlockDeviceInfo
+
+CHILD_DEPTH_MAX: Final = 64  # nodes given inside each other; real graphs are below 20
+
+
+class Opening:
+    """One node while it is being opened: its options, and the children that come with it."""
+
+    def __init__(self, graph: Graph, options: BlockdevOptions, depth: int) -> None:
+        self.graph = graph
+        self.options = options
+        self._depth = depth
+        self._brought: list[Node] = []
+
+    @property
+    def branch(self) -> Any:
+        """The options of the driver itself."""
+        return self.options.branch
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The arguments that every node's constructor takes."""
+        return {
+            "name": self.options.node_name or "",
+            "read_only": bool(self.options.read_only),
+            "unmap": self.options.discard == BlockdevDiscardOptions.UNMAP,
+        }
+
+    @property
+    def cache(self) -> BlockdevCacheOptions:
+        return self.options.cache or BlockdevCacheOptions()
+
+    def child(self, given: BlockdevOptions | str) -> Node:
+        """A child by its name, or opened from its own options and what this node hands down."""
+        if isinstance(given, str):
+            return self.graph.find(given)
+        if self._depth == CHILD_DEPTH_MAX:
+            raise BlockError(f"Block nodes are nested deeper than {CHILD_DEPTH_MAX}")
+        node = _open(self.graph, _inherit(self.options, given), self._depth + 1)
+        self._brought.append(node)
+        return node
+
+    def undo(self) -> None:
+        """The node could not be opened: close the children that were opened for it."""
+        for node in reversed(self._brought):
+            self.graph.release(node)
+
+
+Opener: TypeAlias = Callable[[Opening], Node]
+
+
+def open_node(graph: Graph, options: BlockdevOptions) -> Node:
+    """Open a node and the children that its options bring along. Main thread.
+
+    The caller makes it live: by using it, or by setting ``monitor_owned``; ``graph.release(node)`` gives it back.
+    BlockError says why it cannot be opened, and then nothing of it is left."""
+    return _open(graph, options, 0)
+
+
+def describe_node(node: Node) -> BlockDeviceInfo:
+    """The node as query-named-block-nodes tells it."""
+    from bottomhalf.drivers import describe
+
+    return describe.describe_node(node)
+
+
+def register_driver(name: str, opener: Opener) -> None:
+    """Add a driver. Its options are those of the schema's branch of the same name."""
+    assert name not in _OPENERS, name
+    _OPENERS[name] = opener
+
+
+def _open(graph: Graph, options: BlockdevOptions, depth: int) -> Node:
+    opener = _OPENERS.get(options.driver)
+    if opener is None:
+        raise BlockError(f"Unknown driver '{options.driver}'")
+    _check_common(options)
+    opening = Opening(graph, options, depth)
+    node: Node | None = None
+    try:
+        node = opener(opening)
+        node.options = options
+        permissions.refresh(node)
+    except BaseException:
+        if node is not None:
+            graph.release(node)
+        opening.undo()
+        raise
+    return node
+
+
+def _check_common(options: BlockdevOptions) -> None:
+    if options.force_share and not options.read_only:
+        raise BlockError("force-share=on can only be used with read-only images")
+    detect = options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
+    if detect == BlockdevDetectZeroesOptions.UNMAP and options.discard != BlockdevDiscardOptions.UNMAP:
+        raise BlockError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+        )
+    if detect != BlockdevDetectZeroesOptions.OFF:
+        raise BlockError(f"detect-zeroes={detect} is not supported yet; leave it out or set it to off")
+    if options.active is False:
+        raise BlockError("active=off is not supported yet; leave it out or set it to on")
+
+
+def _inherit(parent: BlockdevOptions, given: BlockdevOptions) -> BlockdevOptions:
+    """What the child was given, completed by what its parent hands down."""
+    changes: dict[str, Any] = {}
+    for name in ("read_only", "auto_read_only", "force_share"):
+        if getattr(given, name) is None:
+            changes[name] = getattr(parent, name)
+    if given.discard is None:
+        changes["discard"] = BlockdevDiscardOptions.UNMAP
+    if parent.cache is not None:
+        own = given.cache or BlockdevCacheOptions()
+        changes["cache"] = BlockdevCacheOptions(
+            direct=parent.cache.direct if own.direct is None else own.direct,
+            no_flush=parent.cache.no_flush if own.no_flush is None else own.no_flush,
+        )
+    return given.replace(**changes)
+
+
+# -- the drivers of the package -------------------------------------------------------------------------------------
+
+
+def _open_file(opening: Opening) -> Node:
+    """``aio`` is only checked: the engine belongs to the context, which chooses the best one that works here."""
+    from bottomhalf.drivers.file import FileNode
+
+    options, branch = opening.options, opening.branch
+    if branch.pr_manager is not None:
+        raise BlockError("pr-manager is not supported; leave it out")
+    if branch.aio == BlockdevAioOptions.NATIVE and not opening.cache.direct:
+        raise BlockError(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified."
+        )
+    return FileNode(
+        opening.graph,
+        **opening.common,
+        filename=branch.filename,
+        auto_read_only=bool(options.auto_read_only),
+        direct=bool(opening.cache.direct),
+        no_flush=bool(opening.cache.no_flush),
+        locking=str(branch.locking or "auto"),
+        force_share=bool(options.force_share),
+    )
+
+
+def _open_raw(opening: Opening) -> Node:
+    from bottomhalf.drivers.raw import RawNode
+
+    branch = opening.branch
+    return RawNode(
+        opening.graph,
+        **opening.common,
+        auto_read_only=bool(opening.options.auto_read_only),
+        file=opening.child(branch.file),
+        offset=branch.offset or 0,
+        size=branch.size,
+    )
+
+
+def _open_null(opening: Opening) -> Node:
+    from bottomhalf.drivers.null import SIZE_DEFAULT, NullAioNode, NullCoNode
+
+    branch = opening.branch
+    kind = NullCoNode if opening.options.driver == "null-co" else NullAioNode
+    return kind(
+        opening.graph,
+        **opening.common,
+        size=SIZE_DEFAULT if branch.size is None else branch.size,
+        latency_ns=branch.latency_ns or 0,
+        read_zeroes=bool(branch.read_zeroes),
+    )
+
+
+_OPENERS: Final[dict[str, Opener]] = {
+    "file": _open_file,
+    "raw": _open_raw,
+    "null-co": _open_null,
+    "null-aio": _open_null,
+}
