@@ -10,7 +10,7 @@ from typing import Final
 
 from tests.style.imports import Problem
 
-LINE_LENGTH_MAX: Final = 110  # as in pyproject.toml, for ruff
+LINE_LENGTH_MAX: Final = 120  # as in pyproject.toml, for ruff
 FILE_LINES_MAX: Final = 600
 SPDX: Final = "SPDX-License-Identifier: Apache-2.0"
 LANGUAGES: Final = {".py": "# ", ".sh": "# ", ".c": "// "}

@@ -23,7 +23,7 @@ def test_files_look_as_they_should() -> None:
     ("text", "complaint"),
     [
         ("import os\n", "must begin"),
-        (GOOD + "x" * 111 + "\n", "111 characters"),
+        (GOOD + "x" * 121 + "\n", "121 characters"),
         (GOOD + "\n" * FILE_LINES_MAX, "split it"),
         (GOOD + "# TO" + "DO: later\n", "leftover note"),
         (GOOD + "x = 1  # FIX" + "ME\n", "leftover note"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.errors import check
-from bottomhalf.host.protocol import File, ImageInUse
+from bottomhalf.host.protocol import PERM_ALL, File, ImageInUse
 from bottomhalf.host.request import (
     DISCARD,
     FLUSH,
@@ -120,15 +120,20 @@ class FileNode(Node):
     def prefetch(self, offset: int, length: int) -> None:
         self.file.prefetch(offset, length)
 
+    async def co_truncate(self, size: int) -> None:
+        self.file.truncate(size)
+        self.refresh_size()
+
     def apply_permissions(self, held: int, shared: int) -> None:
-        if self.force_share:
-            return
+        """Lock the file accordingly. With force-share others may do whatever they like meanwhile."""
         try:
-            self.file.set_permissions(held, shared)
+            self.file.set_permissions(held, PERM_ALL if self.force_share else shared)
         except ImageInUse as error:
-            raise BlockError(
-                f"{error.strerror}\nIs another process using the image [{self.filename}]?"
-            ) from error
+            refused, _, holder = str(error.strerror).partition(": ")
+            text = f"{refused}\nIs another process using the image [{self.filename}]?"
+            raise BlockError(f"{text}\n{holder[:1].upper()}{holder[1:]}." if holder else text) from error
+        except OSError as error:
+            raise BlockError(f"Could not lock '{self.filename}' (locking=on): {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()

@@ -35,10 +35,10 @@ class _NullNode(Node):
         read_only: bool = False,
         unmap: bool = False,
     ) -> None:
-        if latency_ns < 0:
+        if not 0 <= latency_ns < 1 << 63:
             raise BlockError("latency-ns is invalid")
         if size < 0:
-            raise BlockError("size is negative")
+            raise BlockError(f"Value '{size}' is out of range for parameter 'size'")
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self.size = self._size = size
         self.latency_ns = latency_ns

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.host.protocol import File
@@ -12,14 +13,15 @@ from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, WRITE_ZEROES, Req
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
 
+SECTOR_BYTES: Final = 512  # what QEMU counts image sizes in
+
 
 class RawNode(Node):
     """A window on ``file`` from byte ``offset`` on, ``size`` bytes long (None: up to the end).
 
-    Over a read-only node it can be opened like over any other; who wants to write is refused. With
-    ``auto_read_only`` it says itself that it is read-only. A window need not begin or end at a multiple of the
-    file's alignment: then the backend pads for the window, which says that it has the alignment 1, and the window
-    pads for the file (``split_unaligned``)."""
+    It can be opened over a read-only node like over any other, who wants to write is refused then; with
+    ``auto_read_only`` it says itself that it is read-only. The window may begin anywhere: a file with an alignment
+    pads what does not fit."""
 
     driver = "raw"
 
@@ -75,6 +77,11 @@ class RawNode(Node):
 
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)
+
+    async def co_truncate(self, size: int) -> None:
+        if self.fixed_size is not None:
+            raise OSError(errno.ENOTSUP, "Cannot resize fixed-size raw disks", self.name)
+        await self._edge.node.co_truncate(self.offset + size)
 
 
 def _check_window(file_size: int, offset: int, size: int | None) -> None:

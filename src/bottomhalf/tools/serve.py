@@ -7,13 +7,13 @@ while it does, and ends on Ctrl-C with everything written.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+from bottomhalf.host.linux import paths
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 PROGRAM: Final = "bottomhalf serve"
 REFRESH_NS: Final = 500_000_000
 PORT_DEFAULT: Final = 10809  # IANA's for NBD
-_SOCKETS_TRIED_MAX: Final = 100
 
 OPTIONS: Final = (
     Option("help", "h"),
@@ -64,7 +63,7 @@ class Settings:
     """What the command line says."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.help = False
+        self.help: bool = False
         self.socket: str | None = None
         self.port: int | None = None
         self.bind = "127.0.0.1"
@@ -94,7 +93,7 @@ class Settings:
             raise UsageError("--socket and --port exclude each other")
         self.image = images[0]
         if self.name is None:
-            base = os.path.basename(os.path.abspath(self.image))
+            base = paths.absolute(self.image).rpartition("/")[2]
             self.name = base.rpartition(".")[0] or base
 
 
@@ -224,20 +223,11 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
     if settings.port is not None:
         return storage.exports.start_nbd_server(InetAddress(settings.bind, settings.port), **limits)
     if settings.socket is not None:
-        return storage.exports.start_nbd_server(UnixAddress(os.path.abspath(settings.socket)), **limits)
-    return storage.exports.start_nbd_server(UnixAddress(_free_socket(settings)), **limits)
-
-
-def _free_socket(settings: Settings) -> str:
-    """A path for our socket that is not taken, in the user's own run-time directory if there is one."""
-    folder = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp"
-    assert settings.name is not None
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in settings.name)[:40]
-    for number in range(_SOCKETS_TRIED_MAX):
-        path = os.path.join(folder, f"bottomhalf-{stem}{f'-{number}' if number else ''}.sock")
-        if not os.path.lexists(path):
-            return path
-    return os.path.join(folder, f"bottomhalf-{stem}-{os.getpid()}.sock")
+        return storage.exports.start_nbd_server(UnixAddress(paths.absolute(settings.socket)), **limits)
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in settings.name or "")[:40]
+    return storage.exports.start_nbd_server(
+        UnixAddress(paths.free_socket_path(f"bottomhalf-{stem}")), **limits
+    )
 
 
 def _take_commands(storage: Storage, path: str) -> None:
@@ -245,7 +235,7 @@ def _take_commands(storage: Storage, path: str) -> None:
     from bottomhalf.monitor.chardev import SocketServerChardev
     from bottomhalf.monitor.qmp import QmpMonitor
 
-    chardev = SocketServerChardev("qmp", storage.loop.iohandler, UnixAddress(os.path.abspath(path)), wait=False)
+    chardev = SocketServerChardev("qmp", storage.loop.iohandler, UnixAddress(paths.absolute(path)), wait=False)
     storage.chardevs["qmp"] = chardev
     QmpMonitor(storage, chardev)
     chardev.start()
@@ -312,7 +302,7 @@ class Screen:
         timer.arm_ns(before_ns + REFRESH_NS)
 
     def _show(self, line: str) -> None:
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+        columns = paths.terminal_columns(sys.stdout.fileno())
         sys.stdout.write(f"\r\x1b[K{line[: columns - 1]}")
         sys.stdout.flush()
         self._shown = True

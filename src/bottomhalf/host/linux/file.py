@@ -15,12 +15,15 @@ import errno
 import os
 import stat
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.host.linux.locks import ImageLocks
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.protocol import DATA, ZERO, ImageInUse
 from bottomhalf.host.request import FUA, Request
+
+if TYPE_CHECKING:
+    from bottomhalf.host.linux.syscalls import PageCacheProbe
 
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
@@ -59,7 +62,8 @@ class LinuxFile:
         self._locking_required = locking == "on"
         self._nowait = not direct
         self._writes_wait_until_ns = 0
-        self._cache_probe: object | None = None
+        self._cache_probe: PageCacheProbe | None = None
+        self._knows_cached = not direct
 
     def fileno(self) -> int:
         return self._fd
@@ -145,7 +149,7 @@ class LinuxFile:
         return slow
 
     def is_cached(self, offset: int, length: int) -> bool:
-        if not self._nowait or self._cache_probe is False:
+        if not self._knows_cached or not self._nowait:
             return False
         if self._cache_probe is None:
             from bottomhalf.host.linux.syscalls import PageCacheProbe
@@ -154,9 +158,9 @@ class LinuxFile:
         first = offset - offset % _PAGE
         pages = -(-(offset + length - first) // _PAGE)
         try:
-            return self._cache_probe.cached_pages(self._fd, first, pages * _PAGE) >= pages  # type: ignore[attr-defined, no-any-return]
+            return self._cache_probe.cached_pages(self._fd, first, pages * _PAGE) >= pages
         except OSError:  # a kernel without the call, or one that does not let us ask
-            self._cache_probe = False
+            self._knows_cached = False
             return False
 
     def block_status(self, offset: int, length: int) -> tuple[int, int]:

@@ -151,10 +151,9 @@ class Ring:
     def pending(self) -> bool:
         """Whether completions() would return something, or would after another enter()."""
         words = self._words
-        return (
-            words[self._cq_head_word] != words[self._cq_tail_word]
-            or words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW) != 0
-        )
+        if words[self._cq_head_word] != words[self._cq_tail_word]:
+            return True
+        return bool(words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW))
 
     @property
     def unsubmitted(self) -> int:

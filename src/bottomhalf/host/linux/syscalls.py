@@ -138,7 +138,7 @@ class PageCacheProbe:
         result = _syscall_kept(_SYS_CACHESTAT, fd, self._range_address, self._answer_address, 0, None, 0)
         if result < 0:
             raise error(ctypes.get_errno())
-        return int.from_bytes(self._answer[:8], "little")
+        return int.from_bytes(bytes(self._answer.raw[:8]), "little")
 
 
 def direct_alignment(fd: int) -> tuple[int, int] | None:
