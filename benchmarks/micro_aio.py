@@ -23,6 +23,7 @@ from bottomhalf.aio import AioContext, current, suspend
 COUNT = 1000
 ROUNDS = 41
 EVENTS = 32
+IN_FLIGHT = 125  # coroutines that wait at the same time
 
 Operation = Callable[[], object]
 
@@ -69,10 +70,11 @@ class Ours:
 
     def coroutine_woken(self) -> None:
         enter = self.context.enter
-        for _ in range(COUNT):
-            enter(self.wait())
-        self.wake.schedule()
-        self.context.poll(False)
+        for _ in range(COUNT // IN_FLIGHT):
+            for _ in range(IN_FLIGHT):
+                enter(self.wait())
+            self.wake.schedule()
+            self.context.poll(False)
 
     async def wait(self) -> None:
         self.waiters.append(current())
@@ -140,20 +142,21 @@ class Asyncio:
         loop.call_soon(again)
         loop.run_forever()
 
-    def tasks(self, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        tasks = [self.loop.create_task(body()) for _ in range(COUNT)]
+    def tasks(self, body: Callable[[], Coroutine[Any, Any, None]], count: int) -> None:
+        tasks = [self.loop.create_task(body()) for _ in range(count)]
         self.turn()
         del tasks
 
     def coroutine(self) -> None:
-        self.tasks(_co_nothing)
+        self.tasks(_co_nothing, COUNT)
 
     def coroutine_woken(self) -> None:
-        self.tasks(self.wait)
-        futures, self.futures = self.futures, []
-        for future in futures:
-            future.set_result(None)
-        self.turn()
+        for _ in range(COUNT // IN_FLIGHT):
+            self.tasks(self.wait, IN_FLIGHT)
+            futures, self.futures = self.futures, []
+            for future in futures:
+                future.set_result(None)
+            self.turn()
 
     async def wait(self) -> None:
         future = self.loop.create_future()

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the storage daemon from 200 verifying clients for ten minutes, and watch that its memory does not
-grow.
+"""Load the storage daemon from 200 verifying clients for ten minutes; its memory must not grow.
 
     python scripts/soak.py [--seconds 600] [--clients 200] [--growth-mib 32]
 
-fio writes random blocks with checksums and reads them back (``--verify=crc32c``), each client in its own
-part of the image. The daemon's resident set is read every second. It fails when a block does not verify,
-when the daemon dies or does not end cleanly, or when the median of the last tenth of the run lies more than
-``--growth-mib`` above that of the tenth after the warm-up; arenas that 200 connections fill for the first
-time are warm-up.
+The load is a row of passes. In each, all clients connect at once, write random blocks with checksums into
+their own parts of the image, read all of them back (fio's ``--verify=crc32c``), and leave. After each pass
+the daemon's resident set is read, and its highest value during the pass is kept. It fails when a block does
+not verify, when a client is refused, when the daemon dies or does not end cleanly, or when the last quarter
+of the passes peaks more than ``--growth-mib`` above the second quarter; the first quarter is warm-up.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -32,20 +30,18 @@ from benchmarks.servers import OURS, SERVERS, Running, Unavailable, running  # n
 from benchmarks.system import memory_mib  # noqa: E402
 
 PART_MIB: Final = 2  # of the image, for each client
+LOOPS: Final = 4  # of writing and verifying, for each client in a pass
+PASSES_MIN: Final = 4
+PASS_SECONDS_MAX: Final = 180
 STOP_SECONDS: Final = 10
-GRACE_SECONDS: Final = 120  # in which fio may finish its last round of verifying
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="soak", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seconds", type=int, default=600, metavar="S", help="how long to load (default 600)"
-    )
+    parser.add_argument("--seconds", type=int, default=600, metavar="S", help="how long to load (default 600)")
     parser.add_argument("--clients", type=int, default=200, metavar="N", help="clients at once (default 200)")
-    parser.add_argument(
-        "--growth-mib", type=float, default=32, metavar="M", help="bound of growth (default 32)"
-    )
+    parser.add_argument("--growth-mib", type=float, default=32, metavar="M", help="bound of growth (default 32)")
     parser.add_argument("--server", choices=sorted(SERVERS), default=OURS, help="the server to load")
     options = parser.parse_args(arguments)
     if options.seconds < 10 or options.clients < 1:
@@ -53,92 +49,91 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def fio_command(fio: str, sock: Path, options: argparse.Namespace) -> list[str]:
-    """Return fio's command line: every client writes its own part, and reads back what it wrote as it
-    goes."""
+def fio_command(fio: str, sock: Path, clients: int) -> list[str]:
+    """Return the command line of one pass."""
     return [
         *(fio, "--name=soak", "--ioengine=nbd", f"--uri=nbd+unix:///d?socket={sock}"),
-        *("--rw=randwrite", "--bsrange=4k-64k", "--iodepth=4", f"--numjobs={options.clients}", "--thread"),
-        *("--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--group_reporting"),
-        *(
-            f"--size={PART_MIB}m",
-            f"--offset_increment={PART_MIB}m",
-            "--time_based",
-            f"--runtime={options.seconds}",
-        ),
-        "--output-format=terse",
+        *("--rw=randwrite", "--bsrange=4k-64k", "--iodepth=4", f"--numjobs={clients}", "--thread"),
+        *("--verify=crc32c", "--verify_fatal=1", f"--loops={LOOPS}", "--group_reporting"),
+        *(f"--size={PART_MIB}m", f"--offset_increment={PART_MIB}m", "--output-format=terse"),
     ]
 
 
-def watch(client: subprocess.Popen[bytes], server: Running, seconds: int) -> list[float]:
-    """Return the resident set of the server in MiB, once a second, until the client ends."""
-    sizes: list[float] = []
-    start = time.monotonic()
-    while client.poll() is None:
-        elapsed = time.monotonic() - start
-        if elapsed > seconds + GRACE_SECONDS:
-            client.kill()
-            client.wait()
-            raise RuntimeError(f"fio has not ended {GRACE_SECONDS} s after its time")
+def one_pass(command: list[str], server: Running, log: BinaryIO) -> float:
+    """Run fio once and return the server's highest resident set in MiB; ``RuntimeError`` when it went
+    wrong."""
+    log.seek(0)
+    log.truncate()
+    start, highest = time.monotonic(), 0.0
+    with subprocess.Popen(command, stdout=log, stderr=log) as client:
         try:
-            sizes.append(memory_mib(server.pid)[0])
-        except OSError:
-            raise RuntimeError(f"the server is gone after {elapsed:.0f} s") from None
-        if len(sizes) % 30 == 1:
-            print(f"soak: {elapsed:4.0f} s, resident {sizes[-1]:.1f} MiB", flush=True)
-        time.sleep(1)
-    return sizes
+            while client.poll() is None:
+                if time.monotonic() - start > PASS_SECONDS_MAX:
+                    raise RuntimeError(f"a pass has not ended after {PASS_SECONDS_MAX} s")
+                try:
+                    highest = max(highest, memory_mib(server.pid)[0])
+                except OSError:
+                    raise RuntimeError("the server is gone") from None
+                time.sleep(0.1)
+        finally:
+            client.kill()
+    if client.returncode != 0:
+        raise RuntimeError(f"fio ended with status {client.returncode}: {complaints(log)}")
+    return highest
 
 
-def growth_mib(sizes: Sequence[float]) -> tuple[float, float]:
-    """Return the median of the tenth after the warm-up (a fifth of the run) and that of the last tenth."""
-    tenth = max(1, len(sizes) // 10)
-    return statistics.median(sizes[2 * tenth : 3 * tenth] or sizes), statistics.median(sizes[-tenth:])
+def complaints(log: BinaryIO) -> str:
+    """Return the first different lines of fio's log that tell of something wrong."""
+    log.seek(0)
+    lines = log.read().decode(errors="replace").splitlines()
+    telling = (line for line in lines if line and "connected to NBD server" not in line and ";" not in line)
+    return "\n    ".join(list(dict.fromkeys(telling))[:8])
 
 
-def soak(options: argparse.Namespace, fio: str, directory: Path) -> int:
-    """Run the load and print the verdict; 0 is success."""
+def soak(options: argparse.Namespace, fio: str, directory: Path) -> list[str]:
+    """Run the passes and return what went wrong."""
     image = directory / "soak.raw"
     with open(image, "wb") as file:
         file.truncate(options.clients * PART_MIB * 1024 * 1024)
-    print(f"soak: {options.server}, {options.clients} clients, {options.seconds} s", flush=True)
-    failures = []
+    say(f"{options.server}, {options.clients} clients at once, {options.seconds} s")
+    failures: list[str] = []
+    peaks: list[float] = []
     with running(SERVERS[options.server], image) as server, open(directory / "fio.log", "w+b") as log:
-        idle = memory_mib(server.pid)[0]
-        client = subprocess.Popen(fio_command(fio, server.socket, options), stdout=log, stderr=log)
-        try:
-            sizes = watch(client, server, options.seconds)
-        except RuntimeError as error:
-            failures.append(str(error))
-            sizes = []
-        finally:
-            if client.poll() is None:
-                client.kill()
-                client.wait()
-        if client.returncode != 0:
-            log.seek(0)
-            said = log.read().decode(errors="replace").strip()[-2000:]
-            failures.append(f"fio ended with status {client.returncode}: {said}")
-        if sizes:
-            begin, end = growth_mib(sizes)
-            print(
-                f"soak: resident MiB: idle {idle:.1f}, after warm-up {begin:.1f}, at the end {end:.1f}, "
-                f"most {max(sizes):.1f}; growth {end - begin:+.1f} of at most {options.growth_mib:g}"
-            )
-            if end - begin > options.growth_mib:
-                failures.append(f"the server grew by {end - begin:.1f} MiB")
-        server.process.terminate()
-        try:
-            status = server.process.wait(STOP_SECONDS)
-            if status not in (0, -signal.SIGTERM):
-                failures.append(f"the server ended with status {status}")
-        except subprocess.TimeoutExpired:
-            failures.append(f"the server has not ended {STOP_SECONDS} s after SIGTERM")
-    for failure in failures:
-        print(f"soak: FAILED: {failure}")
-    if not failures:
-        print("soak: passed")
-    return 1 if failures else 0
+        say(f"resident MiB when idle: {memory_mib(server.pid)[0]:.1f}")
+        command = fio_command(fio, server.socket, options.clients)
+        start = time.monotonic()
+        while time.monotonic() - start < options.seconds or len(peaks) < PASSES_MIN:
+            try:
+                peaks.append(one_pass(command, server, log))
+                after = memory_mib(server.pid)[0]
+            except (RuntimeError, OSError) as error:
+                failures.append(f"pass {len(peaks) + 1}: {error}")
+                break
+            elapsed = time.monotonic() - start
+            say(f"{elapsed:4.0f} s, pass {len(peaks)}: resident MiB at most {peaks[-1]:.1f}, after it {after:.1f}")
+        failures += stop(server)
+    if len(peaks) >= PASSES_MIN:
+        quarter = len(peaks) // 4
+        begin, end = max(peaks[quarter : 2 * quarter]), max(peaks[-quarter:])
+        say(f"peaks after warm-up {begin:.1f} MiB, at the end {end:.1f} MiB: {end - begin:+.1f}")
+        if end - begin > options.growth_mib:
+            failures.append(f"the server grew by {end - begin:.1f} MiB, at most {options.growth_mib:g} are allowed")
+    return failures
+
+
+def stop(server: Running) -> list[str]:
+    """End the server as an administrator would, and return what went wrong."""
+    server.process.terminate()
+    try:
+        status = server.process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [f"the server has not ended {STOP_SECONDS} s after SIGTERM"]
+    return [] if status in (0, -signal.SIGTERM) else [f"the server ended with status {status}"]
+
+
+def say(text: str) -> None:
+    """Print a line of progress or of the verdict."""
+    print(f"soak: {text}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -149,13 +144,18 @@ def main(arguments: Sequence[str]) -> int:
     try:
         SERVERS[options.server].find()
     except Unavailable as missing:
-        print(f"soak: {options.server} {missing}", file=sys.stderr)
+        say(f"{options.server} {missing}")
         return 1
     if fio is None:
-        print("soak: needs fio (apt package fio)", file=sys.stderr)
+        say("needs fio (apt package fio)")
         return 1
-    with tempfile.TemporaryDirectory(prefix="bh-soak-", dir=None) as directory:
-        return soak(options, fio, Path(directory))
+    with tempfile.TemporaryDirectory(prefix="bh-soak-") as directory:
+        failures = soak(options, fio, Path(directory))
+    for failure in failures:
+        say(f"FAILED: {failure}")
+    if not failures:
+        say("passed")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An AioContext inside an asyncio loop.
 
-    with Embedded(context):
-        result = await run(context, body())      # an aio coroutine, awaited by an asyncio task
+    with Embedded(context) as embedded:
+        result = await embedded.run(body())      # an aio coroutine, awaited by an asyncio task
 
 asyncio watches one descriptor, the context's poller; when that is readable, or a timer of the context is due, or
 something was scheduled from the loop's own thread, the context is polled without blocking. While embedded the
-context always counts as asleep, so that whoever schedules from elsewhere writes its eventfd.
+context counts as asleep except in its polls, so that whoever schedules from elsewhere writes its eventfd.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Embedded:
             self._timer.cancel()
 
     def _poll(self) -> None:
-        for _ in range(POLLS_PER_TURN_MAX):
-            if not self._context.poll(False):
-                break
-        self.arrange()
+        self._context.notify_me -= 1  # it is awake
+        try:
+            for _ in range(POLLS_PER_TURN_MAX):
+                if not self._context.poll(False):
+                    break
+        finally:
+            self._context.notify_me += 1
+            self.arrange()
 
     def arrange(self) -> None:
         """Make asyncio come back when the context next has something to do."""

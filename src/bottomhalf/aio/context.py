@@ -4,17 +4,20 @@
 One ``poll`` waits for readiness if there is nothing to do, then runs bottom halves, ready handlers, timers, in
 this order. Facts that shape it:
 
-* **Sleeping and waking.** Writing an eventfd costs a microsecond, scheduling a bottom half a twentieth. So a
+* **Sleeping and waking.** Writing an eventfd costs a microsecond, scheduling a bottom half a tenth. So a
   scheduler sets ``notified`` and writes only if ``notify_me`` says that the loop sleeps or is about to. The loop
   announces itself (``notify_me``), then looks at ``notified`` once more, sleeps, takes the announcement back,
   clears ``notified``, and only then looks at what there is to do: in any other order a wake-up can be lost.
 * **Nesting.** A callback may poll. A poll takes everything that is scheduled into a slice of its own and first
   continues the slices of the polls around it, through the very same iterators: nothing runs twice, and what an
   inner poll waits for cannot hide in an outer batch. Readiness is level-triggered, so when an inner poll has
-  dispatched, the outer one drops what is left of its list and sees it again next time.
+  dispatched, the outer one drops what is left of its list and sees it again next time. What a deferred section
+  around the poll holds back is done first, for the poll may wait for it.
 * **Busy polling.** Waking a sleeping processor takes tens of microseconds. Before it sleeps, a context with
   ``poll_max_ns`` looks for events for a while that adapts itself: it grows while events come soon enough to be
   worth it and falls to nothing when they do not.
+* **Exceptions.** What a callback raises goes to the ``exception_handler``, or, with none set, out of ``poll``.
+  Everything that is not done yet then stays where the next poll finds it.
 
 A loop tests its condition, never the result of ``poll``: a blocking poll may return for no visible reason.
 """
@@ -22,16 +25,18 @@ A loop tests its condition, never the result of ``poll``: a blocking poll may re
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine as AbstractCoroutine
+from collections.abc import Callable
+from collections.abc import Coroutine as AbstractCoroutine
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from bottomhalf.aio import coroutine as _coroutine
 from bottomhalf.aio.bottom_half import BottomHalf
-from bottomhalf.aio.coroutine import Coroutine, running
+from bottomhalf.aio.coroutine import Coroutine, queue_on, run_woken
 from bottomhalf.aio.errors import AioError, WrongContext
-from bottomhalf.aio.timer import Timer, TimerList
-from bottomhalf.host.protocol import ERR, HUP, IN, OUT, Host
+from bottomhalf.aio.handlers import Handlers
+from bottomhalf.aio.thread import own
+from bottomhalf.aio.timer import CLOCKS, Timer, TimerList
+from bottomhalf.host.protocol import IN, Host
 
 if TYPE_CHECKING:
     from bottomhalf.aio.io import ContextEngine
@@ -44,35 +49,45 @@ POLL_MAX_NS: Final = 32_768  # what a context that serves requests should use (Q
 LOOK_EVERY: Final = 8  # polls that have bottom halves to run look for readiness every so often
 
 
-class _Handler:
-    """What to call for one descriptor."""
-
-    __slots__ = ("fd", "on_read", "on_write", "poll", "poll_ready")
-
-    def __init__(
-        self,
-        fd: int,
-        on_read: Callback | None,
-        on_write: Callback | None,
-        poll: Callable[[], bool] | None,
-        poll_ready: Callback | None,
-    ) -> None:
-        self.fd = fd
-        self.on_read = on_read
-        self.on_write = on_write
-        self.poll = poll
-        self.poll_ready = poll_ready
-
-    @property
-    def mask(self) -> int:
-        return (IN if self.on_read else 0) | (OUT if self.on_write else 0)
-
-
 class AioContext:
     """An event loop with bottom halves, handlers, timers and coroutines. Its home is the thread that makes it.
 
     ``exception_handler(context, error, where)`` is called for an exception in a callback; with None it goes out
     of ``poll``, and no other callback is lost either way."""
+
+    # Slots, because an object with more than thirty attributes in a dictionary is slower to look at.
+    __slots__ = (
+        "__weakref__",
+        "_engine",
+        "_event",
+        "_failures",
+        "_handlers",
+        "_home",
+        "_looks",
+        "_monotonic_ns",
+        "_poll_ns",
+        "_poller",
+        "_queue",
+        "_schedule_half",
+        "_scheduled",
+        "_shuffle",
+        "_slices",
+        "_state",
+        "_thread_id",
+        "_timers",
+        "_wait",
+        "append_half",
+        "exception_handler",
+        "host",
+        "is_main",
+        "name",
+        "notified",
+        "notify_me",
+        "poll_grow",
+        "poll_max_ns",
+        "poll_shrink",
+        "wake_up",
+    )
 
     def __init__(self, host: Host | None = None, name: str = "main", *, is_main: bool = True) -> None:
         if host is None:
@@ -86,42 +101,46 @@ class AioContext:
         self.poll_max_ns = 0
         self.poll_grow = 2
         self.poll_shrink = 0
-        self.notified = False
-        self.notify_me = 0
+        self.notified = False  # something was scheduled since the loop last looked
+        self.notify_me = 0  # above 0: somebody sleeps, or is about to, and has to be woken by the event
         self._home = host.thread_id()
+        self._state = own.state
         self._thread_id = host.thread_id
         self._monotonic_ns = host.monotonic_ns
         self._poller = host.poller()
         self._wait = self._poller.wait
         self._event = host.event()
+        self._poller.register(self._event.fileno(), IN)
+        self._handlers = Handlers(self, self._poller, self._event)
         self.wake_up = self._event.set
         self._queue: list[BottomHalf] = []
+        self.append_half = self._queue.append
         self._slices: deque[Any] = deque()
-        self._handlers: dict[int, _Handler] = {}
-        self._pollable: list[_Handler] = []
-        self._polled: _Handler | None = None
-        self._dispatches = 0
         self._poll_ns = 0
         self._looks = 0
-        self._timers = {"realtime": TimerList(self, "realtime")}
+        self._timers = tuple(TimerList(self, clock) for clock in CLOCKS)
         self._scheduled: deque[Coroutine] = deque()
+        self._failures: deque[Exception] = deque()
         self._engine: ContextEngine | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
-        self._schedule_bh = self.bottom_half(self._enter_scheduled, name="scheduled coroutines")
-        self._poller.register(self._event.fileno(), IN)
-        self._event_fd = self._event.fileno()
-        if running.context is None:
-            running.context = self
+        self._schedule_half = self.bottom_half(self._enter_scheduled, name="scheduled coroutines")
+        if self._state.context is None:
+            self._state.context = self
 
     # -- bottom halves ------------------------------------------------------------------------------------------
 
     def bottom_half(self, callback: Callback, name: str = "") -> BottomHalf:
         """A bottom half that calls ``callback()`` in this context. Callable from any thread."""
-        return BottomHalf(self, self._queue.append, callback, name or _name_of(callback))
+        return BottomHalf(self, callback, name)
 
     def schedule_oneshot(self, callback: Callback) -> None:
         """Call ``callback()`` once in the next poll. Callable from any thread; cannot be taken back."""
-        BottomHalf(self, self._queue.append, callback, "").schedule()
+        half = BottomHalf(self, callback, "")
+        half.scheduled = half.queued = True
+        self.append_half(half)
+        self.notified = True
+        if self.notify_me:
+            self.wake_up()
 
     def _run_bottom_halves(self) -> bool:
         queue, slices = self._queue, self._slices
@@ -140,16 +159,18 @@ class AioContext:
                 if not half.scheduled:
                     continue
                 half.scheduled = False
-                if half.deleted:
+                if not half.rare:
+                    progress = True
+                elif half.deleted:
                     continue
-                if half.idle:
+                elif half.idle:
                     half.idle = False
                 else:
                     progress = True
                 try:
                     half.callback()
                 except Exception as error:
-                    self.failed(error, f"bottom half {half.name or _name_of(half.callback)!r}")
+                    self.failed(error, f"bottom half {half.name!r}")
             if slices and slices[0] is batch_left:
                 slices.popleft()
         return progress
@@ -164,80 +185,15 @@ class AioContext:
         poll: Callable[[], bool] | None = None,
         poll_ready: Callback | None = None,
     ) -> None:
-        """Call ``on_read()`` while ``fd`` is readable (or hung up), ``on_write()`` while it is writable.
+        """Call ``on_read()`` while ``fd`` is readable (or hung up), ``on_write()`` while it is writable, both
+        after an error.
 
         ``poll()`` is a cheap look, without a system call, whether there is work; while the context polls busily
-        it is asked and ``poll_ready()`` does the work. Replaces an earlier handler of the descriptor; without any
-        callback removes it. Callable from any thread."""
-        old = self._handlers.get(fd)
-        if poll is not None and poll_ready is None:
-            raise AioError("a poll callback needs a poll_ready callback")
-        if on_read is None and on_write is None and poll is None:
-            if old is not None:
-                del self._handlers[fd]
-                self._forget_pollable(old)
-                if old.mask:
-                    self._poller.unregister(fd)
-                self.notify()
-            return
-        new = _Handler(fd, on_read, on_write, poll, poll_ready)
-        if old is None or not old.mask:
-            if new.mask:
-                self._poller.register(fd, new.mask)
-            self._dispatches += 1  # a dispatch that is going on may know this number as another descriptor
-        elif not new.mask:
-            self._poller.unregister(fd)
-        elif new.mask != old.mask:
-            self._poller.modify(fd, new.mask)
-        if old is not None:
-            self._forget_pollable(old)
-        self._handlers[fd] = new
-        if poll is not None:
-            self._pollable.append(new)
+        (never with ``poll_max_ns`` 0) it is asked and ``poll_ready()`` does the work. Replaces an earlier handler
+        of the descriptor; without any callback removes it, which has to happen before the descriptor is closed.
+        Callable from any thread."""
+        self._handlers.set(fd, on_read, on_write, poll, poll_ready)
         self.notify()
-
-    def _forget_pollable(self, handler: _Handler) -> None:
-        if handler.poll is not None and handler in self._pollable:
-            self._pollable.remove(handler)
-
-    def _dispatch(self, events: list[tuple[int, int]]) -> bool:
-        handlers = self._handlers
-        self._dispatches += 1
-        mine = self._dispatches
-        progress = False
-        for fd, mask in events:
-            handler = handlers.get(fd)
-            if handler is None:
-                if fd == self._event_fd:
-                    self._event.clear()
-                continue
-            progress = True
-            on_read, on_write = handler.on_read, handler.on_write
-            try:
-                if on_read is not None:
-                    if mask & (IN | HUP | ERR):
-                        on_read()
-                elif on_write is not None and mask & (HUP | ERR):
-                    mask |= OUT
-                if on_write is not None and mask & OUT and handlers.get(fd) is handler:
-                    on_write()
-            except Exception as error:
-                self.failed(error, f"handler of descriptor {fd}")
-            if self._dispatches != mine:
-                break
-        return progress
-
-    def _dispatch_polled(self, handler: _Handler) -> None:
-        """Serve what busy polling found; not to be polled again by a poll inside it."""
-        self._pollable.remove(handler)
-        try:
-            assert handler.poll_ready is not None
-            handler.poll_ready()
-        except Exception as error:
-            self.failed(error, f"poll handler of descriptor {handler.fd}")
-        finally:
-            if self._handlers.get(handler.fd) is handler:
-                self._pollable.append(handler)
 
     # -- clocks and timers --------------------------------------------------------------------------------------
 
@@ -249,13 +205,13 @@ class AioContext:
 
     def timer(self, callback: Callback, clock: str = "realtime", name: str = "") -> Timer:
         """A timer that calls ``callback()`` in this context."""
-        return Timer(self._timer_list(clock), callback, name or _name_of(callback))
+        return Timer(self._timer_list(clock), callback, name)
 
     def _timer_list(self, clock: str) -> TimerList:
-        timers = self._timers.get(clock)
-        if timers is None:
-            timers = self._timers[clock] = TimerList(self, clock)
-        return timers
+        for timers in self._timers:
+            if timers.clock == clock:
+                return timers
+        raise AioError(f"there is no clock {clock!r}; there are {', '.join(CLOCKS)}")
 
     # -- coroutines ---------------------------------------------------------------------------------------------
 
@@ -265,45 +221,88 @@ class AioContext:
         In the home thread it runs now, up to its first suspension; from inside another coroutine, when that one
         suspends; from another thread, in the next poll. An exception in it goes to whoever awaits it, else out
         of this call (or to the exception handler when the loop entered it)."""
-        if not isinstance(coroutine, Coroutine):
-            coroutine = Coroutine(coroutine, self)
-        if self._thread_id() != self._home or coroutine.context is not self:
+        if type(coroutine) is not Coroutine:
+            coroutine = Coroutine(coroutine, self)  # type: ignore[arg-type]
+        state = self._state
+        if coroutine.context is not self or self._thread_id() != self._home:
             self.schedule(coroutine)
+        elif state.coroutine is None and coroutine.queued is None:
+            error = coroutine.step(state)
+            if coroutine.woken is not None:
+                run_woken(coroutine, state)
+            if error is not None:
+                raise error
         else:
-            _coroutine.enter(coroutine)
+            queue_on(coroutine, state.coroutine)
         return coroutine
 
     def wake(self, coroutine: Coroutine) -> None:
-        """Continue a coroutine in its own context; enter() for one that was started. From any thread."""
-        coroutine.context.enter(coroutine)
+        """Continue a suspended coroutine in its own context, as enter() does. From any thread.
+
+        For those who do not know what they wake: an exception in it that nobody awaits goes to the exception
+        handler of its context or out of the context's poll, never out of here."""
+        context = coroutine.context
+        state = context._state
+        if context._thread_id() != context._home:
+            context.schedule(coroutine)
+        elif state.coroutine is None and coroutine.queued is None:
+            error = coroutine.step(state)
+            if coroutine.woken is not None:
+                run_woken(coroutine, state)
+            if error is not None:
+                context.report(error, f"coroutine {coroutine.name}")
+        else:
+            queue_on(coroutine, state.coroutine)
 
     def schedule(self, coroutine: Coroutine | AbstractCoroutine[Any, Any, Any]) -> Coroutine:
-        """Enter the coroutine in the next poll of this context, first come first served. From any thread."""
+        """Enter the coroutine in the next poll of this context, first come first served. From any thread.
+
+        This is also how a coroutine moves: it schedules itself in another context and suspends."""
         if not isinstance(coroutine, Coroutine):
             coroutine = Coroutine(coroutine, self)
-        if coroutine.queued:
-            raise AioError(f"{coroutine!r} was scheduled twice, first by {coroutine.queued}")
-        coroutine.queued = f"AioContext.schedule in {self.name}"
+        if coroutine.queued is not None:
+            raise AioError(f"{coroutine!r} cannot be scheduled in {self.name}: {coroutine.queued}")
+        coroutine.queued = f"it is scheduled in {self.name}"
+        if coroutine.context is not self and own.state.coroutine is coroutine:
+            # Another thread must not enter it before it has suspended: its old context hands it over then.
+            coroutine.context.schedule_oneshot(lambda: self._take(coroutine))
+        else:
+            self._take(coroutine)
+        return coroutine
+
+    def _take(self, coroutine: Coroutine) -> None:
         coroutine.context = self
         self._scheduled.append(coroutine)
-        self._schedule_bh.schedule()
-        return coroutine
+        self._schedule_half.schedule()
 
     def _enter_scheduled(self) -> None:
         scheduled = self._scheduled
-        for _ in range(len(scheduled)):
+        left = len(scheduled)
+        while left and scheduled:
+            left -= 1
             coroutine = scheduled.popleft()
             coroutine.queued = None
             try:
-                _coroutine.enter(coroutine)
-            except Exception as error:
+                self.enter(coroutine)
+            except BaseException as error:
                 if scheduled:
-                    self._schedule_bh.schedule()
+                    self._schedule_half.schedule()
+                if not isinstance(error, Exception):
+                    raise
                 self.failed(error, f"coroutine {coroutine.name}")
 
     def run(self, body: AbstractCoroutine[Any, Any, Any], what: str = "") -> Any:
-        """Run a coroutine from plain code until it ends; what it returns or raises. Home thread only."""
+        """Run a coroutine from plain code until it ends; what it returns or raises. Home thread only.
+
+        An exception of another callback that goes out of the poll goes out of here too; the coroutine goes on in
+        the next polls."""
         from bottomhalf.aio.wait import wait_while
+
+        what = what or getattr(body, "__qualname__", "a coroutine")
+        if not self.is_home or self._state.coroutine is not None:
+            body.close()
+            where = "another thread" if not self.is_home else f"coroutine {self._state.coroutine!r}"
+            raise WrongContext(f"{self.name} is to run {what} to its end, from {where}; enter it and await it")
 
         async def guarded() -> tuple[Any, Exception | None]:
             try:
@@ -312,7 +311,7 @@ class AioContext:
                 return None, error
 
         coroutine = self.enter(guarded())
-        wait_while(self, lambda: not coroutine.done, what or getattr(body, "__qualname__", "a coroutine"))
+        wait_while(self, lambda: not coroutine.done, what)
         result, error = coroutine.result()
         if error is not None:
             raise error
@@ -327,8 +326,9 @@ class AioContext:
             self.wake_up()
 
     def notify_idle(self) -> None:
-        """Something idle was scheduled: from outside the loop it has to learn that it may not sleep for long."""
-        if self._thread_id() != self._home:
+        """Something idle was scheduled: who sleeps has to learn that he may not sleep for long. The loop itself,
+        which goes on to compute how long it may sleep, need not be told, or it would not sleep at all."""
+        if self.notify_me or self._thread_id() != self._home:
             self.notify()
 
     # -- polling ------------------------------------------------------------------------------------------------
@@ -345,29 +345,49 @@ class AioContext:
         be only a notification."""
         if self._thread_id() != self._home:
             raise WrongContext(f"{self.name} is polled by a thread that is not its home")
-        if running.coroutine is not None:
+        state = self._state
+        if state.coroutine is not None:
             raise WrongContext(
-                f"coroutine {running.coroutine.name} polls {self.name}: nothing that it wakes could run; await instead"
+                f"coroutine {state.coroutine.name} polls {self.name}: nothing that it wakes could run; "
+                "await instead"
             )
+        if state.depth:
+            return self._poll_in_section(blocking)
         events = self._wait_for_work() if blocking else self._wait(0)
         self.notified = False
-        progress = bool(self._queue or self._slices) and self._run_bottom_halves()
-        if events and self._dispatch(events):
+        progress = False
+        if self._queue or self._slices:
+            progress = self._run_bottom_halves()
+        handlers = self._handlers
+        if events and handlers.dispatch(events):
             progress = True
-        if self._polled is not None:
-            polled, self._polled = self._polled, None
-            self._dispatch_polled(polled)
+        if handlers.found is not None and handlers.serve_found():
             progress = True
-        for timers in self._timers.values():
-            if timers.heap and timers.run():
+        for timers in self._timers:
+            if (timers.heap or timers.inbox) and timers.run():
                 progress = True
+        if self._failures:
+            raise self._failures.popleft()
         return progress
 
+    def _poll_in_section(self, blocking: bool) -> bool:
+        state = self._state
+        depth, state.depth = state.depth, 0
+        try:
+            state.flush()
+            return self.poll(blocking)
+        finally:
+            state.depth = depth
+
     def _wait_for_work(self) -> list[tuple[int, int]]:
-        timeout_ns = self.timeout_ns()
+        queue = self._queue
+        if queue and queue[0].scheduled and not queue[0].rare:
+            timeout_ns = 0  # the usual case, without a look at the rest
+        else:
+            timeout_ns = self.timeout_ns()
         if timeout_ns == 0:
             self._looks += 1
-            return self._wait(0) if self._looks % LOOK_EVERY == 0 or not self._queue else []
+            return self._wait(0) if self._looks % LOOK_EVERY == 0 or not queue else []
         started_ns = 0
         if self.poll_max_ns:
             started_ns = self._monotonic_ns()
@@ -379,7 +399,11 @@ class AioContext:
                     timeout_ns = max(timeout_ns - (self._monotonic_ns() - started_ns), 0)
         self.notify_me += 1
         try:
-            events = self._wait(0 if self.notified else timeout_ns)
+            if self.notified:
+                timeout_ns = 0
+            elif queue and not 0 <= timeout_ns <= IDLE_NS:
+                timeout_ns = IDLE_NS  # a signal handler has scheduled something idle
+            events = self._wait(timeout_ns)
         finally:
             self.notify_me -= 1
         if started_ns:
@@ -388,6 +412,8 @@ class AioContext:
 
     def timeout_ns(self) -> int:
         """How long a poll may sleep: 0 not at all, -1 without end."""
+        if self._failures or self._handlers.found is not None:
+            return 0
         for left in self._slices:
             if length_hint(left):
                 return 0
@@ -397,8 +423,8 @@ class AioContext:
                 if not half.idle:
                     return 0
                 timeout_ns = IDLE_NS
-        for timers in self._timers.values():
-            deadline_ns = timers.deadline_ns() if timers.heap else -1
+        for timers in self._timers:
+            deadline_ns = timers.deadline_ns() if timers.heap or timers.inbox else -1
             if deadline_ns >= 0:
                 left_ns = max(deadline_ns - timers.now_ns(), 0)
                 timeout_ns = left_ns if timeout_ns < 0 else min(timeout_ns, left_ns)
@@ -406,18 +432,14 @@ class AioContext:
 
     def _poll_busily(self, started_ns: int, timeout_ns: int) -> list[tuple[int, int]] | None:
         """Look for events without sleeping for a while; None if none came."""
-        limit_ns = self._poll_ns if timeout_ns < 0 else min(self._poll_ns, timeout_ns)
-        end_ns = started_ns + limit_ns
-        wait, now_ns, pollable = self._wait, self._monotonic_ns, self._pollable
+        limit_ns = min(self._poll_ns, self.poll_max_ns)
+        end_ns = started_ns + (limit_ns if timeout_ns < 0 else min(limit_ns, timeout_ns))
+        wait, ask, now_ns = self._wait, self._handlers.ask, self._monotonic_ns
         while True:
             events = wait(0)
             if events:
                 return events
-            for handler in pollable:
-                if handler.poll is not None and handler.poll():
-                    self._polled = handler
-                    return events
-            if self.notified:
+            if ask() or self.notified:
                 return events
             if now_ns() >= end_ns:
                 return None
@@ -443,32 +465,41 @@ class AioContext:
         return self._engine
 
     def fileno(self) -> int:
-        """A descriptor that is readable when poll(False) would find a ready handler; for a loop around this one,
-        which also has to hold ``notify_me`` up while it sleeps."""
+        """A descriptor that is readable when poll(False) would find a ready handler; for a loop around this one.
+
+        That loop keeps ``notify_me`` up except while it polls, and after raising it asks timeout_ns() how long
+        it may sleep."""
         return self._poller.fileno()
 
     def failed(self, error: Exception, where: str) -> None:
-        """An exception came out of a callback."""
+        """An exception came out of a callback that the loop called."""
         if self.exception_handler is None:
             raise error
         self.exception_handler(self, error, where)
 
+    def report(self, error: Exception, where: str) -> None:
+        """The same, for somebody whom the exception must not interrupt: it goes out of the poll when all else is
+        done. Home thread only."""
+        try:
+            self.failed(error, where)
+        except Exception as raised:
+            self._failures.append(raised)
+            self.notify()
+
     def close(self) -> None:
         """Give everything back. AioError if a bottom half is still scheduled: its work would be lost."""
+        completions = self._engine.completions if self._engine is not None else None
+        for half in self._queue:
+            if half.scheduled and not half.deleted and half is not completions:
+                raise AioError(f"{self.name} is closed while {half!r} waits to run")
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        lost = [half for half in self._queue if half.scheduled and not half.deleted]
-        if lost:
-            raise AioError(f"{self.name} is closed while {lost[0]!r} waits to run")
+        self._handlers.clear()
         self._poller.close()
         self._event.close()
-        if running.context is self:
-            running.context = None
+        if self._state.context is self:
+            self._state.context = None
 
     def __repr__(self) -> str:
         return f"<AioContext {self.name}>"
-
-
-def _name_of(callback: Any) -> str:
-    return getattr(callback, "__qualname__", None) or repr(callback)

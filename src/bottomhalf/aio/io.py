@@ -5,7 +5,8 @@ An engine collects completions in lists. If it walked such a list on its stack a
 waited, in a nested poll, for the second, that poll would sleep for ever: the completion is out of the kernel, the
 wake-up is spent, and the list is known only to the suspended walk. (QEMU's mirror job hung that way in 2014.)
 Therefore the list belongs to the context, a bottom half is scheduled before the first owner is told, a nested poll
-goes on with the rest through that bottom half, and it is cancelled when the list is empty.
+goes on with the rest through that bottom half, and it is cancelled when the list is empty. Each time anew: an
+inner walk that has emptied the list cancels it too, and the outer one may then fill the list again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio.coroutine import Coroutine, current, suspend
 from bottomhalf.aio.defer import defer_call, deferred
+from bottomhalf.aio.errors import WrongContext
 from bottomhalf.host.protocol import Engine, File
-from bottomhalf.host.request import Request
+from bottomhalf.host.request import IN_PROGRESS, Request
 
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
@@ -44,7 +46,7 @@ class ContextEngine:
         self._engine = engine
         self._finished: deque[Request] = deque()
         self._prepared = 0
-        self._half = context.bottom_half(self._complete, name=f"{engine.name} completions")
+        self.completions = context.bottom_half(self._complete, name=f"{engine.name} completions")
         context.set_fd_handler(
             engine.fileno(),
             on_read=self._complete,
@@ -64,9 +66,9 @@ class ContextEngine:
     def submit(self, file: File, requests: list[Request]) -> None:
         """Start requests of any op. Their owners are told in a later turn of the loop, never from in here."""
         prepare = self._engine.prepare
+        self._prepared += len(requests)
         for request in requests:
             prepare(file, request)
-        self._prepared += len(requests)
         if self._prepared >= SUBMIT_AT:
             self._enter(None)
         else:
@@ -74,20 +76,24 @@ class ContextEngine:
 
     async def co_submit(self, file: File, request: Request) -> None:
         """Start one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
-        request.owner = Waiter(current())
+        me = current()
+        if me.context is not self._context:
+            raise WrongContext(f"{me!r} of {me.context.name} uses the engine of {self._context.name}")
+        request.owner = Waiter(me)
         self.submit(file, [request])
-        await suspend(f"{file.path}")
+        await suspend(file.path)
+        assert request.result != IN_PROGRESS, "woken by something else than the request"
 
     def _enter(self, _: None) -> None:
         if self._prepared:
             self._prepared = 0
             self._engine.enter()
             if self._engine.pending:
-                self._half.schedule()
+                self.completions.schedule()
 
     def _complete(self) -> None:
-        finished = self._finished
-        self._half.schedule()
+        finished, completions = self._finished, self.completions
+        completions.schedule()
         with deferred():
             while True:
                 if not finished:
@@ -99,11 +105,13 @@ class ContextEngine:
                 while finished and finished[0].owner is owner:
                     group.append(finished.popleft())
                 if owner is not None:
+                    if not completions.scheduled:
+                        completions.schedule()
                     owner.complete(group)
-            self._half.cancel()  # inside the section: what its end submits may schedule it again
+            completions.cancel()  # inside the section: what its end submits may schedule it again
 
     def close(self) -> None:
         """Wait for what is in flight; owners are not told any more."""
         self._context.set_fd_handler(self._engine.fileno())
-        self._half.delete()
+        self.completions.delete()
         self._engine.close()

@@ -5,17 +5,26 @@
     thread.context.schedule_oneshot(work)
     thread.stop()
 
-Under the GIL a second thread does not make anything faster; it keeps one thing's waiting from another's.
+Under the GIL a second thread does not make anything faster; it keeps one thing's waiting from another's. An
+exception that goes out of its poll finds nobody to go to. Ending the thread would strand all that it serves, so it
+goes on, and ``stop()`` raises the first one; who wants to know earlier sets ``context.exception_handler``.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from bottomhalf.aio.context import POLL_MAX_NS, AioContext
-from bottomhalf.host.protocol import Host
+from bottomhalf.aio.errors import WrongContext
+from bottomhalf.host.protocol import IN, Host
+
+LAST_POLLS_MAX: Final = 1000  # for what was scheduled before the stop, and what that schedules
 
 
 class IOThread:
     """A started thread with an AioContext. Made and stopped by the main thread."""
+
+    context: AioContext
 
     def __init__(self, name: str, host: Host, poll_max_ns: int = POLL_MAX_NS) -> None:
         self.name = name
@@ -25,16 +34,13 @@ class IOThread:
         self._started = host.event()
         self._failure: BaseException | None = None
         waiter = host.poller()
-        waiter.register(self._started.fileno(), 1)
+        waiter.register(self._started.fileno(), IN)
         self._thread = host.start_thread(self._work, name)
         while not waiter.wait(-1):
             pass
         waiter.close()
         self._started.close()
-        if self._failure is not None:
-            raise self._failure
-
-    context: AioContext
+        self._raise_failure()
 
     def _work(self) -> None:
         try:
@@ -46,12 +52,34 @@ class IOThread:
         finally:
             self._started.set()
         while self._running:
-            self.context.poll(True)
-        self.context.close()
+            self._poll(True)
+        for _ in range(LAST_POLLS_MAX):
+            if not self._poll(False):
+                break
+        try:
+            self.context.close()
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _poll(self, blocking: bool) -> bool:
+        try:
+            return self.context.poll(blocking)
+        except Exception as error:
+            self._failure = self._failure or error
+            return True
 
     def stop(self) -> None:
-        """End the loop after the callbacks that are running, and wait for the thread. Idempotent."""
+        """End the loop after what is scheduled now, and wait for the thread. Idempotent. Raises the first
+        exception that a callback let out, if there was one."""
         if self._running:
+            if self.context.is_home:
+                raise WrongContext(f"iothread {self.name} would wait for its own end")
             self._running = False
             self.context.notify()
             self._thread.join()
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure

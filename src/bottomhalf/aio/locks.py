@@ -4,8 +4,9 @@
     async with mutex:
         ...
 
-First come, first served: an unlock hands over to the longest waiter, so nobody is overtaken. For coroutines of
-one context.
+First come, first served: an unlock hands over to the longest waiter, so nobody is overtaken. A ``CoMutex`` may be
+shared by coroutines of several contexts; a ``CoQueue`` belongs to those of one, for nothing would keep the
+condition that they wait for from changing between the look and the wait.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import TracebackType
 
 from bottomhalf.aio.coroutine import Coroutine, current, suspend
 from bottomhalf.aio.errors import AioError
+from bottomhalf.host.threads import Lock
 
 
 class CoQueue:
@@ -51,11 +53,13 @@ class CoQueue:
 class CoMutex:
     """Mutual exclusion between coroutines, with hand-over in order of arrival."""
 
-    __slots__ = ("_holder", "_queue")
+    __slots__ = ("_guard", "_holder", "_waiters", "what")
 
     def __init__(self, what: str = "a lock") -> None:
-        self._queue = CoQueue(what)
+        self.what = what
+        self._guard = Lock()  # of the two below; held for a few instructions
         self._holder: Coroutine | None = None
+        self._waiters: deque[Coroutine] = deque()
 
     @property
     def locked(self) -> bool:
@@ -63,20 +67,24 @@ class CoMutex:
 
     async def acquire(self) -> None:
         me = current()
-        if self._holder is None:
-            self._holder = me
-            return
-        if self._holder is me:
-            raise AioError(f"{me!r} already holds {self._queue.what}")
-        await self._queue.wait()
+        with self._guard:
+            if self._holder is None:
+                self._holder = me
+                return
+            if self._holder is me:
+                raise AioError(f"{me!r} already holds {self.what}")
+            self._waiters.append(me)
+        await suspend(self.what)
         assert self._holder is me, "woken by someone who did not hand the lock over"
 
     def release(self) -> None:
-        if self._holder is not current():
-            raise AioError(f"{current()!r} does not hold {self._queue.what}")
-        waiters = self._queue._waiters
-        self._holder = waiters[0] if waiters else None
-        self._queue.wake_next()
+        me = current()
+        with self._guard:
+            if self._holder is not me:
+                raise AioError(f"{me!r} does not hold {self.what}")
+            self._holder = next_one = self._waiters.popleft() if self._waiters else None
+        if next_one is not None:
+            next_one.context.wake(next_one)
 
     async def __aenter__(self) -> None:
         await self.acquire()
@@ -84,4 +92,5 @@ class CoMutex:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        if kind is not GeneratorExit:  # then it is thrown away half done, by nobody who could hand over
+            self.release()

@@ -55,9 +55,13 @@ class MainLoop:
         self.main.poll(not self._ready)
         if self._ready:
             self._ready = False
-            self.iohandler.poll(False)
-            if not self._looking:
-                self._look()
+            self.iohandler.notify_me -= 1  # it is awake
+            try:
+                self.iohandler.poll(False)
+            finally:
+                self.iohandler.notify_me += 1
+                if not self._looking:
+                    self._look()
 
     def quit(self) -> None:
         """Let run() return after the callbacks that are running. From any thread and from signal handlers."""

@@ -5,37 +5,50 @@
     timer.arm_ns(context.now_ns() + 50_000_000)
 
 A heap orders arms by deadline and, among equals, by the order of arming. Cancelling or re-arming does not search
-the heap: it makes the entry stale, and a stale entry is dropped when it comes to the top. A pass reads the clock
-once and runs what was due then and armed before it began: a callback that re-arms itself into the past runs again
-in the next pass, not for ever in this one. Each timer leaves the heap before its callback runs, so a callback may
-re-arm, cancel, and poll.
+the heap: it makes the entry stale. A stale entry is dropped when it comes to the top, and all are when they are
+more than half of the heap (a time-out that every request moves would fill it for hours). Only the home thread
+touches the heap, so it needs no lock, which would cost more than all the rest; other threads leave their arms in
+an inbox.
+
+A pass reads the clock once and runs what was due then and armed before it began: a callback that re-arms itself
+into the past runs again in the next pass, not for ever in this one, and those due behind it get their turn. Each
+timer leaves the heap before its callback runs, so a callback may re-arm, cancel, and poll; a pass inside a pass
+runs all that is due, and the outer one ends.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from bottomhalf.aio.errors import AioError
-from bottomhalf.host.threads import Lock
+from bottomhalf.aio.bottom_half import name_of
 
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
 
 CLOCKS: Final = ("realtime", "host")
+STALE_MIN: Final = 64  # stale entries that are not worth a search
+
+_Entry: TypeAlias = "tuple[int, int, Timer]"  # deadline, number of the arm, whose
 
 
 class Timer:
     """Made by AioContext.timer(). One shot; arm it again for the next."""
 
-    __slots__ = ("_entry", "_list", "callback", "name")
+    __slots__ = ("_entry", "_list", "_name", "callback")
 
     def __init__(self, timers: TimerList, callback: Callable[[], object], name: str) -> None:
         self.callback = callback
-        self.name = name
+        self._name = name
         self._list = timers
         self._entry = 0  # number of the valid heap entry, 0 when not armed
+
+    @property
+    def name(self) -> str:
+        return self._name or name_of(self.callback)
 
     @property
     def armed(self) -> bool:
@@ -45,64 +58,91 @@ class Timer:
         """Run the callback once when the clock has reached ``deadline_ns``, replacing an earlier arm. Negative
         deadlines are 0. Callable from any thread."""
         timers = self._list
-        with timers.lock:
-            timers.number += 1
-            self._entry = timers.number
-            heapq.heappush(timers.heap, (max(deadline_ns, 0), self._entry, self))
-            first = timers.heap[0][1] == self._entry
-        if first:
-            timers.context.notify()
+        context = timers.context
+        self._entry = number = timers.next_number()
+        entry = (deadline_ns if deadline_ns > 0 else 0, number, self)
+        if not context.is_home:
+            timers.inbox.append(entry)
+            context.notify()
+            return
+        heap = timers.heap
+        heappush(heap, entry)
+        if context.notify_me and heap[0] is entry:
+            context.notify()
+        if len(heap) > timers.purge_at:
+            timers.purge()
 
     def cancel(self) -> None:
-        """Forget the arm, if any. Does not wait for a callback that is running elsewhere."""
+        """Forget the arm, if any. From another thread it does not wait for a callback that is running."""
         self._entry = 0
 
 
 class TimerList:
     """The timers of one clock in one context."""
 
-    __slots__ = ("clock", "context", "heap", "lock", "now_ns", "number")
+    __slots__ = ("_held", "_pass", "clock", "context", "heap", "inbox", "next_number", "now_ns", "purge_at")
 
     def __init__(self, context: AioContext, clock: str) -> None:
-        if clock not in CLOCKS:
-            raise AioError(f"there is no clock {clock!r}; there are {', '.join(CLOCKS)}")
         self.context = context
         self.clock = clock
-        self.heap: list[tuple[int, int, Timer]] = []
-        self.number = 0
-        self.lock = Lock()
+        self.heap: list[_Entry] = []
+        self.inbox: deque[_Entry] = deque()  # what other threads have armed
+        self.next_number = count(1).__next__
         self.now_ns = context.host.monotonic_ns if clock == "realtime" else context.host.realtime_ns
+        self.purge_at = 2 * STALE_MIN
+        self._held: list[_Entry] = []  # due, but armed during the pass that is going on
+        self._pass = 0
+
+    def purge(self) -> None:
+        """Drop stale entries."""
+        self.heap[:] = [entry for entry in self.heap if entry[2]._entry == entry[1]]
+        heapify(self.heap)
+        self.purge_at = 2 * max(len(self.heap), STALE_MIN)
 
     def deadline_ns(self) -> int:
         """When the first timer is due, -1 for never."""
+        self._take_in()
         heap = self.heap
         while heap:
-            deadline_ns, entry, timer = heap[0]
-            if timer._entry == entry:
+            deadline_ns, number, timer = heap[0]
+            if timer._entry == number:
                 return deadline_ns
-            with self.lock:
-                if heap and heap[0][1] == entry:
-                    heapq.heappop(heap)
+            heappop(heap)
         return -1
 
     def run(self) -> bool:
         """Run what is due; whether anything ran. An exception leaves the rest for the next pass."""
+        self._take_in()
         heap = self.heap
-        now_ns, newest = self.now_ns(), self.number
+        if not heap:
+            return False
+        self._pass = mine = self._pass + 1
+        now_ns, newest = self.now_ns(), self.next_number()
         progress = False
-        while heap:
-            with self.lock:
-                deadline_ns, entry, timer = heap[0]
-                stale = timer._entry != entry
-                if not stale and (deadline_ns > now_ns or entry > newest):
-                    break
-                heapq.heappop(heap)
-                if stale:
+        try:
+            while heap and heap[0][0] <= now_ns:
+                first = heappop(heap)
+                timer = first[2]
+                if timer._entry != first[1]:
+                    continue
+                if first[1] > newest:
+                    self._held.append(first)
                     continue
                 timer._entry = 0
-            progress = True
-            try:
-                timer.callback()
-            except Exception as error:
-                self.context.failed(error, f"timer {timer.name!r}")
+                progress = True
+                try:
+                    timer.callback()
+                except Exception as error:
+                    self.context.failed(error, f"timer {timer.name!r}")
+                if self._pass != mine:
+                    break
+        finally:
+            self._take_in()
         return progress
+
+    def _take_in(self) -> None:
+        """Put into the heap what other threads have armed, and what a pass around this one holds back."""
+        while self.inbox:
+            heappush(self.heap, self.inbox.popleft())
+        while self._held:
+            heappush(self.heap, self._held.pop())

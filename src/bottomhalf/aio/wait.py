@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bottomhalf.aio.context import AioContext
-from bottomhalf.aio.coroutine import running
 from bottomhalf.aio.errors import WrongContext
+from bottomhalf.aio.thread import own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wait:
     """A wait that is going on."""
 
@@ -41,7 +41,7 @@ def waits() -> tuple[Wait, ...]:
 
 
 def wait_while(context: AioContext | None, condition: Callable[[], object], what: str) -> bool:
-    """Poll until ``condition()`` is false; whether it was ever true.
+    """Poll until ``condition()`` is false; whether it was ever true. It may be called any number of times.
 
     ``context`` is where the condition will change: the caller's own, another one (then whoever changes it must
     kick()), or None for several. The caller must have a context of its own; only the main context's thread may
@@ -49,24 +49,25 @@ def wait_while(context: AioContext | None, condition: Callable[[], object], what
     sentence "X waits for ..."."""
     if not condition():
         return False
-    if running.coroutine is not None:
+    state = own.state
+    if state.coroutine is not None:
         raise WrongContext(
-            f"coroutine {running.coroutine.name} would wait for {what} by polling, and starve the loop that has "
+            f"coroutine {state.coroutine.name} would wait for {what} by polling, and starve the loop that has "
             "to wake it; await instead"
         )
-    own = context if context is not None and context.is_home else running.context
-    if own is None:
+    polling = context if context is not None and context.is_home else state.context
+    if polling is None or not polling.is_home:
         raise WrongContext(f"a thread without a context cannot wait for {what}")
-    if context is not own and not own.is_main:
+    if context is not polling and not polling.is_main:
         raise WrongContext(
-            f"{own.name} would wait for {what} in {context.name if context else 'several contexts'}; only the "
-            "main context may wait for others"
+            f"{polling.name} would wait for {what} in {context.name if context else 'several contexts'}; only "
+            "the main context may wait for others"
         )
-    wait = Wait(what, own, own.host.monotonic_ns())
+    wait = Wait(what, polling, polling.host.monotonic_ns())
     _waits.append(wait)
     try:
-        while condition():
-            own.poll(True)
+        while condition():  # once more: a kick before the wait was registered went nowhere
+            polling.poll(True)
     finally:
         _waits.remove(wait)
     return True

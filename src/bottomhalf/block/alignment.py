@@ -1,84 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that are not multiples of the node's alignment (O_DIRECT): pad reads, read-modify-write writes.
+"""Requests that are not multiples of a node's alignment (O_DIRECT): pad reads, read-modify-write writes.
 
 A read takes the larger, aligned range into a bounce buffer and copies out what was asked for. A write has to read
 the blocks at its two ends first. Between that read and the write nobody else may write there, or one of the two
-writes is lost. Therefore a node with an alignment has a gate: ordinary writes pass it together, a
-read-modify-write passes it alone, and who finds it closed queues up in order. Zero writes and discards that do
-not fit are cut: the aligned middle goes on as what it is, the ends are written as zeroes or, for a discard, left.
+writes is lost. Nobody means nobody: not another user of the node, not one who comes through another window onto
+it. Therefore the node that has the alignment pads, not the backend above, and it has a gate: ordinary writes pass
+it together, a read-modify-write passes it alone, and who finds it closed queues up in order.
+
+    aligner = Aligner(node, node.submit_aligned)       # in a driver
+    pending = aligner.submit(requests)                 # any offsets and lengths; not for FLUSH
+
+Zero writes and discards that do not fit are cut: the aligned middle goes on as what it is, the ends are written as
+zeroes or, for a discard, left.
+
+An image whose size is not a multiple of the alignment can be read to its end, the padded read ends there. A write
+to the last block would make the file longer. Therefore it takes the permission to resize (see ``permissions``), and
+then the node has a new, round size.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-from bottomhalf.aio import CoQueue
-from bottomhalf.host.request import DISCARD, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Owner, Request
+from bottomhalf.aio import Coroutine, current, suspend
+from bottomhalf.block.errors import check
+from bottomhalf.host.request import (
+    DISCARD,
+    FUA,
+    NO_FALLBACK,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Owner,
+    Request,
+)
 
 if TYPE_CHECKING:
     from bottomhalf.block.node import Node
 
+Submit: TypeAlias = Callable[[list[Request]], list[Request]]
+
 
 class WriteGate:
-    """Who may write to a node now: many ordinary writers or one read-modify-write."""
+    """Who may write now: many ordinary writers or one read-modify-write. In order of arrival: who leaves lets in
+    those who waited longest, and has done so before anybody else can come."""
 
-    __slots__ = ("_exclusive", "_node", "_queue", "_shared")
+    __slots__ = ("_alone", "_queue", "_shared", "_what")
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._shared = 0
-        self._exclusive = False
-        self._queue = CoQueue(f"other writes to {node.describe()}")
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._shared = 0  # ordinary writers inside
+        self._alone = False  # a read-modify-write is inside
+        self._queue: deque[tuple[Coroutine, bool]] = deque()
 
     @property
     def closed(self) -> bool:
-        """Whether a writer has to queue up."""
-        return self._exclusive or len(self._queue) > 0
+        """Whether an ordinary writer has to queue up."""
+        return self._alone or len(self._queue) > 0
 
-    def submit(self, requests: list[Request]) -> list[Request]:
-        """Submit ordinary writes while the gate is open."""
+    def submit(self, requests: list[Request], submit: Submit) -> list[Request]:
+        """Let ordinary writes pass while the gate is open; they are inside until their owners know the result."""
         assert not self.closed
         passages: dict[int, _Passage] = {}
         for request in requests:
             owner = request.owner
-            request.owner = passages.setdefault(id(owner), _Passage(self, owner))
+            passage = passages.get(id(owner))
+            if passage is None:
+                passage = passages[id(owner)] = _Passage(self, owner)
+            request.owner = passage
         self._shared += len(requests)
-        pending = self._node.submit_batch(requests)
-        for request in requests:
-            if request.result != IN_PROGRESS:
-                assert isinstance(request.owner, _Passage)
-                request.owner = request.owner.owner
-        self.leave_shared(len(requests) - len(pending))
+        pending = submit(requests)
+        if len(pending) < len(requests):
+            # An engine may have noted the result of a pending request already: membership counts, not ``result``.
+            waiting = {id(request) for request in pending}
+            for request in requests:
+                if id(request) not in waiting:
+                    assert isinstance(request.owner, _Passage)
+                    request.owner = request.owner.owner
+            self.leave(len(requests) - len(pending))
         return pending
-
-    def leave_shared(self, count: int) -> None:
-        self._shared -= count
-        if self._shared == 0:
-            self._queue.wake_next()
 
     async def enter(self, *, alone: bool) -> None:
         """Pass the gate as a coroutine: alone, or together with the other ordinary writers."""
-        if self.closed:
-            await self._queue.wait()
-        while self._exclusive or (alone and self._shared):
-            await self._queue.wait()
-        if alone:
-            self._exclusive = True
+        if self.closed or (alone and self._shared):
+            self._queue.append((current(), alone))
+            await suspend(self._what)
+        elif alone:
+            self._alone = True
         else:
             self._shared += 1
-            self._queue.wake_next()
 
-    def leave(self, *, alone: bool) -> None:
-        if alone:
-            self._exclusive = False
-            self._queue.wake_next()
+    def leave(self, count: int = 1) -> None:
+        """The read-modify-write, or so many ordinary writers, are done."""
+        if self._alone:
+            self._alone = False
         else:
-            self.leave_shared(1)
+            self._shared -= count
+            assert self._shared >= 0
+        queue = self._queue
+        while queue and not self._alone:
+            waiter, alone = queue[0]
+            if alone and self._shared:
+                return
+            queue.popleft()
+            if alone:
+                self._alone = True
+            else:
+                self._shared += 1
+            waiter.context.wake(waiter)
 
 
 class _Passage:
-    """Owner of a pending ordinary write: gives the place at the gate back, then tells the real owner."""
+    """Owner of a pending ordinary write: tells the real owner, then gives the place at the gate back."""
 
     __slots__ = ("_gate", "owner")
 
@@ -87,75 +123,121 @@ class _Passage:
         self.owner = owner
 
     def complete(self, requests: list[Request]) -> None:
+        count = len(requests)
         for request in requests:
             request.owner = self.owner
-        if self.owner is not None:
-            self.owner.complete(requests)
-        self._gate.leave_shared(len(requests))
-
-
-def co_serve_unaligned(node: Node, gate: WriteGate, request: Request, pending: list[Request]) -> None:
-    """Start a coroutine for one request; append it to ``pending`` if it does not end at once."""
-    submitting = True
-    owner = request.owner
-
-    async def serve() -> None:
         try:
-            await _serve(node, gate, request)
-        except OSError as error:
-            request.result = -(error.errno or errno.EIO)
-        else:
-            request.result = 0
-        if not submitting and owner is not None:
-            owner.complete([request])
-
-    node.context.enter(serve())
-    submitting = False
-    if request.result == IN_PROGRESS:
-        pending.append(request)
+            if self.owner is not None:
+                self.owner.complete(requests)
+        finally:
+            self._gate.leave(count)
 
 
-async def _serve(node: Node, gate: WriteGate, request: Request) -> None:
-    alignment = node.request_alignment
-    start, end = request.offset, request.offset + request.length
-    outer_start = start - start % alignment
-    outer_end = -(-end // alignment) * alignment
-    if request.op == READ:
-        bounce = memoryview(bytearray(outer_end - outer_start))
-        await node.co_pread(outer_start, bounce)
-        request.buffer[:] = bounce[start - outer_start : end - outer_start]
-        return
-    alone = bool((start | end) % alignment) and request.op != DISCARD
-    await gate.enter(alone=alone)
-    try:
-        if request.op == WRITE:
-            await _write(node, start, request.buffer, request.flags)
+class Aligner:
+    """What stands before a driver that takes aligned requests only. ``submit`` is the driver's own door."""
+
+    def __init__(self, node: Node, submit: Submit) -> None:
+        alignment = node.request_alignment
+        assert alignment & (alignment - 1) == 0, "alignments are powers of two"
+        self._node = node
+        self._alignment = alignment
+        self._submit = submit
+        self._gate = WriteGate(f"other writes to {node.describe()}")
+
+    def submit(self, requests: list[Request]) -> list[Request]:
+        """Take requests of one op; returns those that are not done yet. A request of no bytes is done."""
+        mask = self._alignment - 1
+        fitting, others = [], []
+        for request in requests:
+            if not request.length:
+                request.result = 0
+            elif (request.offset | request.length) & mask:
+                others.append(request)
+            else:
+                fitting.append(request)
+        pending: list[Request] = []
+        if fitting:
+            if requests[0].op == READ:
+                pending += self._submit(fitting)
+            elif not self._gate.closed:
+                pending += self._gate.submit(fitting, self._submit)
+            else:
+                others += fitting  # a read-modify-write is going on: everything that writes waits its turn
+        for request in others:
+            if self._node.start(request, self._serve(request)):
+                pending.append(request)
+        return pending
+
+    async def _serve(self, request: Request) -> None:
+        op, start, end = request.op, request.offset, request.offset + request.length
+        if op == READ:
+            await self._read(request)
             return
+        unaligned = bool((start | end) & (self._alignment - 1))
+        if unaligned and op == WRITE_ZEROES and request.flags & NO_FALLBACK:
+            raise OSError(errno.ENOTSUP, "the ends of the range would have to be written")
+        alone = unaligned and op != DISCARD
+        await self._gate.enter(alone=alone)
+        try:
+            if not unaligned:
+                await self._io(op, start, request.length, request.buffer, request.flags)
+            elif op == WRITE:
+                await self._write(start, request.buffer, request.flags)
+            else:
+                await self._cut(op, start, end, request.flags)
+        finally:
+            self._gate.leave()
+
+    async def _read(self, request: Request) -> None:
+        start, end = request.offset, request.offset + request.length
+        outer_start, outer_end = self._round(start, end)
+        arena = self._node.context.host.arena(outer_end - outer_start)
+        bounce = arena.view[: outer_end - outer_start]
+        try:
+            await self._io(READ, outer_start, len(bounce), bounce, 0)
+            request.buffer[:] = bounce[start - outer_start : end - outer_start]
+        finally:
+            bounce.release()
+            arena.close()
+
+    async def _write(self, start: int, data: memoryview, flags: int) -> None:
+        """Write any range: the blocks that it covers in part are read first."""
+        alignment, end = self._alignment, start + len(data)
+        outer_start, outer_end = self._round(start, end)
+        length = outer_end - outer_start
+        arena = self._node.context.host.arena(length)
+        bounce = arena.view[:length]
+        try:
+            if outer_start < start:
+                await self._io(READ, outer_start, alignment, bounce[:alignment], 0)
+            if end < outer_end and (length > alignment or outer_start == start):
+                await self._io(READ, outer_end - alignment, alignment, bounce[-alignment:], 0)
+            bounce[start - outer_start : end - outer_start] = data
+            await self._io(WRITE, outer_start, length, bounce, flags)
+        finally:
+            bounce.release()
+            arena.close()
+        if outer_end > self._node.size:
+            self._node.refresh_size()
+
+    async def _cut(self, op: int, start: int, end: int, flags: int) -> None:
+        """Zero or discard a range whose ends do not fit."""
+        alignment = self._alignment
         inner_start = min(-(-start // alignment) * alignment, end)
         inner_end = max(end - end % alignment, inner_start)
-        if request.op == WRITE_ZEROES:
-            if start < inner_start:
-                await _write(node, start, memoryview(bytes(inner_start - start)), request.flags)
-            if inner_start < inner_end:
-                await node.co_write_zeroes(inner_start, inner_end - inner_start, request.flags)
-            if inner_end < end:
-                await _write(node, inner_end, memoryview(bytes(end - inner_end)), request.flags)
-        elif inner_start < inner_end:
-            await node.co_discard(inner_start, inner_end - inner_start)
-    finally:
-        gate.leave(alone=alone)
+        if op == WRITE_ZEROES and start < inner_start:
+            await self._write(start, memoryview(bytes(inner_start - start)), flags & FUA)
+        if inner_start < inner_end:
+            await self._io(op, inner_start, inner_end - inner_start, None, flags)
+        if op == WRITE_ZEROES and inner_end < end:
+            await self._write(inner_end, memoryview(bytes(end - inner_end)), flags & FUA)
 
+    def _round(self, start: int, end: int) -> tuple[int, int]:
+        return start - start % self._alignment, -(-end // self._alignment) * self._alignment
 
-async def _write(node: Node, start: int, data: memoryview, flags: int) -> None:
-    """Write any range: the blocks that it covers partly are read first."""
-    alignment = node.request_alignment
-    end = start + len(data)
-    outer_start = start - start % alignment
-    outer_end = -(-end // alignment) * alignment
-    bounce = memoryview(bytearray(outer_end - outer_start))
-    if outer_start < start:
-        await node.co_pread(outer_start, bounce[:alignment])
-    if end < outer_end and (outer_end - alignment > outer_start or outer_start == start):
-        await node.co_pread(outer_end - alignment, bounce[-alignment:])
-    bounce[start - outer_start : end - outer_start] = data
-    await node.co_pwrite(outer_start, bounce, flags)
+    async def _io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
+        from bottomhalf.block.node import co_submit
+
+        request = Request(op, offset, length, buffer, flags)
+        await co_submit(self._submit, request, self._node)
+        check(request.result, self._node.name)

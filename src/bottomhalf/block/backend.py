@@ -16,19 +16,17 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from bottomhalf.aio import AioContext, Coroutine, current, kick, suspend, wait_while
+from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, suspend, wait_while
 from bottomhalf.block import permissions
-from bottomhalf.block.alignment import co_serve_unaligned
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.block.node import Edge, Node, Parent
-from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE, ZERO, File
+from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ZERO, File
 from bottomhalf.host.request import (
     DISCARD,
     FLUSH,
     FUA,
-    IN_PROGRESS,
     READ,
     WRITE,
     WRITE_ZEROES,
@@ -38,8 +36,6 @@ from bottomhalf.host.request import (
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
-
-REQUEST_BYTES_MAX: Final = 0x7FFFFE00  # INT_MAX rounded down to a sector, as QEMU's BDRV_REQUEST_MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,10 @@ class BlockBackend(Parent):
         self.on_drain: Callable[[], object] | None = None  # a drained section begins; must not wait
         self._quiesced = 0
         self._parked: deque[list[Request]] = deque()
+        self._drain_ends = CoQueue(f"the end of a drained section of {self.describe()}")
         self._operations = [0] * 5
         self._bytes = [0] * 5
         self._failed = 0
-        self._alignment = 1
         graph.backends.append(self)
 
     # -- the graph ----------------------------------------------------------------------------------------------
@@ -123,19 +119,28 @@ class BlockBackend(Parent):
             node.remove_parent(edge)
             raise
         self.context = node.context
-        self._alignment = node.request_alignment
         self.size = node.size
 
     def remove(self) -> None:
-        """Stop using the node, after what is in flight has ended. Main thread."""
+        """Stop using the node, after what is in flight has ended. Requests that wait because of a drain fail with
+        ENOMEDIUM. Main thread."""
         if self.root is None:
             return
         edge, node = self.root, self.root.node
         with self.graph.drained(node):
             self.root = None
+            self.size = 0
             node.remove_parent(edge)
+        wait_while(
+            self.context,
+            lambda: self._parked or self._drain_ends or self.in_flight,
+            what=f"requests to {self.describe()} that find it without a medium",
+        )
         if not node.parents and node.context is not self.graph.context:
-            self.graph.move(node, self.graph.context)
+            try:
+                self.graph.move(node, self.graph.context)
+            except BlockError:
+                pass  # nodes below have other users, who stay where they are
         self.graph.release(node)
 
     def close(self) -> None:
@@ -150,7 +155,7 @@ class BlockBackend(Parent):
         return self.root.node
 
     def describe(self) -> str:
-        return f"block device '{self.name}'" if self.name else "unnamed block device"
+        return f"block device '{self.name}'" if self.name else "an unnamed block device"
 
     def child_resized(self) -> None:
         if self.root is not None:
@@ -170,22 +175,45 @@ class BlockBackend(Parent):
 
     def parent_drained_end(self) -> None:
         self._quiesced -= 1
-        if self._quiesced == 0 and self._parked:
+        if self._quiesced == 0 and (self._parked or self._drain_ends):
             self.context.schedule_oneshot(self._unpark)
 
+    def _park(self, requests: list[Request]) -> list[Request]:
+        """Keep a batch until the drained section ends. Who is in an iothread may find that it ended meanwhile."""
+        self._parked.append(list(requests))
+        self.request_ended(len(requests))
+        if not self._quiesced:
+            self.context.schedule_oneshot(self._unpark)
+        return requests
+
     def _unpark(self) -> None:
-        while self._parked and not self._quiesced:
-            requests = self._parked.popleft()
-            waiting = self.submit(requests)
-            done = [request for request in requests if request.result != IN_PROGRESS] if waiting else requests
-            if done:
-                self.in_flight += len(done)  # Queue.complete takes them off again
-                deliver(done)
+        """A drained section ended: go on with what waits, in order. What comes meanwhile queues up behind it."""
+        try:
+            while self._parked:
+                requests = self._parked[0]
+                self.in_flight += len(requests)
+                if self._quiesced:
+                    self.request_ended(len(requests))
+                    return
+                pending = self._dispatch(requests)
+                self._parked.popleft()
+                done = requests
+                if pending:  # not by ``result``: an engine may have noted that of a pending one already
+                    waiting = {id(request) for request in pending}
+                    done = [request for request in requests if id(request) not in waiting]
+                if done:
+                    deliver(done)  # Queue.complete takes them out of in_flight
+            if not self._quiesced:
+                self._drain_ends.wake_all()
+        finally:
+            if self._parked and not self._quiesced:
+                self.context.schedule_oneshot(self._unpark)  # an owner raised; the others must not wait for ever
+            kick()
 
     def request_ended(self, count: int) -> None:
         """``count`` pending requests have been told to their owners."""
         self.in_flight -= count
-        if self._quiesced:
+        if self._quiesced or self.root is None:
             kick()
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -196,9 +224,17 @@ class BlockBackend(Parent):
 
     def submit(self, requests: list[Request]) -> list[Request]:
         """See Queue.submit; ``owner`` of every request must be a queue of this backend."""
-        if self._quiesced:
-            self._parked.append(requests)
-            return requests
+        # First count, then look: a drain in another thread first closes, then looks at the count. In any other
+        # order a request could slip into a drained section.
+        self.in_flight += len(requests)
+        if self._quiesced or self._parked:
+            return self._park(requests)
+        pending = self._dispatch(requests)
+        self.in_flight -= len(requests) - len(pending)
+        return pending
+
+    def _dispatch(self, requests: list[Request]) -> list[Request]:
+        """Check a batch and pass it on."""
         root = self.root
         if root is None:
             return self._fail(requests, errno.ENOMEDIUM)
@@ -209,21 +245,18 @@ class BlockBackend(Parent):
         for request in requests:
             length = request.length
             if request.offset + length > size or request.offset < 0:
-                return self._submit_in_bounds(requests)
+                requests = self._fail_out_of_bounds(requests)
+                if not requests:
+                    return requests
+                total = sum(request.length for request in requests)
+                break
             total += length
         self._operations[op] += len(requests)
         self._bytes[op] += total
         if self.writethrough and op in (WRITE, WRITE_ZEROES):
             for request in requests:
                 request.flags |= FUA
-        node = root.node
-        self.in_flight += len(requests)
-        if self._alignment > 1 and op in (READ, WRITE, WRITE_ZEROES, DISCARD):
-            pending = self._submit_aligned(node, requests)
-        else:
-            pending = node.submit_batch(requests)
-        self.in_flight -= len(requests) - len(pending)
-        return pending
+        return root.node.submit_batch(requests)
 
     def _fail(self, requests: list[Request], number: int) -> list[Request]:
         self._failed += len(requests)
@@ -234,8 +267,8 @@ class BlockBackend(Parent):
     def _may_write(self, op: int) -> bool:
         return op == FLUSH or bool(self.held & PERM_WRITE)
 
-    def _submit_in_bounds(self, requests: list[Request]) -> list[Request]:
-        """The slow way for a batch with a bad request in it: fail the bad, submit the good."""
+    def _fail_out_of_bounds(self, requests: list[Request]) -> list[Request]:
+        """Fail those that do not lie within the image; the others."""
         good = []
         for request in requests:
             if request.offset < 0 or request.length < 0 or request.offset + request.length > self.size:
@@ -243,25 +276,7 @@ class BlockBackend(Parent):
             else:
                 good.append(request)
         self._failed += len(requests) - len(good)
-        return self.submit(good) if good else []
-
-    def _submit_aligned(self, node: Node, requests: list[Request]) -> list[Request]:
-        """Split off the requests that are not multiples of the node's alignment; coroutines pad them."""
-        mask = self._alignment - 1
-        fitting = [r for r in requests if not (r.offset | r.length) & mask]
-        gate = node.write_gate
-        if requests[0].op != READ and gate.closed:
-            fitting = []  # a read-modify-write is going on: everything that writes waits its turn
-        pending = []
-        if fitting:
-            if fitting[0].op != READ:
-                pending = gate.submit(fitting)
-            else:
-                pending = node.submit_batch(fitting)
-        for request in requests:
-            if (request.offset | request.length) & mask or (not fitting and request.op != READ):
-                co_serve_unaligned(node, gate, request, pending)
-        return pending
+        return good
 
     # -- one request at a time ----------------------------------------------------------------------------------
 
@@ -300,19 +315,22 @@ class BlockBackend(Parent):
         """One request from plain code: waits for its end. OSError if it fails. In the home thread of the
         backend's context, or in the main thread, which lets the other do the work."""
         request = Request(op, offset, length, buffer, flags)
-        request.owner = self.queue(lambda _: kick())
+        ended: list[Request] = []  # ``result`` does not tell: an engine may set it before it is done with the buffer
+
+        def complete(requests: list[Request]) -> None:
+            ended.extend(requests)
+            kick()
+
+        def submit() -> None:
+            if not self.submit([request]):
+                complete([request])
+
+        request.owner = self.queue(complete)
         if self.context.is_home:
-            self.submit([request])
+            submit()
         else:
-
-            def submit() -> None:
-                self.submit([request])
-                kick()
-
             self.context.schedule_oneshot(submit)
-        wait_while(
-            self.context, lambda: request.result == IN_PROGRESS, what=f"a request to {self.describe()}"
-        )
+        wait_while(self.context, lambda: not ended, what=f"a request to {self.describe()}")
         check(request.result, self.name)
 
     # -- what is where ------------------------------------------------------------------------------------------
@@ -322,11 +340,29 @@ class BlockBackend(Parent):
         return self.node.block_status(offset, length)
 
     async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
-        self.in_flight += 1
+        await self._co_admit()
         try:
             return await self.node.co_block_status(offset, length)
         finally:
             self.request_ended(1)
+
+    async def co_truncate(self, size: int) -> None:
+        """Resize the image; takes the permission to. OSError."""
+        await self._co_admit()
+        try:
+            if not self.held & PERM_RESIZE:
+                raise OSError(errno.EPERM, f"{self.describe()} may not resize", self.name)
+            await self.node.co_truncate(size)
+        finally:
+            self.request_ended(1)
+
+    async def _co_admit(self) -> None:
+        """Count a coroutine as in flight as soon as the backend is not drained."""
+        self.in_flight += 1
+        while self._quiesced:
+            self.request_ended(1)
+            await self._drain_ends.wait()
+            self.in_flight += 1
 
     @property
     def memory_alignment(self) -> int:
@@ -343,6 +379,12 @@ class BlockBackend(Parent):
         if self._quiesced or offset + length > self.size or self.root is None:
             return None
         return self.root.node.file_range(offset, length)
+
+    def map_reads(self, requests: list[Request]) -> tuple[File, int] | None:
+        """See Node.map_reads. None as well while the backend is drained."""
+        if self._quiesced or self.root is None:
+            return None
+        return self.root.node.map_reads(requests)
 
     def account_read(self, count: int, length: int) -> None:
         """Count reads that were served through file_range."""

@@ -70,13 +70,17 @@ class Graph:
             self.release(edge.node)
 
     def release(self, node: Node) -> None:
-        """Close a node if nobody uses it any more, and then those that only it used."""
-        if node.parents or node.monitor_owned or node.name not in self.nodes:
-            if node.parents:
-                permissions.refresh(node)
+        """Somebody does not use the node any more. If nobody does, close it, and then those that only it used;
+        otherwise give up the permissions that only he needed."""
+        if self.nodes.get(node.name) is not node:
             return
-        node.close()
-        self.forget(node)
+        if node.parents or node.monitor_owned:
+            permissions.loosen(node)
+            return
+        try:
+            node.close()
+        finally:
+            self.forget(node)
 
     def delete(self, name: str) -> None:
         """blockdev-del."""
@@ -103,9 +107,11 @@ class Graph:
     def drained(self, *nodes: Node) -> Iterator[None]:
         """A section in which nothing is in flight at the nodes and nothing new arrives. From plain code in the
         main thread; requests that arrive meanwhile wait and go on afterwards, in order."""
-        for node in nodes:
-            node.quiesce()
+        quiesced: list[Node] = []
         try:
+            for node in nodes:
+                quiesced.append(node)
+                node.quiesce()
             wait_while(
                 None if any(node.context is not self.context for node in nodes) else self.context,
                 lambda: any(node.busy() for node in nodes),
@@ -113,7 +119,7 @@ class Graph:
             )
             yield
         finally:
-            for node in nodes:
+            for node in quiesced:
                 node.unquiesce()
 
     # -- contexts -----------------------------------------------------------------------------------------------
@@ -140,9 +146,9 @@ class Graph:
             return
         nodes = self.connected(node)
         for backend in self.backends:
-            if backend.root is not None and backend.root.node in nodes and backend is not ignore:
-                if not backend.allow_context_change:
-                    raise BlockError("Cannot change iothread of active block backend")
+            concerned = backend.root is not None and backend.root.node in nodes and backend is not ignore
+            if concerned and not backend.allow_context_change:
+                raise BlockError("Cannot change iothread of active block backend")
         with self.drained(*nodes):
             for each in nodes:
                 each.context = context

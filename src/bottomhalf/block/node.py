@@ -25,11 +25,14 @@ A smallest driver::
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from collections.abc import Coroutine as AbstractCoroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from bottomhalf.aio import AioContext, current, suspend
 from bottomhalf.aio.io import Waiter
-from bottomhalf.block.errors import check
+from bottomhalf.block.errors import BlockError, check
 from bottomhalf.host.protocol import (
     DATA,
     PERM_ALL,
@@ -39,12 +42,12 @@ from bottomhalf.host.protocol import (
     PERM_WRITE_UNCHANGED,
     File,
 )
-from bottomhalf.host.request import DISCARD, FLUSH, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
-    from bottomhalf.block.alignment import WriteGate
     from bottomhalf.block.graph import Graph
 
+DEPTH_MAX: Final = 200  # of nodes on top of each other; draining and asking around recurse
 BOUNCE_BYTES_MAX: Final = 1 << 20  # of zero bytes written at a time where a file system cannot zero by itself
 
 
@@ -90,8 +93,8 @@ class Parent:
 class Node(Parent):
     """One driver instance in the graph. Everything runs in the home thread of ``context``.
 
-    ``request_alignment`` is what offset and length of the requests that reach the driver are multiples of, and
-    ``memory_alignment`` what buffers should be (others are copied)."""
+    ``request_alignment`` is what offset and length of requests should be multiples of, and ``memory_alignment`` what
+    buffers should be: others are welcome, but cost a copy, and writes a read before (see ``alignment``)."""
 
     driver: ClassVar[str]
     is_filter: ClassVar[bool] = False
@@ -112,7 +115,8 @@ class Node(Parent):
         self.in_flight = 0  # work of the node's own, beside the requests that its users count
         self.monitor_owned = False
         self.options: Any = None
-        self._write_gate: WriteGate | None = None
+        self.depth = 0  # nodes below, along the longest way
+        self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied
         self._has_try_pread = type(self).try_pread is not Node.try_pread
 
     # -- what a driver may define -------------------------------------------------------------------------------
@@ -124,8 +128,7 @@ class Node(Parent):
         for request in requests:
             if try_pread is not None and try_pread(request):
                 continue
-            self._start(request)
-            if request.result == IN_PROGRESS:
+            if self.start(request, self._co_serve(request)):
                 pending.append(request)
         return pending
 
@@ -162,6 +165,11 @@ class Node(Parent):
         if they are not stored so or not in memory."""
         return None
 
+    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
+        """Point the buffers of READs at the stored bytes themselves; the host file and what to add to a
+        request's offset to find its bytes there, or None. See host.protocol.File.map_reads."""
+        return None
+
     def allocated_size(self) -> int | None:
         """Bytes that the node occupies on the host, None if unknown. A node without a say asks its first child."""
         return self.children[0].node.allocated_size() if self.children else None
@@ -179,7 +187,8 @@ class Node(Parent):
         """The node may be active again."""
 
     def apply_permissions(self, held: int, shared: int) -> None:
-        """The sum of the parents' permissions changes. Raise to refuse; must not change anything then."""
+        """The sum of the parents' permissions changes. BlockError to refuse; must not change anything then, and
+        must not refuse to hold less or to share more. Called more often than there is a change."""
 
     def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
         """What the node needs of and shares at a child, given its parents' sum. The default is a filter's:
@@ -192,7 +201,10 @@ class Node(Parent):
     # -- for drivers --------------------------------------------------------------------------------------------
 
     def attach(self, node: Node, name: str) -> Edge:
-        """Add an edge to a child. Permissions follow when the graph refreshes them."""
+        """Add an edge to a child. Permissions follow when the graph refreshes them. Main thread."""
+        if node.depth >= DEPTH_MAX:
+            raise BlockError(f"More than {DEPTH_MAX} block nodes on top of each other")
+        self.depth = max(self.depth, node.depth + 1)
         edge = Edge(self, node, name)
         self.children.append(edge)
         node.add_parent(edge)
@@ -204,70 +216,75 @@ class Node(Parent):
             held |= PERM_WRITE | PERM_RESIZE
         return held | PERM_CONSISTENT_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
 
-    @property
-    def write_gate(self) -> WriteGate:
-        """Who may write now, for a node whose alignment makes read-modify-write necessary."""
-        if self._write_gate is None:
-            from bottomhalf.block.alignment import WriteGate
-
-            self._write_gate = WriteGate(self)
-        return self._write_gate
-
     def finish(self, requests: list[Request], result: int) -> list[Request]:
         """Set one result for a whole batch; what submit_batch then returns."""
         for request in requests:
             request.result = result
         return []
 
-    async def write_zero_bytes(self, offset: int, length: int, flags: int) -> None:
-        """Zero a range with plain writes, for storage that cannot do it itself."""
+    async def write_zero_bytes(
+        self,
+        offset: int,
+        length: int,
+        flags: int,
+        submit: Callable[[list[Request]], list[Request]] | None = None,
+    ) -> None:
+        """Zero a range with plain writes, for storage that cannot do it itself; through ``submit`` if given."""
         zeroes = memoryview(bytearray(min(length, BOUNCE_BYTES_MAX)))
         while length:
             count = min(length, len(zeroes))
-            await self.co_pwrite(offset, zeroes[:count], flags)
+            if submit is None:
+                await self.co_pwrite(offset, zeroes[:count], flags & FUA)
+            else:
+                request = Request(WRITE, offset, count, zeroes[:count], flags & FUA)
+                await co_submit(submit, request, self)
+                check(request.result, self.name)
             offset += count
             length -= count
 
     # -- the bridges --------------------------------------------------------------------------------------------
 
-    def _start(self, request: Request) -> None:
-        """Enter a coroutine for one request. If it suspends, its end is told to the owner."""
+    def start(self, request: Request, body: AbstractCoroutine[Any, Any, None]) -> bool:
+        """Enter a coroutine that serves the request, OSError being its result; whether it is not done yet. Then its
+        end is told to the owner. Any other exception is a mistake of the driver: it fails the request like an I/O
+        error, so that nobody waits for ever, and comes out of the loop."""
         submitting = True
 
         async def serve() -> None:
-            await self._co_serve(request)
+            try:
+                await body
+            except OSError as error:
+                request.result = -(error.errno or errno.EIO)
+            except Exception as error:
+                request.result = -errno.EIO
+                self.context.schedule_oneshot(partial(_raise, error))
+            else:
+                request.result = 0
             if not submitting and request.owner is not None:
                 request.owner.complete([request])
 
         self.context.enter(serve())
         submitting = False
+        return request.result == IN_PROGRESS
 
     async def _co_serve(self, request: Request) -> None:
         op = request.op
-        try:
-            if op == READ:
-                await self.co_pread(request.offset, request.buffer)
-            elif op == WRITE:
-                await self.co_pwrite(request.offset, request.buffer, request.flags)
-            elif op == FLUSH:
-                await self.co_flush()
-            elif op == DISCARD:
-                await self.co_discard(request.offset, request.length)
-            else:
-                await self.co_write_zeroes(request.offset, request.length, request.flags)
-        except OSError as error:
-            request.result = -(error.errno or errno.EIO)
-        except Exception:
-            request.result = -errno.EIO
-            raise
+        if op == READ:
+            await self.co_pread(request.offset, request.buffer)
+        elif op == WRITE:
+            await self.co_pwrite(request.offset, request.buffer, request.flags)
+        elif op == FLUSH:
+            await self.co_flush()
+        elif op == DISCARD:
+            await self.co_discard(request.offset, request.length)
         else:
-            request.result = 0
+            await self.co_write_zeroes(request.offset, request.length, request.flags)
 
     async def _co_submit(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
         if type(self).submit_batch is Node.submit_batch:
             raise OSError(errno.ENOTSUP, f"driver {self.driver} does not support this request", self.name)
         request = Request(op, offset, length, buffer, flags)
-        await co_submit(self, request)
+        await co_submit(self.submit_batch, request, self)
         check(request.result, self.name)
 
     # -- parents, drain -----------------------------------------------------------------------------------------
@@ -341,11 +358,16 @@ class Node(Parent):
         return f"<{type(self).__name__} {self.name!r}>"
 
 
-async def co_submit(node: Node, request: Request) -> None:
-    """Submit one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
+async def co_submit(submit: Callable[[list[Request]], list[Request]], request: Request, node: Node) -> None:
+    """Give one request to a node's ``submit_batch`` (or another door of it) from a coroutine and wait for its end;
+    ``request.result`` tells how it ended."""
     me = current()
     request.owner = Waiter(me)
     request.result = IN_PROGRESS
-    if node.submit_batch([request]):
+    if submit([request]):
         await suspend(f"a request to {node.describe()}")
         assert request.result != IN_PROGRESS, "woken by something else than the request"
+
+
+def _raise(error: Exception) -> None:
+    raise error

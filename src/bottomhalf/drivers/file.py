@@ -12,6 +12,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from bottomhalf.block import BlockError, Node
+from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.errors import check
 from bottomhalf.host.protocol import PERM_ALL, File, ImageInUse
 from bottomhalf.host.request import (
@@ -22,7 +23,6 @@ from bottomhalf.host.request import (
     NO_FALLBACK,
     READ,
     WRITE,
-    WRITE_ZEROES,
     Request,
 )
 
@@ -59,9 +59,16 @@ class FileNode(Node):
         except BaseException:
             graph.forget(self)
             raise
-        self.request_alignment = self.file.alignment
-        self.memory_alignment = self.file.memory_alignment
-        self.size = self.file.size()
+        try:
+            self.request_alignment = self.file.alignment
+            self.memory_alignment = self.file.memory_alignment
+            self.size = self.file.size()
+        except BaseException:
+            self.file.close()
+            graph.forget(self)
+            raise
+        self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
+        self._can_discard = True
 
     def _open(self, filename: str, auto_read_only: bool, direct: bool, locking: str) -> File:
         host = self.graph.context.host
@@ -80,31 +87,48 @@ class FileNode(Node):
         return self.file.size()
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
+        if self._aligner is not None and requests[0].op != FLUSH:
+            return self._aligner.submit(requests)
+        return self._submit(requests)
+
+    def _submit(self, requests: list[Request]) -> list[Request]:
+        """Take requests that are aligned."""
         op = requests[0].op
         if op == READ:
             pending = self.file.read_inline(requests)
         elif op == WRITE:
+            if self.no_flush:
+                for request in requests:
+                    request.flags &= ~FUA
             pending = self.file.write_inline(requests)
-        elif op == DISCARD and not self.unmap:
-            return self.finish(requests, 0)
-        elif op == FLUSH and self.no_flush:
-            return self.finish(requests, 0)
-        elif op in (FLUSH, DISCARD):
+        elif op == FLUSH:
+            if self.no_flush:
+                return self.finish(requests, 0)
             pending = requests
+        elif op == DISCARD and not (self.unmap and self._can_discard):
+            return self.finish(requests, 0)
         else:
-            return super().submit_batch(requests)
+            return [request for request in requests if self.start(request, self._co_zero(request))]
         if pending:
             self.context.engine.submit(self.file, pending)
         return pending
 
-    async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        """Zero by fallocate; where the file system cannot, with zero bytes unless the caller forbids that."""
-        request = Request(WRITE_ZEROES, offset, length, None, flags if self.unmap else flags & ~MAY_UNMAP)
-        await self.context.engine.co_submit(self.file, request)
-        if request.result == -errno.ENOTSUP and not flags & NO_FALLBACK:
-            await self.write_zero_bytes(offset, length, flags)
-            return
-        check(request.result, self.filename)
+    async def _co_zero(self, request: Request) -> None:
+        """Discard or zero by fallocate. Where the file system cannot, a discard is done, for it was a hint, and
+        zeroes are written unless the caller forbids that."""
+        op, offset, length, flags = request.op, request.offset, request.length, request.flags
+        if not length:
+            return  # fallocate would refuse it
+        sent = Request(op, offset, length, None, flags if self.unmap else flags & ~MAY_UNMAP)
+        await self.context.engine.co_submit(self.file, sent)
+        if sent.result == -errno.ENOTSUP:
+            if op == DISCARD:
+                self._can_discard = False
+                return
+            if not flags & NO_FALLBACK:
+                await self.write_zero_bytes(offset, length, flags, self._submit)
+                return
+        check(sent.result, self.filename)
         if flags & FUA:
             await self.co_flush()
 
@@ -113,6 +137,9 @@ class FileNode(Node):
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return (self.file, offset) if self.file.is_cached(offset, length) else None
+
+    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
+        return (self.file, shift) if self.file.map_reads(requests, shift) else None
 
     def allocated_size(self) -> int:
         return self.file.allocated_size()

@@ -60,7 +60,7 @@ class RawNode(Node):
             if op == WRITE_ZEROES:
                 for request in requests:
                     request.flags &= ~MAY_UNMAP
-        if self.offset:
+        if self.offset and op != FLUSH:
             offset = self.offset
             for request in requests:
                 request.offset += offset
@@ -74,6 +74,9 @@ class RawNode(Node):
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return self._edge.node.file_range(offset + self.offset, length)
+
+    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
+        return self._edge.node.map_reads(requests, shift + self.offset)
 
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)
@@ -90,9 +93,7 @@ def _check_window(file_size: int, offset: int, size: int | None) -> None:
             raise BlockError(f"Value '{value}' is out of range for parameter '{name}'")
     if size is None:
         if offset > file_size:
-            raise BlockError(
-                f"Offset ({offset}) cannot be greater than size of the containing file ({file_size})"
-            )
+            raise BlockError(f"Offset ({offset}) cannot be greater than size of the containing file ({file_size})")
         return
     if offset + size > file_size:
         raise BlockError(

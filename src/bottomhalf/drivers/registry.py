@@ -129,9 +129,7 @@ def _check_common(options: BlockdevOptions) -> None:
         raise BlockError("force-share=on can only be used with read-only images")
     detect = options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
     if detect == BlockdevDetectZeroesOptions.UNMAP and options.discard != BlockdevDiscardOptions.UNMAP:
-        raise BlockError(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
-        )
+        raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     if detect != BlockdevDetectZeroesOptions.OFF:
         raise BlockError(f"detect-zeroes={detect} is not supported yet; leave it out or set it to off")
     if options.active is False:
@@ -166,9 +164,7 @@ def _open_file(opening: Opening) -> Node:
     if branch.pr_manager is not None:
         raise BlockError("pr-manager is not supported; leave it out")
     if branch.aio == BlockdevAioOptions.NATIVE and not opening.cache.direct:
-        raise BlockError(
-            "aio=native was specified, but it requires cache.direct=on, which was not specified."
-        )
+        raise BlockError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
     return FileNode(
         opening.graph,
         **opening.common,

@@ -134,6 +134,11 @@ class File(Protocol):
         """Serve the READs whose bytes are in memory now; return those that are not. Never waits for a disk. A
         read beyond the end of the file yields zero bytes there. Sets ``result`` of those served."""
 
+    def map_reads(self, requests: list[Request], shift: int) -> bool:
+        """Serve READs without a copy: point their buffers at the bytes at ``offset + shift`` and return True, or
+        return False (always allowed). The views are for the host's sockets only, at once and read-only; when a
+        send says EFAULT the file was truncated meanwhile. ``result`` is not set."""
+
     def write_inline(self, requests: list[Request]) -> list[Request]:
         """Serve WRITEs by copying to the page cache where that is the right thing; return the others."""
 

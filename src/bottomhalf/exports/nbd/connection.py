@@ -37,7 +37,7 @@ class Connection:
         self.closed = False
         self.peer = socket.peer_name()
         self._handshake: ServerHandshake | None = ServerHandshake(server)
-        self._output = Output(socket)
+        self.output = Output(socket)
         self._transmission: Transmission | None = None
         self._gone = False
         self._watched: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None)
@@ -45,6 +45,9 @@ class Connection:
         if server.handshake_max_ns:
             self._timer = self.context.timer(self._too_slow, name="NBD handshake")
             self._timer.arm_ns(self.context.now_ns() + server.handshake_max_ns)
+
+    def start(self) -> None:
+        """Greet the client."""
         self._send_handshake()
 
     # -- handshake ----------------------------------------------------------------------------------------------
@@ -54,11 +57,11 @@ class Connection:
         data = self._handshake.take_output()
         try:
             if data:
-                self._output.send(data)
+                self.output.send(data)
         except OSError as error:
             self.lost(error)
             return
-        self._watch(reading=True)
+        self.progress()
 
     def _too_slow(self) -> None:
         self.server.log(f"{self.peer}: no export chosen within the handshake limit")
@@ -82,103 +85,98 @@ class Connection:
             handshake.receive(memoryview(buffer)[:count])
         except ProtocolError as error:
             self.complain(error)
+        except Exception as error:
+            self._broken(error)
+            return
         if handshake.state is State.NEGOTIATED:
             self._negotiated(handshake)
             return
         self._send_handshake()
-        if handshake.state in (State.ABORTED, State.FAILED):
-            self.close()
 
     def _negotiated(self, handshake: ServerHandshake) -> None:
         assert handshake.negotiated is not None
         self._cancel_timer()
-        self._handshake = None
         export = self.server.export_named(handshake.negotiated.export.name)
         if export is None or export.shutting_down:
             self.close()
             return
         self.export = export
-        export.connections.append(self)
-        transmission = Transmission(self, export, handshake.negotiated)
-        self._transmission = transmission
-        answer = handshake.take_output()
-
-        def begin() -> None:
-            if self.closed:
-                self._finish()
-                return
-            self._output = transmission.output
-            try:
-                if answer:
-                    self._output.send(answer)
-                transmission.serve()
-            except (OSError, FileEnded) as error:
-                self.lost(error)
-                return
-            self.progress()
-
+        export.attach(self)
+        # Nothing is watched until the export's context, perhaps another thread's, goes on.
+        self.context.set_fd_handler(self.socket.fileno())
+        self._watched = (None, None)
+        self._transmission = Transmission(self, export, handshake.negotiated)
         if export.context is self.context:
-            begin()
+            self._begin()
         else:
-            self._watch(reading=False)
             self.context = export.context
-            self.context.schedule_oneshot(begin)
+            self.context.schedule_oneshot(self._begin)
+
+    def _begin(self) -> None:
+        """Enter the transmission phase, in the export's context."""
+        assert self._handshake is not None
+        if not self.closed:
+            self._send_handshake()  # the answer to GO or EXPORT_NAME
+            self._handshake = None
 
     # -- transmission -------------------------------------------------------------------------------------------
 
     def _on_requests(self) -> None:
-        assert self._transmission is not None
+        transmission = self._transmission
+        assert transmission is not None
         try:
-            alive = self._transmission.receive()
-        except BlockingIOError:
-            return
-        except (OSError, FileEnded) as error:
-            self.lost(error)
+            alive = transmission.receive()
+        except Exception as error:
+            self._broken(error)
             return
         if not alive:
             self.close()
-            return
-        if self._output or self._transmission.finishing or not self._transmission.has_room:
+        elif self.output or self.closed or not transmission.wants_input:
             self.progress()
 
     def _on_writable(self) -> None:
         try:
-            self._output.flush()
-            if self._transmission is not None and not self.closed:
-                self._transmission.serve()
-        except (OSError, FileEnded) as error:
-            self.lost(error)
+            self.output.flush()
+        except Exception as error:
+            self._broken(error)
             return
         self.progress()
 
     def progress(self) -> None:
         """Something has changed: decide what to wait for now, or whether this is the end."""
+        transmission = self._transmission
+        if transmission is None:
+            self._progress_handshake()
+            return
+        if transmission.busy:
+            return  # whoever is serving comes here afterwards
+        if self._watched[0] is None and not self.closed and not transmission.finishing and transmission.has_room:
+            try:
+                transmission.serve()  # what was received before a bound was reached
+            except Exception as error:
+                self._broken(error)
+                return
+        if self.closed:
+            self._finish()
+        elif transmission.finishing and not transmission.in_flight and not self.output:
+            self.close()
+        else:
+            self._watch(reading=transmission.wants_input)
+
+    def _progress_handshake(self) -> None:
         if self.closed:
             self._finish()
             return
-        transmission = self._transmission
-        if transmission is None:
-            self._watch(reading=True)
-            return
-        if transmission.finishing:
-            if not transmission.in_flight and not self._output:
-                self.close()
-            else:
-                self._watch(reading=False)
-            return
-        if transmission.has_room and self._watched[0] is None:
-            try:
-                transmission.serve()  # what was received before the bound was reached
-            except (OSError, FileEnded) as error:
-                self.lost(error)
-                return
-        self._watch(reading=transmission.has_room and not transmission.finishing)
-        if transmission.finishing and not transmission.in_flight and not self._output:
+        assert self._handshake is not None
+        over = self._handshake.state in (State.ABORTED, State.FAILED)
+        if over and not self.output:
             self.close()
+        else:  # who does not read our answers may not ask more
+            self._watch(reading=not over and not self.output)
 
     def _watch(self, *, reading: bool) -> None:
         on_request = self._on_handshake if self._transmission is None else self._on_requests
-        wanted = (on_request if reading else None, self._on_writable if self._output else None)
+        wanted = (on_request if reading else None, self._on_writable if self.output else None)
         if wanted != self._watched:
             self._watched = wanted
             self.context.set_fd_handler(self.socket.fileno(), *wanted)
@@ -193,7 +191,13 @@ class Connection:
         """The connection broke."""
         if not self.closed:
             self.server.log(f"{self.peer}: connection lost: {error}")
-            self.close()
+        self.close()
+
+    def _broken(self, error: Exception) -> None:
+        """Serving failed. If it is our own fault, the client shall not wait for answers all the same."""
+        self.lost(error)
+        if not isinstance(error, (OSError, FileEnded)):
+            raise error
 
     @property
     def in_flight(self) -> int:
@@ -201,37 +205,50 @@ class Connection:
         return self._transmission.in_flight if self._transmission is not None else 0
 
     def keep_file_bytes(self) -> None:
-        """See Transmission.keep_file_bytes."""
-        if self._transmission is not None:
-            self._transmission.keep_file_bytes()
+        """See Transmission.keep_file_bytes. Whoever drains the disk is not to blame if it cannot be read."""
+        if self._transmission is not None and not self.closed:
+            try:
+                self._transmission.keep_file_bytes()
+            except OSError as error:
+                self.lost(error)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
+    def close_soon(self) -> None:
+        """End the connection in its own context. Main thread."""
+        context = self.context
+
+        def close() -> None:
+            if self.context is context:
+                self.close()
+            else:
+                self.close_soon()  # it has chosen an export meanwhile
+
+        context.schedule_oneshot(close)
+
     def close(self) -> None:
-        """End the connection now. Idempotent."""
-        if self.closed:
-            return
-        self.closed = True
-        self._cancel_timer()
-        self.context.set_fd_handler(self.socket.fileno())
-        self.socket.shutdown()
-        self.socket.close()
-        self._output.drop()
+        """End the connection now. Idempotent. In its context."""
+        if not self.closed:
+            self.closed = True
+            self._cancel_timer()
+            self.context.set_fd_handler(self.socket.fileno())
+            self.socket.shutdown()
+            self.socket.close()
+            self.output.drop()
         self._finish()
 
     def _finish(self) -> None:
         """Once nothing is in flight any more: memory back, server told."""
         transmission = self._transmission
-        if self._gone or (transmission is not None and transmission.in_flight):
+        if self._gone or (transmission is not None and (transmission.in_flight or transmission.busy)):
             return
         self._gone = True
         if transmission is not None:
             transmission.close()
-        if self.export is not None and self in self.export.connections:
-            self.export.connections.remove(self)
-            if not self.export.connections and self.export.on_idle is not None:
-                self.export.on_idle()
+            self._transmission = None  # its memory goes even if somebody remembers us, like a cancelled timer
+        if self.export is not None:
+            self.export.detach(self)
         self.server.forget(self)
         kick()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bottomhalf.aio import AioContext
+from bottomhalf.aio import AioContext, kick, wait_while
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
-from bottomhalf.host.request import FLUSH
+from bottomhalf.host.request import FLUSH, IN_PROGRESS, Request
 from bottomhalf.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, FLAG_CAN_MULTI_CONN, MAX_REQUEST, MAX_STRING
 from bottomhalf.wire.nbd.export import READ_ONLY_FLAGS, WRITABLE_FLAGS, ExportInfo
 
@@ -62,7 +62,7 @@ class NbdExport:
         self.writable = writable
         self.node_name = node.name
         self.shutting_down = False
-        self.on_idle: Callable[[], object] | None = None  # the last client has gone
+        self.on_idle: Callable[[], object] | None = None  # the last client has gone; must not wait
         self.connections: list[Connection] = []
         self.statistics = ExportStatistics()
         self._multi_conn = multi_conn
@@ -99,22 +99,61 @@ class NbdExport:
             contexts=(CONTEXT_BASE_ALLOCATION,),
         )
 
+    def attach(self, connection: Connection) -> None:
+        """A client has chosen this export. Its sockets' handlers cannot follow the node to another context."""
+        self.connections.append(connection)
+        self.backend.allow_context_change = False
+
+    def detach(self, connection: Connection) -> None:
+        """A client has gone. In the export's context."""
+        self.connections.remove(connection)
+        if not self.connections:
+            self.backend.allow_context_change = True
+            if self.on_idle is not None:
+                self.on_idle()
+
     def _drained(self) -> None:
-        for connection in self.connections:
+        if self.context.is_home:
+            self._keep_file_bytes()
+        elif self.connections:
+            # The clients belong to another thread. Until it has been there, this counts as in flight.
+            self.backend.in_flight += 1
+            self.context.schedule_oneshot(self._keep_file_bytes_there)
+
+    def _keep_file_bytes(self) -> None:
+        for connection in list(self.connections):
             connection.keep_file_bytes()
+
+    def _keep_file_bytes_there(self) -> None:
+        try:
+            self._keep_file_bytes()
+        finally:
+            self.backend.request_ended(1)
 
     def disconnect(self) -> None:
         """Accept no new clients and send the present ones away. They are gone when ``connections`` is empty."""
         self.shutting_down = True
         for connection in list(self.connections):
-            connection.context.schedule_oneshot(connection.close)
+            connection.close_soon()
 
     def close(self) -> None:
         """Make everything durable and give the node back. All clients are gone. Main thread."""
         assert not self.connections
         if self.writable:
-            try:
-                self.backend.request(FLUSH, 0, 0)
-            except OSError:
-                pass  # the disk failed; whoever cared has flushed, and was told
+            self._flush()  # if the disk failed, whoever cared has flushed, and was told
         self.backend.close()
+
+    def _flush(self) -> None:
+        """Flush in the export's context, and wait for it."""
+        request = Request(FLUSH)
+        request.owner = queue = self.backend.queue(lambda _: kick())
+
+        def submit() -> None:
+            if not queue.submit([request]):
+                kick()
+
+        if self.context.is_home:
+            submit()
+        else:
+            self.context.schedule_oneshot(submit)
+        wait_while(self.context, lambda: request.result == IN_PROGRESS, what=f"the flush of export '{self.id}'")

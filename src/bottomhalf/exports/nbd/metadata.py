@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.host.protocol import DATA, ZERO
@@ -14,14 +15,20 @@ from bottomhalf.wire.nbd.constants import STATE_HOLE, STATE_ZERO
 if TYPE_CHECKING:
     from bottomhalf.block import BlockBackend
 
-EXTENTS_PER_REPLY_MAX: Final = 1024  # a client asks again for the rest; each costs a look into the file
+EXTENTS_PER_REPLY_MAX: Final = 1024  # a client asks again for the rest
+LOOKS_AT_ONCE_MAX: Final = 4096  # into the file, for the requests of one batch; then each gets one extent
 
 
-def allocation_extents(backend: BlockBackend, offset: int, length: int, count_max: int) -> list[tuple[int, int]]:
-    """(length, flags) of neighbouring extents from ``offset`` on, for base:allocation."""
+def allocation_extents(
+    backend: BlockBackend, offset: int, length: int, count_max: int, looks_max: int
+) -> tuple[list[tuple[int, int]], int]:
+    """(length, flags) of neighbouring extents from ``offset`` on, for base:allocation, at least one of them; and
+    how many looks into the file it took, at most ``looks_max``."""
     extents: list[tuple[int, int]] = []
+    looks = 0
     end = offset + length
-    while offset < end and len(extents) <= count_max:
+    while offset < end and looks < looks_max:
+        looks += 1
         status = backend.block_status(offset, end - offset) or (DATA, end - offset)
         bits, count = status
         flags = STATE_HOLE | STATE_ZERO if bits & ZERO and not bits & DATA else 0
@@ -32,18 +39,24 @@ def allocation_extents(backend: BlockBackend, offset: int, length: int, count_ma
         else:
             extents.append((count, flags))
         offset += count
-    return extents
+    return extents, looks
 
 
-def block_status_reply(backend: BlockBackend, request: Request, contexts: dict[int, str]) -> bytes:
-    """All chunks of the answer, or one error chunk."""
+def block_status_reply(
+    backend: BlockBackend, request: Request, contexts: dict[int, str], looks_max: int
+) -> tuple[bytes, int]:
+    """All chunks of the answer, or one error chunk; and how many looks into the file it took."""
     count_max = 1 if request.flags & REQ_ONE else EXTENTS_PER_REPLY_MAX
     try:
-        extents = allocation_extents(backend, request.offset, request.length, count_max)
+        extents, looks = allocation_extents(
+            backend, request.offset, request.length, count_max, max(looks_max, 1)
+        )
     except OSError as error:
-        return replies.result_reply(request.cookie, -(error.errno or 5), True, "block status failed")
+        number = error.errno or errno.EIO
+        return replies.result_reply(request.cookie, -number, True, "block status failed"), 1
     last = max(contexts)
-    return b"".join(
+    chunks = [
         replies.block_status(request.cookie, context, extents, done=context == last)
         for context in sorted(contexts)
-    )
+    ]
+    return b"".join(chunks), looks

@@ -8,11 +8,13 @@ more. Memory is given back (``Buffer.release``) as soon as its last byte is out.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 from bottomhalf.host.protocol import Arena, File, Socket
+from bottomhalf.host.request import Request
 
 PIECES_PER_SEND_MAX: Final = 512  # buffers in one sendmsg (the kernel takes 1024)
 
@@ -71,6 +73,10 @@ class Output:
                 sent = self._socket.send(piece)
             except BlockingIOError:
                 sent = 0
+            except OSError:
+                if memory is not None:
+                    memory.release()
+                raise
             if sent == length:
                 if memory is not None:
                     memory.release()
@@ -91,6 +97,41 @@ class Output:
             self.unsent_bytes += len(piece)
         if not waited:
             self.flush()
+
+    def send_mapped(
+        self, heads: memoryview, head_size: int, reads: list[Request], file: File, shift: int, total: int
+    ) -> None:
+        """Send headers from ``heads`` and data that the requests' buffers show in the page cache, ``total`` bytes.
+        What the socket does not take is copied: nothing that waits may depend on the file."""
+        sent = 0
+        if not self._pieces:
+            pieces: list[Any] = []
+            add = pieces.append
+            position = 0
+            for request in reads:
+                add(heads[position : position + head_size])
+                add(request.buffer)
+                position += head_size
+            try:
+                sent = self._socket.sendmsg(pieces)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+            if sent == total:
+                return
+        position = 0
+        for request in reads:
+            whole = head_size + request.length
+            if sent >= whole:
+                sent -= whole
+            else:
+                data = file.pread(request.length, request.offset + shift).ljust(request.length, b"\0")
+                self._pieces.append((memoryview(bytes(heads[position : position + head_size]) + data)[sent:], None))
+                self.unsent_bytes += whole - sent
+                sent = 0
+            position += head_size
 
     def send_file(self, header: bytes, file: File, offset: int, count: int) -> None:
         """Send a reply header and ``count`` bytes of a file."""
@@ -133,7 +174,7 @@ class Output:
 
     def _flush_memory(self) -> None:
         pieces = self._pieces
-        buffers = []
+        buffers: list[Any] = []
         for piece, _ in pieces:
             if isinstance(piece, _FileRange) or len(buffers) == PIECES_PER_SEND_MAX:
                 break

@@ -107,13 +107,17 @@ class NbdServer:
                 self._pause.arm_ns(self.context.now_ns() + ACCEPT_PAUSE_NS)
             return
         self.clients_seen += 1
-        self.connections.append(Connection(self, socket))
+        connection = Connection(self, socket)
+        self.connections.append(connection)
+        connection.start()  # which may end it already
         self._accept_if_room()
 
     def forget(self, connection: Connection) -> None:
         """A client is gone, from whichever context it was served."""
         if connection in self.connections:
             self.connections.remove(connection)
+        if self._listener is None:
+            return
         if connection.context is self.context:
             self._accept_if_room()
         else:
@@ -129,4 +133,4 @@ class NbdServer:
             self._listener.close()
             self._listener = None
         for connection in list(self.connections):
-            connection.context.schedule_oneshot(connection.close)
+            connection.close_soon()

@@ -11,8 +11,12 @@ what is done when the call returns is answered with one send. Nothing on this wa
 * large reads whose bytes are in the page cache go from the file to the socket inside the kernel (sendfile);
 * requests that have to wait keep their place in the arena and are answered when they complete.
 
-What a client can make us hold is bounded: so many requests in flight, so many bytes in flight and unsent. At the
-bound we stop reading from its socket, which in the end stops the client; nobody else notices.
+What a client can make us hold is bounded: so many requests in flight, so many bytes in flight and unsent, so much
+memory for them. At the bound we stop reading from its socket, which in the end stops the client; nobody else
+notices. What it can make us do before it is somebody else's turn is bounded as well.
+
+Submitting a batch may complete others that were waiting, and so call us while we serve: ``busy`` says so, and
+whoever set it goes on with everything afterwards, the end of the connection included.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import deferred
 from bottomhalf.exports.nbd.buffers import BUFFER_BYTES, BufferPool
-from bottomhalf.exports.nbd.metadata import block_status_reply
-from bottomhalf.exports.nbd.output import Buffer, Output
+from bottomhalf.exports.nbd.metadata import LOOKS_AT_ONCE_MAX, block_status_reply
+from bottomhalf.exports.nbd.output import Buffer
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import FLUSH, IN_PROGRESS, READ, WRITE, Request
 from bottomhalf.wire.nbd import replies
@@ -39,8 +43,11 @@ if TYPE_CHECKING:
 REQUESTS_IN_FLIGHT_MAX: Final = 1024  # per client (QEMU: 16, nbdkit: its 16 threads)
 BYTES_IN_FLIGHT_MAX: Final = 64 << 20  # per client: two requests of the largest size
 UNSENT_BYTES_MAX: Final = 4 << 20  # per client, of replies that it does not take; then nothing more is served
+ARENA_BYTES_MAX: Final = 128 << 20  # per client, of arenas that anything in flight or unsent or received lies in
+BATCHES_AT_ONCE: Final = 8  # per client; then others have their turn
 PARSE_BYTES_MAX: Final = BUFFER_BYTES - (REQUESTS_IN_FLIGHT_MAX * OFFSET_DATA_SIZE)  # served at a time
 BIG_INPUTS_MAX: Final = 4  # an input buffer so many times larger than needed is exchanged
+MAPPED_READS_MAX: Final = 256  # in one send: two pieces each, and the kernel takes 1024
 SEND_FILE_MIN: Final = 64 << 10  # reads from here on are sent from the file if its bytes are cached
 
 
@@ -53,25 +60,28 @@ class Transmission:
         self._backend = export.backend
         self._queue = export.backend.queue(self._completed)
         self._socket = connection.socket
-        self.output = Output(connection.socket)
-        self._buffers = BufferPool(export.context.host)
+        self.output = connection.output
+        self._buffers = BufferPool(export.context.host, self._forget_views)
+        self._arena = self._buffers.take(BUFFER_BYTES)  # where replies of reads are laid out
+        self._filled = 0  # of the arena, while anybody but us uses it
         self._structured = negotiated.structured_replies
         self._contexts = negotiated.contexts
         self._header_size = OFFSET_DATA_SIZE if self._structured else SIMPLE_REPLY_SIZE
         self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
         self._parser = RequestParser(negotiated, owner=self._queue)
         self._batch = Batch()
+        self._go_on = export.context.bottom_half(connection.progress, name="NBD client whose turn it is again")
         self._statistics = export.statistics
         self._now_ns = export.context.host.monotonic_ns
         self.in_flight = 0
         self._bytes_in_flight = 0
-        self._input = self._buffers.take(BUFFER_BYTES)
+        self._input = self._buffers.take(max(BUFFER_BYTES, len(negotiated.leftover)))
         self._start = 0
         self._end = 0
+        self._backlog = False  # complete requests may be left in the input although there was room
+        self.busy = False
         self.finishing = False  # the client said goodbye: answer what is in flight, then close
         leftover = negotiated.leftover
-        if len(leftover) > self._input.size:
-            self._input = self._buffers.take(len(leftover))
         self._input.view[: len(leftover)] = leftover
         self._end = len(leftover)
 
@@ -79,7 +89,10 @@ class Transmission:
 
     def receive(self) -> bool:
         """Take what the socket has and serve it. False at the end of the stream."""
-        count = self._socket.recv_into(self._input.view[self._end :])
+        try:
+            count = self._socket.recv_into(self._input.view[self._end :])
+        except BlockingIOError:
+            return True
         if count == 0:
             return False
         self._end += count
@@ -93,32 +106,54 @@ class Transmission:
             self.in_flight < REQUESTS_IN_FLIGHT_MAX
             and self._bytes_in_flight < BYTES_IN_FLIGHT_MAX
             and self.output.unsent_bytes < UNSENT_BYTES_MAX
+            and self._buffers.used_bytes < ARENA_BYTES_MAX
         )
 
+    @property
+    def wants_input(self) -> bool:
+        """Whether to read from the socket: everything complete was served, and there is room for more."""
+        return not self._backlog and not self.finishing and self.has_room
+
     def serve(self) -> None:
-        """Serve the complete requests that are in the input, as far as there is room."""
+        """Serve the complete requests that are in the input, as far as there is room and it is our turn."""
+        assert not self.busy
+        self.busy = True
+        try:
+            with deferred():
+                self._serve_input()
+        finally:
+            self.busy = False
         batch = self._batch
-        with deferred():
-            while self.has_room and self._end > self._start and not self.finishing:
-                batch.clear()
-                self._start = self._parser.parse(
-                    self._input.view,
-                    self._start,
-                    self._end,
-                    batch,
-                    REQUESTS_IN_FLIGHT_MAX - self.in_flight,
-                    min(PARSE_BYTES_MAX, BYTES_IN_FLIGHT_MAX - self._bytes_in_flight),
-                    self._input.address,
-                )
-                self._serve_batch(batch)
-                if batch.error is not None:
-                    self._connection.complain(batch.error)
-                    self.finishing = True
-                elif batch.disconnect:
-                    self.finishing = True
-                if not batch.limited:
-                    break
         self._make_room(batch.needed if not batch.limited else REQUEST_SIZE)
+
+    def _serve_input(self) -> None:
+        batch = self._batch
+        connection = self._connection
+        self._backlog = False
+        for _ in range(BATCHES_AT_ONCE):
+            if self._end == self._start or self.finishing or connection.closed or not self.has_room:
+                break
+            batch.clear()
+            self._start = self._parser.parse(
+                self._input.view,
+                self._start,
+                self._end,
+                batch,
+                REQUESTS_IN_FLIGHT_MAX - self.in_flight,
+                min(PARSE_BYTES_MAX, BYTES_IN_FLIGHT_MAX - self._bytes_in_flight),
+                self._input.address,
+            )
+            self._serve_batch(batch)
+            if batch.error is not None:
+                connection.complain(batch.error)
+                self.finishing = True
+            elif batch.disconnect:
+                self.finishing = True
+            if not batch.limited:
+                break
+        else:
+            self._backlog = True
+            self._go_on.schedule()
 
     def _make_room(self, needed: int) -> None:
         """Arrange the input so that the next request fits behind its beginning."""
@@ -145,16 +180,13 @@ class Transmission:
 
     def _serve_batch(self, batch: Batch) -> None:
         began_ns = self._now_ns()
-        count = self.in_flight
+        done = 0
         if batch.reads:
-            count += len(batch.reads)
-            self._read(batch.reads, batch.read_bytes, began_ns)
+            done += len(batch.reads) - self._read(batch.reads, batch.read_bytes, began_ns)
         if batch.writes:
-            count += len(batch.writes)
-            self._submit(batch.writes, began_ns)
-        for request in batch.others:
-            count += 1
-            self._serve_other(request, began_ns)
+            done += len(batch.writes) - self._submit(batch.writes, began_ns)
+        if batch.others:
+            done += len(batch.others) - self._serve_others(batch.others, began_ns)
         for reject in batch.rejects:
             self._export.statistics.rejected += 1
             self.output.send(
@@ -162,27 +194,43 @@ class Transmission:
                 if self._structured
                 else replies.simple_reply(reject.cookie, reject.error)
             )
-        done = count - self.in_flight
         self._statistics.answered += done
         self._statistics.latency_ns += done * (self._now_ns() - began_ns)
 
-    def _read(self, reads: list[Request], total: int, began_ns: int) -> None:
+    def _place_for(self, size: int) -> tuple[Buffer, int]:
+        """Room for replies: an arena, of which the caller is a user now, and a position in it. Batches lie one
+        behind the other, so that a few bytes that have to wait do not hold an arena of their own."""
+        memory = self._arena
+        position = self._filled if memory.users > 1 else 0
+        if position + size > memory.size:
+            if size > BUFFER_BYTES:
+                return self._buffers.take(size), 0
+            memory.release()
+            memory = self._arena = self._buffers.take(BUFFER_BYTES)
+            position = 0
+        self._filled = position + size
+        memory.users += 1
+        return memory, position
+
+    def _read(self, reads: list[Request], total: int, began_ns: int) -> int:
+        """How many of them have to wait."""
         statistics = self._statistics
         statistics.reads += len(reads)
         statistics.read_bytes += total
         if reads[0].length >= SEND_FILE_MIN:
             reads = self._send_from_file(reads)
             if not reads:
-                return
+                return 0
             total = sum(request.length for request in reads)
+        if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
+            return 0
         alignment = self._backend.memory_alignment
         if alignment > 1:
-            room = total + len(reads) * (self._header_size + alignment)
-            memory = self._buffers.take(room)
-            self._place_aligned(reads, memory, alignment)
+            memory, start = self._place_for(total + len(reads) * (self._header_size + alignment))
+            self._place_aligned(reads, memory, start, alignment)
         else:
-            memory = self._buffers.take(total + len(reads) * self._header_size)
-            end = self._place(reads, memory.view, 0, memory.address)
+            memory, start = self._place_for(total + len(reads) * self._header_size)
+            end = self._place(reads, memory.view, start, memory.address)
         pending = self._queue.submit(reads)
         if not pending:
             failed = False
@@ -191,17 +239,36 @@ class Transmission:
                     failed = True
                     break
             if not failed and alignment == 1:
-                self.output.send(memory.view[:end], memory)
+                self.output.send(memory.view[start:end], memory)
                 self._parser.release(reads)
-                return
+                return 0
         self._hold(pending, memory, began_ns)
         done = [request for request in reads if request.result != IN_PROGRESS] if pending else reads
-        self._answer_reads(done, memory)
-        memory.release()
+        try:
+            self._answer_reads(done, memory)
+        finally:
+            memory.release()
+        return len(pending)
 
-    def _place_aligned(self, reads: list[Request], memory: Buffer, alignment: int) -> None:
+    def _send_mapped(self, reads: list[Request], total: int) -> bool:
+        """Answer reads straight from the page cache, if the file is in memory; the socket's copy is the only one."""
+        where = self._backend.map_reads(reads)
+        if where is None:
+            return False
+        header = self._header_size
+        memory, start = self._place_for(len(reads) * header)
+        end = replies.place_headers(reads, memory.view, start, self._structured)
+        file, shift = where
+        try:
+            self.output.send_mapped(memory.view[start:end], header, reads, file, shift, total + end - start)
+        finally:
+            memory.release()
+        self._backend.account_read(len(reads), total)
+        self._parser.release(reads)
+        return True
+
+    def _place_aligned(self, reads: list[Request], memory: Buffer, position: int, alignment: int) -> None:
         """Lay replies out so that the data of each is aligned in memory, with the header right before it."""
-        position = 0
         header = self._header_size
         for request in reads:
             data = -(-(position + header) // alignment) * alignment
@@ -216,11 +283,12 @@ class Transmission:
             request.buffer = memory.view[data:position]
             request.address = memory.address + data if memory.address else 0
 
-    def _hold(self, pending: list[Request], memory: Buffer, began_ns: int) -> None:
+    def _hold(self, pending: list[Request], memory: Buffer | None, began_ns: int) -> None:
         """Note what has to wait, and which memory it needs until then."""
         if pending:
             self.in_flight += len(pending)
-            memory.users += len(pending)
+            if memory is not None:
+                memory.users += len(pending)
             context = (memory, began_ns)
             for request in pending:
                 request.context = context
@@ -266,18 +334,21 @@ class Transmission:
             self._parser.release([request])
         return others
 
-    def _submit(self, requests: list[Request], began_ns: int) -> None:
-        """Requests whose reply carries no data."""
+    def _submit(self, requests: list[Request], began_ns: int) -> int:
+        """Requests whose reply carries no data. How many of them have to wait."""
         statistics = self._statistics
+        memory = None
         if requests[0].op == WRITE:
+            memory = self._input
             statistics.writes += len(requests)
             for request in requests:
                 statistics.write_bytes += request.length
         pending = self._queue.submit(requests)
         if pending:
-            self._hold(pending, self._input, began_ns)
+            self._hold(pending, memory, began_ns)
             requests = [request for request in requests if request.result != IN_PROGRESS]
         self._answer(requests)
+        return len(pending)
 
     def _answer(self, done: list[Request]) -> None:
         """Send the replies of finished requests other than reads, as one piece."""
@@ -286,7 +357,7 @@ class Transmission:
         pack = replies.pack_none if self._structured else replies.pack_simple_reply
         answer = bytearray(len(done) * (20 if self._structured else 16))
         position = 0
-        errors = []
+        errors: list[tuple[object, Buffer | None]] = []
         for request in done:
             if request.result:
                 errors.append((self._error(request), None))
@@ -302,25 +373,34 @@ class Transmission:
         self._statistics.failed += 1
         return replies.result_reply(request.cookie, request.result, self._structured, _why(request))
 
-    def _serve_other(self, request: Request, began_ns: int) -> None:
-        if not isinstance(request, NbdRequest):
-            self._statistics.others += 1
-            self._submit([request], began_ns)
-            return
-        if request.op == BLOCK_STATUS:
-            self.output.send(block_status_reply(self._backend, request, self._contexts))
-            return
-        if request.op == CACHE:
-            self._backend.prefetch(request.offset, request.length)
-        else:
-            assert request.op == EMPTY
-        request.result = 0
-        self._answer([request])
+    def _serve_others(self, requests: list[Request], began_ns: int) -> int:
+        """Everything but reads and writes, one by one. How many of them have to wait."""
+        waiting = 0
+        looks_left = LOOKS_AT_ONCE_MAX
+        for request in requests:
+            if not isinstance(request, NbdRequest):
+                self._statistics.others += 1
+                waiting += self._submit([request], began_ns)
+                continue
+            if request.op == BLOCK_STATUS:
+                reply, looks = block_status_reply(self._backend, request, self._contexts, looks_left)
+                looks_left -= looks
+                self.output.send(reply)
+                continue
+            if request.op == CACHE:
+                self._backend.prefetch(request.offset, request.length)
+            else:
+                assert request.op == EMPTY
+            request.result = 0
+            self._answer([request])
+        return waiting
 
     # -- completions --------------------------------------------------------------------------------------------
 
     def _completed(self, requests: list[Request]) -> None:
         """Requests that had to wait are done: answer them, and go on with what waited for room."""
+        was_busy = self.busy
+        self.busy = True
         self.in_flight -= len(requests)
         now_ns = self._now_ns()
         reads: dict[int, tuple[Buffer, list[Request]]] = {}
@@ -335,21 +415,21 @@ class Transmission:
             else:
                 if request.op == WRITE:
                     self._bytes_in_flight -= request.length
-                memory.release()
+                    memory.release()
                 others.append(request)
         self._statistics.answered += len(requests)
         self._statistics.latency_ns += waited_ns
-        if self._connection.closed:
-            for memory, done in reads.values():
-                memory.release(len(done))
-        else:
-            try:
+        try:
+            if not self._connection.closed:
                 for memory, done in reads.values():
                     self._answer_reads(done, memory)
-                    memory.release(len(done))
                 self._answer(others)
-            except OSError as error:
-                self._connection.lost(error)
+        except OSError as error:
+            self._connection.lost(error)
+        finally:
+            for memory, done in reads.values():
+                memory.release(len(done))
+            self.busy = was_busy
         self._connection.progress()
 
     def keep_file_bytes(self) -> None:
@@ -361,11 +441,18 @@ class Transmission:
         data = file.pread(count, offset)
         return memoryview(data.ljust(count, b"\0"))
 
+    def _forget_views(self) -> None:
+        """Requests that wait for their next use still point into arenas."""
+        self._parser.pool.clear()
+
     def close(self) -> None:
         """Give the memory back. Nothing is in flight."""
+        assert not self.in_flight and not self.busy
+        self._go_on.delete()
         self.output.drop()
-        self._parser.pool.clear()  # pooled requests still point into the arenas
+        self._batch.clear()
         self._input.release()
+        self._arena.release()
         self._buffers.close()
 
     @property

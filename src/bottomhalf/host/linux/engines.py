@@ -44,12 +44,13 @@ RING_OPERATION_BYTES_MAX: Final = 0x7FFFF000  # what one read or write moves at 
 
 _PUNCH: Final = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
 _RETRY: Final = (-errno.EINTR, -errno.EAGAIN)
+_NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS)
 
 
 class _Job:
     """A request on its way through an engine: with whose descriptor, and its bounce buffer if it needs one."""
 
-    __slots__ = ("bounce", "fd", "file", "mode", "request")
+    __slots__ = ("address", "bounce", "fd", "file", "mode", "request")
 
     def __init__(self, file: File, request: Request) -> None:
         self.file = file
@@ -59,9 +60,11 @@ class _Job:
         self.mode = 0  # of fallocate
         request.done = 0
         if request.op <= WRITE:
-            if not request.address:
-                request.address = address_of(request.buffer) if not request.buffer.readonly else 0
-            if not request.address or request.address % file.memory_alignment:
+            # Found out here, the address is not left in the request: the next buffer lies elsewhere.
+            self.address = request.address
+            if not self.address and request.length and not request.buffer.readonly:
+                self.address = address_of(request.buffer)
+            if not self.address or self.address % file.memory_alignment:
                 self._use_bounce(request)
         elif request.op == DISCARD or (request.op != FLUSH and request.flags & MAY_UNMAP):
             self.mode = _PUNCH
@@ -73,6 +76,7 @@ class _Job:
 
         arena = LinuxArena(max(request.length, 1))
         self.bounce = arena.view[: request.length]
+        self.address = arena.address
         if request.op == WRITE:
             self.bounce[:] = request.buffer
 
@@ -80,12 +84,15 @@ class _Job:
     def buffer(self) -> memoryview:
         return self.bounce if self.bounce is not None else self.request.buffer
 
-    @property
-    def address(self) -> int:
-        return address_of(self.bounce) if self.bounce is not None else self.request.address
-
     def step(self, result: int) -> bool:
         """Take the kernel's answer to the part from ``request.done`` on; True when the request is finished."""
+        try:
+            return self._step(result)
+        except Exception as failure:  # its file or its buffer was closed: it alone suffers
+            self.request.result = -(getattr(failure, "errno", None) or errno.EIO)
+            return True
+
+    def _step(self, result: int) -> bool:
         request = self.request
         if result < 0:
             if result in _RETRY:
@@ -119,9 +126,7 @@ class _Job:
 
     def _fallocate_refused(self, result: int) -> bool:
         """A file system without this mode of fallocate: say ENOTSUP and let the block layer fall back."""
-        if result == -errno.ENODEV or result == -errno.EINVAL or result == -errno.EOPNOTSUPP:
-            result = -errno.ENOTSUP
-        self.request.result = result
+        self.request.result = -errno.ENOTSUP if result in _NO_SUCH_MODE else result
         return True
 
 
@@ -142,12 +147,14 @@ class RingEngine:
 
     @property
     def pending(self) -> bool:
-        """Whether reap() would return something; costs no system call."""
-        return self._ring.pending
+        """Whether reap() would return something, or has to be called because the kernel refuses to take anything
+        and so will not announce anything either; costs no system call."""
+        ring = self._ring
+        return ring.pending or ring.unsubmitted == self.in_flight - len(self._waiting) > 0
 
     def prepare(self, file: File, request: Request) -> None:
-        self.in_flight += 1
         job = _Job(file, request)
+        self.in_flight += 1
         if self._free:
             self._push(job)
         else:
@@ -224,6 +231,7 @@ class ThreadEngine:
         self._prepared: list[_Job] = []
         self._finished: deque[Request] = deque()
         self._threads: list[threading.Thread] = []
+        self._pid = os.getpid()
         self.in_flight = 0
 
     def fileno(self) -> int:
@@ -234,10 +242,13 @@ class ThreadEngine:
         return bool(self._finished)
 
     def prepare(self, file: File, request: Request) -> None:
+        job = _Job(file, request)
         self.in_flight += 1
-        self._prepared.append(_Job(file, request))
+        self._prepared.append(job)
 
     def enter(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this engine's threads are in another process; make engines after fork")
         prepared, self._prepared = self._prepared, []
         while len(self._threads) < min(self.in_flight, WORKERS_MAX):
             thread = threading.Thread(target=self._work, name=f"worker-{len(self._threads)}", daemon=True)
@@ -248,11 +259,8 @@ class ThreadEngine:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            try:
-                while not job.step(_carry_out(job)):
-                    pass
-            except Exception:
-                job.request.result = -errno.EIO  # a request is answered whatever happens
+            while not job.step(_carry_out(job)):
+                pass
             self._finished.append(job.request)
             self._event.set()
 
@@ -290,3 +298,5 @@ def _carry_out(job: _Job) -> int:
         return 0
     except OSError as failure:
         return -(failure.errno or errno.EIO)
+    except Exception:
+        return -errno.EIO  # a request is answered whatever happens

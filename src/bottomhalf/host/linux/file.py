@@ -6,7 +6,7 @@ trip through a ring or a thread costs more and a turn of the loop besides. There
 the request stands and only misses travel on (a miss has started read-ahead by then). ext4 has no RWF_NOWAIT for
 buffered writes; a plain pwrite is a copy into the page cache, 2.4 us, and waits only when the kernel throttles
 writers. Therefore writes are done in place as long as a batch of them takes less than a millisecond, and go to the
-engine for a while after one took longer. O_DIRECT always waits for the device and is never served here.
+engine for a while after one waited longer (waited: lost the processor of its own accord, not to a neighbour). O_DIRECT always waits for the device and is never served here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import errno
 import os
 import stat
 import time
+from resource import RUSAGE_THREAD, getrusage
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.host.linux.locks import ImageLocks
+from bottomhalf.host.linux.mapping import PageCacheMap
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.protocol import DATA, ZERO, ImageInUse
 from bottomhalf.host.request import FUA, Request
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 
-INLINE_WRITE_BATCH_NS_MAX: Final = 1_000_000  # a batch that took longer sends the next ones to the engine
-INLINE_WRITE_PAUSE_NS: Final = 1_000_000_000  # for this long
+INLINE_WRITE_BATCH_NS_MAX: Final = 2_000_000  # a batch that waited and took longer sends the next to the engine
+INLINE_WRITE_PAUSE_NS: Final = 200_000_000  # for this long
 
 # NFS and some FUSE file systems answer RWF_NOWAIT with these; then every read goes to the engine.
 _NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -47,12 +49,15 @@ class LinuxFile:
         self.read_only = read_only
         self.direct = direct
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-        self._fd = os.open(path, flags)
+        # Without O_NONBLOCK the open of a FIFO waits for its other end, and with it io_uring says EAGAIN to misses.
+        self._fd = os.open(path, flags | os.O_NONBLOCK)
         try:
+            os.set_blocking(self._fd, True)
             mode = os.fstat(self._fd).st_mode
+            if stat.S_ISDIR(mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                kind = "a directory" if stat.S_ISDIR(mode) else "neither a regular file nor a block device"
-                raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"is {kind}", path)
+                raise OSError(errno.ENOTBLK, "neither a regular file nor a block device", path)
             self.is_device = stat.S_ISBLK(mode)
             self.memory_alignment, self.alignment = self._find_alignment() if direct else (1, 1)
         except BaseException:
@@ -64,6 +69,7 @@ class LinuxFile:
         self._writes_wait_until_ns = 0
         self._cache_probe: PageCacheProbe | None = None
         self._knows_cached = not direct
+        self._map = PageCacheMap(self._fd, usable=not direct and not self.is_device)
 
     def fileno(self) -> int:
         return self._fd
@@ -113,7 +119,14 @@ class LinuxFile:
                 request.result = 0
             else:
                 slow.append(request)
+        if slow:
+            self._map.missed()
+        else:
+            self._map.hit(len(requests))
         return slow
+
+    def map_reads(self, requests: list[Request], shift: int) -> bool:
+        return self._map.active and self._map.point(requests, shift)
 
     def _finish_short_read(self, request: Request, count: int) -> bool:
         """A short answer is the end of the file (then zeroes follow) or the end of what is cached."""
@@ -128,6 +141,7 @@ class LinuxFile:
         started_ns = time.monotonic_ns()
         if started_ns < self._writes_wait_until_ns:
             return requests
+        waits = getrusage(RUSAGE_THREAD).ru_nvcsw
         fd, pwritev = self._fd, os.pwritev
         slow: list[Request] = []
         for request in requests:
@@ -144,7 +158,7 @@ class LinuxFile:
             else:
                 slow.append(request)  # the engine finds out what stops it
         taken_ns = time.monotonic_ns() - started_ns
-        if taken_ns > INLINE_WRITE_BATCH_NS_MAX:
+        if taken_ns > INLINE_WRITE_BATCH_NS_MAX and getrusage(RUSAGE_THREAD).ru_nvcsw != waits:
             self._writes_wait_until_ns = started_ns + taken_ns + INLINE_WRITE_PAUSE_NS
         return slow
 
@@ -193,6 +207,7 @@ class LinuxFile:
             self._locks = None  # locking=auto: a file system without these locks does without
 
     def close(self) -> None:
+        self._map.close()
         if self._fd >= 0:
             os.close(self._fd)  # the locks go with the descriptor
             self._fd = -1

@@ -4,7 +4,7 @@
 epoll(7) tells in one call which of many descriptors are ready and keeps the set in the kernel. ``select.epoll``
 counts its timeout in whole milliseconds, rounded up, which would turn a timer of 50 us into one of 1 ms;
 epoll_pwait2(2) takes nanoseconds but costs a microsecond more through ctypes. Therefore short finite timeouts
-take the exact call and everything else the cheap one. Neither ever returns early.
+take the exact call and everything else the cheap one. Neither returns early, except from a wait of over a day.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bottomhalf.host.linux.syscalls import EpollBuffer
 
 MAX_EVENTS: Final = 128  # taken per wait, as QEMU's fdmon-epoll; the rest stays ready (level-triggered)
+WAIT_NS_MAX: Final = 86_400_000_000_000  # a day; the C interface counts milliseconds in an int
 _EXACT_BELOW_NS: Final = 20_000_000
 
 
@@ -48,7 +49,7 @@ class LinuxPoller:
             return self._poll(0 if timeout_ns == 0 else None, MAX_EVENTS)
         if timeout_ns < _EXACT_BELOW_NS and self._exact:
             return self._wait_exactly(timeout_ns)
-        return self._poll(timeout_ns / 1e9, MAX_EVENTS)
+        return self._poll(min(timeout_ns, WAIT_NS_MAX) / 1e9, MAX_EVENTS)
 
     def _wait_exactly(self, timeout_ns: int) -> list[tuple[int, int]]:
         if self._buffer is None:

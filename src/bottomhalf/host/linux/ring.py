@@ -50,6 +50,7 @@ _SQ_CQ_OVERFLOW: Final = 1 << 1  # flags that the kernel shows in the submission
 _SQ_TASKRUN: Final = 1 << 2
 _CQ_EVENTFD_DISABLED: Final = 1  # flag that we show in the completion ring
 _FEAT_SINGLE_MMAP: Final = 1
+_FEAT_RW_CUR_POS: Final = 1 << 3  # came together with OP_READ and OP_WRITE (Linux 5.6)
 _OFF_SQES: Final = 0x10000000
 _PARAMS_SIZE: Final = 120
 
@@ -80,8 +81,8 @@ class Ring:
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries = struct.unpack_from("<II", params, 0)
         (features,) = struct.unpack_from("<I", params, 20)
-        if not features & _FEAT_SINGLE_MMAP:
-            raise error(errno.ENOSYS)  # before Linux 5.4: nothing that we support
+        if not (features & _FEAT_SINGLE_MMAP and features & _FEAT_RW_CUR_POS):
+            raise error(errno.ENOSYS)  # too old for the operations that we need
         _, sq_tail, sq_mask, _, sq_flags, _, sq_array = struct.unpack_from("<7I", params, 40)
         cq_head, cq_tail, cq_mask, _, _, cqes, cq_flags = struct.unpack_from("<7I", params, 80)
         self.entries: int = sq_entries
@@ -138,6 +139,8 @@ class Ring:
                 taken = io_uring_enter(self._fd, self._unsubmitted, wait_for, _ENTER_GETEVENTS)
                 if taken >= 0:
                     self._unsubmitted -= taken
+                    if self._unsubmitted and taken:
+                        continue  # it stops at an entry that it does not like; the others are innocent
                     return
                 if taken == -errno.EINTR:
                     continue
@@ -182,6 +185,8 @@ class Ring:
         self._words.release()
         self._slots_column.release()
         self._results_column.release()
+        self._rings.close()  # the mappings hold descriptors of their own
+        self._sqes.close()
         os.close(self._fd)
         os.close(self._eventfd)
         self._fd = -1

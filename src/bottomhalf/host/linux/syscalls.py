@@ -44,6 +44,7 @@ FALLOC_KEEP_SIZE: Final = 1
 FALLOC_PUNCH_HOLE: Final = 2
 FALLOC_ZERO_RANGE: Final = 16
 
+
 def error(number: int) -> OSError:
     """The OSError (of the fitting subclass) for an errno."""
     return OSError(number, os.strerror(number))
@@ -162,6 +163,14 @@ def direct_alignment(fd: int) -> tuple[int, int] | None:
     if not mask & statx_dioalign or not offset:
         return None
     return memory, offset
+
+
+def file_system_type(fd: int) -> int:
+    """fstatfs(2): the magic number of the file system that a file is on."""
+    answer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, ctypes.byref(answer)) != 0:
+        raise error(ctypes.get_errno())
+    return int.from_bytes(answer.raw[:4], "little")
 
 
 def address_of(buffer: memoryview) -> int:

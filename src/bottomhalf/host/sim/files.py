@@ -124,6 +124,10 @@ class SimFile(Descriptor):
             self.world.block(self.latency.draw(self.world, READ) + (fault.delay_ns if fault else 0))
         self.inode.touch(offset, length)
 
+    def map_reads(self, requests: list[Request], shift: int) -> bool:
+        """Never: here every read is a decision of the simulated page cache."""
+        return False
+
     def prefetch(self, offset: int, length: int) -> None:
         """The pages come into memory some time later; with cached="random" perhaps, or not for long."""
         self.check_open()

@@ -92,6 +92,22 @@ def place_structured_reads(reads: list[Request], arena: memoryview, position: in
     return position
 
 
+def place_headers(reads: list[Request], arena: memoryview, position: int, structured: bool) -> int:
+    """Only the headers of ``reads``, one behind the other, for data that lies elsewhere: 28 bytes each if
+    ``structured``, else 16. Returns the position after the last."""
+    if structured:
+        pack = _DATA_HALVES.pack_into
+        for request in reads:
+            pack(arena, position, _DATA_DONE, request.cookie, request.length + 8, request.offset)
+            position += OFFSET_DATA_SIZE
+    else:
+        pack = _SIMPLE_HALVES.pack_into
+        for request in reads:
+            pack(arena, position, _SIMPLE_OK, request.cookie)
+            position += SIMPLE_REPLY_SIZE
+    return position
+
+
 def pack_simple_reply(arena: Any, position: int, cookie: int, error: int = 0) -> int:
     """A simple reply's header (16 bytes). ``error`` is the wire's (``NBD_E...``), 0 for success."""
     SIMPLE_REPLY.pack_into(arena, position, SIMPLE_REPLY_MAGIC, error, cookie)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a thread is doing right now: its coroutine, its context, its deferred section.
+
+Reading a ``threading.local`` costs as much as three attributes of a plain object, and a turn of the loop needs
+several such facts. Therefore they lie together in one plain object per thread, which a context remembers for its
+home thread; ``own.state`` finds it from anywhere else.
+
+What must live here: the object. What the facts mean is ``coroutine``'s and ``defer``'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from bottomhalf.host.threads import Local
+
+if TYPE_CHECKING:
+    from bottomhalf.aio.context import AioContext
+    from bottomhalf.aio.coroutine import Coroutine
+
+
+class ThreadState:
+    """One thread's facts; also the context manager of its deferred sections, for a class costs least to enter."""
+
+    __slots__ = ("calls", "context", "coroutine", "depth")
+
+    def __init__(self) -> None:
+        self.coroutine: Coroutine | None = None  # the one that runs
+        self.context: AioContext | None = None  # the first one that was made in this thread
+        self.depth = 0  # of nested deferred sections
+        self.calls: dict[tuple[Callable[[Any], object], Any], None] = {}
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.depth -= 1
+        if self.depth == 0 and self.calls:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make all deferred calls, even if some raise; the first exception then goes out."""
+        calls, self.calls = self.calls, {}
+        first: BaseException | None = None
+        for function, argument in calls:
+            try:
+                function(argument)
+            except BaseException as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+
+class _Own(Local):
+    def __init__(self) -> None:
+        self.state = ThreadState()
+
+
+own = _Own()

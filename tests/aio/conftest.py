@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A context on every host: the real one, and simulated ones of several seeds, which shuffle bottom halves,
+readiness and completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bottomhalf.aio import AioContext
+from bottomhalf.host.linux import LinuxHost
+from bottomhalf.host.protocol import Host
+from bottomhalf.host.sim import SimHost
+
+SEEDS_PER_TEST = 4  # one in so many of --seeds: these tests are many, and few of them leave much to chance
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``host`` is the real one and simulated ones; ``sim`` only simulated ones."""
+    one = metafunc.config.getoption("--seed")
+    count = -(-metafunc.config.getoption("--seeds") // SEEDS_PER_TEST)
+    seeds = [f"sim{seed}" for seed in (range(count) if one is None else [one])]
+    if "host" in metafunc.fixturenames:
+        metafunc.parametrize("host", ["linux", *seeds], indirect=True)
+    if "sim" in metafunc.fixturenames:
+        metafunc.parametrize("sim", seeds, indirect=True)
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Host:
+    name: str = request.param
+    return LinuxHost() if name == "linux" else SimHost(int(name.removeprefix("sim")))
+
+
+@pytest.fixture
+def sim(request: pytest.FixtureRequest) -> SimHost:
+    return SimHost(int(request.param.removeprefix("sim")))
+
+
+@pytest.fixture
+def context(host: Host) -> Iterator[AioContext]:
+    made = AioContext(host)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sim_context(sim: SimHost) -> Iterator[AioContext]:
+    made = AioContext(sim)
+    yield made
+    made.close()

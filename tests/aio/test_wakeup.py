@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No wake-up is lost, proven by walking through every interleaving of a loop and a scheduler.
+
+The scheduler's work has four steps: publish the bottom half, set ``notified``, look at ``notify_me``, write the
+event if somebody sleeps. The loop is stopped at each of its own looks and stores (``notified`` and ``notify_me``
+become properties, its methods get hooks), and at each stop some of the scheduler's steps happen. All ways to
+spread four steps over the stops of a poll that has other work and of one that sleeps are tried. A loop that sleeps
+when nothing will wake it is a ``Deadlock`` of the simulated host.
+
+Four broken protocols, each with one thing in another order, must be caught by the same walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations_with_replacement
+from typing import Any
+
+import pytest
+
+from bottomhalf.aio import AioContext, BottomHalf
+from bottomhalf.host.sim import Deadlock, SimHost
+
+STEPS = 4
+
+
+class Stepped(AioContext):
+    """A context that calls ``stop`` before and after everything that the protocol is about."""
+
+    __slots__ = ("_notified", "_notify_me", "stop")
+
+    def __init__(self, host: SimHost) -> None:
+        self.stop: Callable[[], None] = lambda: None
+        super().__init__(host)
+        wait = self._wait
+
+        def stopped_wait(timeout_ns: int) -> list[tuple[int, int]]:
+            self.stop()
+            events = wait(timeout_ns)
+            self.stop()
+            return events
+
+        self._wait = stopped_wait
+
+    @property
+    def notified(self) -> bool:  # type: ignore[override]
+        self.stop()
+        return self._notified
+
+    @notified.setter
+    def notified(self, value: bool) -> None:
+        self.stop()
+        self._notified = value
+
+    @property
+    def notify_me(self) -> int:  # type: ignore[override]
+        self.stop()
+        return self._notify_me
+
+    @notify_me.setter
+    def notify_me(self, value: int) -> None:
+        self.stop()
+        self._notify_me = value
+
+    def timeout_ns(self) -> int:
+        self.stop()
+        return super().timeout_ns()
+
+    def _run_bottom_halves(self) -> bool:
+        self.stop()
+        progress = super()._run_bottom_halves()
+        self.stop()
+        return progress
+
+
+class Scheduler:
+    """BottomHalf.schedule() as steps that another thread takes."""
+
+    def __init__(self, context: Stepped, half: BottomHalf) -> None:
+        self.context = context
+        self.half = half
+        self.somebody_sleeps = False
+        self.steps = [self.publish, self.set_notified, self.look, self.write]
+
+    def publish(self) -> None:
+        self.half.scheduled = True
+        if not self.half.queued:
+            self.half.queued = True
+            self.context.append_half(self.half)
+
+    def set_notified(self) -> None:
+        self.context._notified = True
+
+    def look(self) -> None:
+        self.somebody_sleeps = self.context._notify_me > 0
+
+    def write(self) -> None:
+        if self.somebody_sleeps:
+            self.context.wake_up()
+
+
+class LooksFirst(Scheduler):
+    """Broken: whether somebody sleeps is looked up before the work is published."""
+
+    def __init__(self, context: Stepped, half: BottomHalf) -> None:
+        super().__init__(context, half)
+        self.steps = [self.look, self.publish, self.set_notified, self.write]
+
+
+class PublishesLast(Scheduler):
+    """Broken: ``notified`` is set before there is anything to find."""
+
+    def __init__(self, context: Stepped, half: BottomHalf) -> None:
+        super().__init__(context, half)
+        self.steps = [self.set_notified, self.look, self.publish, self.write]
+
+
+class SleepsWithoutASecondLook(Stepped):
+    """Broken: between computing how long to sleep and announcing the sleep nobody looks at ``notified``."""
+
+    __slots__ = ()
+
+    def _wait_for_work(self) -> list[tuple[int, int]]:
+        timeout_ns = self.timeout_ns()
+        self.notify_me += 1
+        try:
+            return self._wait(timeout_ns)
+        finally:
+            self.notify_me -= 1
+
+
+class ClearsTooLate(Stepped):
+    """Broken: ``notified`` is cleared after the last look at the work. (After the work was taken is not too late
+    yet: timeout_ns() looks at it once more before the next sleep.)"""
+
+    __slots__ = ()
+
+    def _wait_for_work(self) -> list[tuple[int, int]]:
+        timeout_ns = self.timeout_ns()
+        self.notified = False
+        return super()._wait_for_work() if timeout_ns == 0 else self._sleep(timeout_ns)
+
+    def _sleep(self, timeout_ns: int) -> list[tuple[int, int]]:
+        self.notify_me += 1
+        try:
+            return self._wait(0 if self.notified else timeout_ns)
+        finally:
+            self.notify_me -= 1
+
+
+class Walk:
+    """One interleaving: before stop number ``places[i]`` the scheduler has taken its step i."""
+
+    def __init__(self, context_class: type[Stepped], scheduler_class: type[Scheduler], places: tuple[int, ...]):
+        self.host = SimHost(0)
+        self.context = context_class(self.host)
+        self.ran = 0
+        self.other = self.context.bottom_half(lambda: None, name="other work")
+        half = self.context.bottom_half(self.run, name="work")
+        self.steps = list(zip(places, scheduler_class(self.context, half).steps, strict=True))
+        self.stops = 0
+
+    def run(self) -> None:
+        self.ran += 1
+
+    def stop(self) -> None:
+        while self.steps and self.steps[0][0] <= self.stops:
+            self.steps.pop(0)[1]()
+        self.stops += 1
+
+    def go_on(self) -> None:
+        """The loop sleeps; the other thread, which was only slow, takes its next step."""
+        if self.steps:
+            self.steps.pop(0)[1]()
+            self.host.at(1000, self.go_on)
+
+    def go(self) -> int:
+        """Poll until the work has run; how many stops there were. Deadlock if it never does."""
+        self.other.schedule()  # the first poll does not sleep
+        self.context.stop = self.stop
+        self.host.at(1000, self.go_on)
+        while not self.ran:
+            self.context.poll(True)
+        self.context.stop = lambda: None
+        while self.steps:
+            self.steps.pop(0)[1]()
+        self.context.poll(False)
+        assert self.ran == 1, "ran twice"
+        self.context.close()
+        return self.stops
+
+
+def walks(context_class: type[Stepped], scheduler_class: type[Scheduler]) -> tuple[int, int]:
+    """How many interleavings there are, and how many of them lose the wake-up."""
+    stops_max = 30  # the two polls have fewer
+    # One step after the other at all places; what lies behind the last stop happens while the loop sleeps.
+    tried = lost = 0
+    longest = Walk(context_class, scheduler_class, (stops_max,) * STEPS)
+    try:
+        stops = min(longest.go(), stops_max)
+    except Deadlock:
+        stops = stops_max
+    for places in combinations_with_replacement(range(stops + 1), STEPS):
+        tried += 1
+        try:
+            Walk(context_class, scheduler_class, places).go()
+        except Deadlock:
+            lost += 1
+    return tried, lost
+
+
+def test_nothing_is_lost() -> None:
+    """T11: the protocol in use."""
+    tried, lost = walks(Stepped, Scheduler)
+    assert tried > 1000 and lost == 0
+
+
+def test_steps_are_what_schedule_does() -> None:
+    """The walk is about the real thing: schedule() leaves the same behind as the four steps."""
+
+    def state(context: AioContext, half: BottomHalf) -> tuple[Any, ...]:
+        return (half.scheduled, half.queued, context.notified, context._queue == [half], context._event._is_set)  # type: ignore[attr-defined]
+
+    states = []
+    for sleeping in (0, 1):
+        for by_steps in (False, True):
+            context = Stepped(SimHost(0))
+            half = context.bottom_half(lambda: None)
+            context.notify_me += sleeping
+            if by_steps:
+                for step in Scheduler(context, half).steps:
+                    step()
+            else:
+                half.schedule()
+            states.append(state(context, half))
+            half.delete()
+            context.close()
+    assert states[0] == states[1] and states[2] == states[3]
+
+
+@pytest.mark.parametrize(
+    ("context_class", "scheduler_class"),
+    [
+        (SleepsWithoutASecondLook, Scheduler),
+        (ClearsTooLate, Scheduler),
+        (Stepped, LooksFirst),
+        (Stepped, PublishesLast),
+    ],
+)
+def test_broken_protocols_lose_wakeups(context_class: type[Stepped], scheduler_class: type[Scheduler]) -> None:
+    """T11: the walk finds what it is meant to find."""
+    tried, lost = walks(context_class, scheduler_class)
+    assert 0 < lost < tried
