@@ -75,9 +75,12 @@ class LoadRow(Row):
                 system.settle_for_writes(image)
             else:
                 system.settle(image, cached=not self.direct)
+            held = None if writes or self.direct else system.Held(image)
             meter = system.Meter(up.pid)
             result = run(client, program, self.load, up.socket, settings.seconds)
             meter.stop()
+            if held is not None:
+                held.release()
         if not result.ops:
             raise RuntimeError(f"{server.name}: {client} completed no request")
         rate = result.ops / result.seconds

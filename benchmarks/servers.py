@@ -120,6 +120,10 @@ class Running:
         return self.process.pid
 
 
+# As users have it: with byte code kept, and without what a test runner may have set.
+_ENVIRONMENT: Final = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 def _die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -136,6 +140,7 @@ def running(server: Server, image: Path, *, direct: bool = False) -> Iterator[Ru
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=_ENVIRONMENT,
             preexec_fn=_die_with_parent,  # also when this process is killed
         )
         try:

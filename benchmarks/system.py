@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import platform
 import random
@@ -33,6 +35,26 @@ def make_image(directory: Path, size_mib: int) -> Path:
         os.fsync(file.fileno())
     unfinished.rename(image)
     return image
+
+
+class Held:
+    """Keeps an image in the page cache: mapped read-only and locked, as long as this object lives.
+
+    Some machines reclaim the page cache while it is being measured (DAMON does, in small virtual machines), and
+    then a row says how fast the disk is. Where the limit on locked memory forbids it, nothing is held and
+    ``settle`` has to do.
+    """
+
+    def __init__(self, image: Path) -> None:
+        with open(image, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        mcl_current = 1  # what is mapped now, the image among it
+        self.locked = ctypes.CDLL(None).mlockall(mcl_current) == 0
+
+    def release(self) -> None:
+        """Let the image go."""
+        ctypes.CDLL(None).munlockall()
+        self._map.close()
 
 
 def settle(image: Path, *, cached: bool) -> None:

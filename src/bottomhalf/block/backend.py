@@ -136,12 +136,9 @@ class BlockBackend(Parent):
             lambda: self._parked or self._drain_ends or self.in_flight,
             what=f"requests to {self.describe()} that find it without a medium",
         )
-        if not node.parents and node.context is not self.graph.context:
-            try:
-                self.graph.move(node, self.graph.context)
-            except BlockError:
-                pass  # nodes below have other users, who stay where they are
+        connected = self.graph.connected(node)
         self.graph.release(node)
+        self.graph.bring_home(connected)
 
     def close(self) -> None:
         self.remove()

@@ -155,3 +155,13 @@ class Graph:
             for backend in self.backends:
                 if backend.root is not None and backend.root.node in nodes:
                     backend.context = context
+
+    def bring_home(self, nodes: list[Node]) -> None:
+        """Move those of the nodes that are still there, but have no backend above any more, to the main context:
+        the thread that they were moved to for its sake may end."""
+        for node in nodes:
+            if self.nodes.get(node.name) is not node or node.context is self.context:
+                continue
+            connected = self.connected(node)
+            if not any(backend.root is not None and backend.root.node in connected for backend in self.backends):
+                self.move(node, self.context)

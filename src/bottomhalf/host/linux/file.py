@@ -5,8 +5,12 @@ A read of bytes that are in the page cache costs 0.9 us by preadv2(2) with RWF_N
 trip through a ring or a thread costs more and a turn of the loop besides. Therefore cached reads are served where
 the request stands and only misses travel on (a miss has started read-ahead by then). ext4 has no RWF_NOWAIT for
 buffered writes; a plain pwrite is a copy into the page cache, 2.4 us, and waits only when the kernel throttles
-writers. Therefore writes are done in place as long as a batch of them takes less than a millisecond, and go to the
-engine for a while after one waited longer (waited: lost the processor of its own accord, not to a neighbour). O_DIRECT always waits for the device and is never served here.
+writers. Therefore writes are done in place until a batch of them has waited in the kernel for more than two
+milliseconds, and go to the engine for a while after that. (Time alone does not tell: on a busy machine a neighbour
+may have had the processor. Whoever waits gives it up of its own accord, and the kernel counts that.) O_DIRECT
+always waits for the device and is never served here.
+
+A file that turns out to be all in memory is read through a mapping; see ``mapping``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads with a loop of their own: start, stop, work from elsewhere, failures."""
+
+from __future__ import annotations
+
+import random
+import threading
+from functools import partial
+
+import pytest
+
+from bottomhalf.aio import AioContext, Coroutine, IOThread, WrongContext, current, sleep_ns, suspend
+from bottomhalf.host.linux import LinuxHost
+from tests.aio.helpers import until
+
+
+def test_lifecycle() -> None:
+    """/aio/multi/lifecycle: five threads, a function in each, and an end."""
+    host = LinuxHost()
+    threads = [IOThread(f"io{n}", host) for n in range(5)]
+    ids: list[int] = []
+    for thread in threads:
+        thread.context.schedule_oneshot(lambda: ids.append(threading.get_ident()))
+        assert not thread.context.is_home and thread.context.name == thread.name
+    for thread in threads:
+        thread.stop()
+        thread.stop()
+    assert len(set(ids)) == 5 and threading.get_ident() not in ids
+
+
+def test_stop_runs_what_was_scheduled() -> None:
+    """What was scheduled before the stop runs, and what that schedules."""
+    for _ in range(50):
+        thread = IOThread("io0", LinuxHost(), poll_max_ns=0)
+        ran: list[str] = []
+
+        async def body(ran: list[str] = ran) -> None:
+            ran.append("coroutine")
+
+        def first(thread: IOThread = thread, ran: list[str] = ran) -> None:
+            ran.append("first")
+            thread.context.schedule_oneshot(partial(ran.append, "second"))
+
+        thread.context.schedule_oneshot(first)
+        thread.context.schedule(body())
+        thread.stop()
+        assert sorted(ran) == ["coroutine", "first", "second"]
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_exceptions(handled: bool) -> None:
+    """The thread goes on; without a handler stop() raises the first."""
+    thread = IOThread("io0", LinuxHost())
+    told: list[str] = []
+    if handled:
+        thread.context.exception_handler = lambda _context, error, _where: told.append(str(error))
+    ran: list[int] = []
+
+    def fail(n: int) -> None:
+        raise ValueError(n)
+
+    for n in range(2):
+        thread.context.schedule_oneshot(partial(fail, n))
+        thread.context.schedule_oneshot(partial(ran.append, n))
+    if handled:
+        thread.stop()
+    else:
+        with pytest.raises(ValueError, match="0"):
+            thread.stop()
+        thread.stop()
+    assert ran == [0, 1] and told == (["0", "1"] if handled else [])
+
+
+def test_cannot_stop_itself() -> None:
+    thread = IOThread("io0", LinuxHost())
+    thread.context.schedule_oneshot(thread.stop)
+    with pytest.raises(WrongContext, match="its own end"):
+        thread.stop()
+
+
+def test_fails_to_start() -> None:
+    class NoPoller(LinuxHost):
+        count = 0
+
+        def poller(self):  # type: ignore[no-untyped-def]
+            self.count += 1
+            if self.count > 1:
+                raise OSError("too many open files")
+            return super().poller()
+
+    with pytest.raises(OSError, match="too many"):
+        IOThread("io0", NoPoller())
+
+
+@pytest.mark.parametrize("poll_max_ns", [0, 32_768])
+def test_work_from_elsewhere(poll_max_ns: int) -> None:
+    """Bottom halves, timers, coroutines and handlers reach a thread that sleeps or polls busily."""
+    host = LinuxHost()
+    main = AioContext(host)
+    thread = IOThread("io0", host, poll_max_ns)
+    context = thread.context
+    seen: list[str] = []
+
+    def note(what: str) -> None:
+        assert context.is_home
+        seen.append(what)
+        main.notify()
+
+    async def body() -> None:
+        await sleep_ns(10_000)
+        note("coroutine")
+
+    event = host.event()
+    rounds = 50
+    for _ in range(rounds):
+        seen.clear()
+        event.set()
+        context.set_fd_handler(event.fileno(), lambda: (event.clear(), note("handler")))
+        context.timer(partial(note, "timer")).arm_ns(host.monotonic_ns() + 10_000)
+        context.schedule_oneshot(partial(note, "half"))
+        context.enter(body())
+        until(main, lambda: len(seen) == 4)
+        assert sorted(seen) == ["coroutine", "half", "handler", "timer"]
+    context.set_fd_handler(event.fileno())
+    event.close()
+    thread.stop()
+    main.close()
+
+
+def test_coroutines_wake_each_other_across_threads() -> None:
+    """/aio/multi/schedule: coroutines in five threads take each other out of mailboxes and wake each other."""
+    host = LinuxHost()
+    main = AioContext(host)
+    threads = [IOThread(f"io{n}", host, poll_max_ns=0) for n in range(5)]
+    mailboxes: list[Coroutine | None] = [None] * len(threads)
+    guard = threading.Lock()
+    rounds = 300
+    woken = [0] * len(threads)
+    stopped = 0
+    ended: list[int] = []
+
+    def take(n: int) -> Coroutine | None:
+        with guard:
+            found, mailboxes[n] = mailboxes[n], None
+            return found
+
+    async def body(me: int) -> None:
+        chance = random.Random(me)
+        while not stopped:
+            other = take(chance.randrange(len(threads)))
+            if other is not None and other is not current():
+                other.context.wake(other)
+            mailboxes[me] = current()
+            await suspend("my mailbox")
+            assert mailboxes[me] is None
+            woken[me] += 1
+            if sum(woken) % 64 == 0:
+                main.notify()
+        ended.append(me)
+        main.notify()
+
+    def empty(n: int) -> None:
+        mine = take(n)
+        if mine is not None:
+            mine.context.wake(mine)
+
+    def stir() -> None:
+        """Everybody may sit in a mailbox: wake one."""
+        for n, thread in enumerate(threads):
+            thread.context.schedule_oneshot(partial(empty, n))
+
+    for n, thread in enumerate(threads):
+        thread.context.enter(body(n))
+    while sum(woken) < rounds:
+        stir()
+        main.timer(lambda: None).arm_ns(main.now_ns() + 100_000)
+        main.poll(True)
+    stopped = 1
+    while len(ended) < len(threads):
+        stir()
+        main.timer(lambda: None).arm_ns(main.now_ns() + 100_000)
+        main.poll(True)
+    for thread in threads:
+        thread.stop()
+    assert mailboxes == [None] * len(threads)
+    main.close()
