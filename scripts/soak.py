@@ -4,10 +4,11 @@
     python scripts/soak.py [--seconds 600] [--clients 200] [--growth-mib 32]
 
 The load is a row of passes. In each, all clients connect at once, write random blocks with checksums into
-their own parts of the image, read all of them back (fio's ``--verify=crc32c``), and leave. After each pass
-the daemon's resident set is read, and its highest value during the pass is kept. It fails when a block does
-not verify, when a client is refused, when the daemon dies or does not end cleanly, or when the last quarter
-of the passes peaks more than ``--growth-mib`` above the second quarter; the first quarter is warm-up.
+their own parts of the image, read all of them back (fio's ``--verify=crc32c``), and leave. The daemon's
+resident set is read after each pass, when nobody is connected. It fails when a block does not verify, when
+a client is refused, when the daemon dies or does not end cleanly, or when it weighs more than
+``--growth-mib`` more after the last quarter of the passes (their median) than after the second quarter; the
+first is warm-up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,25 +99,26 @@ def soak(options: argparse.Namespace, fio: str, directory: Path) -> list[str]:
         file.truncate(options.clients * PART_MIB * 1024 * 1024)
     say(f"{options.server}, {options.clients} clients at once, {options.seconds} s")
     failures: list[str] = []
-    peaks: list[float] = []
+    sizes: list[float] = []
     with running(SERVERS[options.server], image) as server, open(directory / "fio.log", "w+b") as log:
         say(f"resident MiB when idle: {memory_mib(server.pid)[0]:.1f}")
         command = fio_command(fio, server.socket, options.clients)
         start = time.monotonic()
-        while time.monotonic() - start < options.seconds or len(peaks) < PASSES_MIN:
+        while time.monotonic() - start < options.seconds or len(sizes) < PASSES_MIN:
             try:
-                peaks.append(one_pass(command, server, log))
-                after = memory_mib(server.pid)[0]
+                peak = one_pass(command, server, log)
+                sizes.append(memory_mib(server.pid)[0])
             except (RuntimeError, OSError) as error:
-                failures.append(f"pass {len(peaks) + 1}: {error}")
+                failures.append(f"pass {len(sizes) + 1}: {error}")
                 break
             elapsed = time.monotonic() - start
-            say(f"{elapsed:4.0f} s, pass {len(peaks)}: resident MiB at most {peaks[-1]:.1f}, after it {after:.1f}")
+            say(f"{elapsed:4.0f} s, pass {len(sizes)}: resident MiB at most {peak:.1f}, after it {sizes[-1]:.1f}")
         failures += stop(server)
-    if len(peaks) >= PASSES_MIN:
-        quarter = len(peaks) // 4
-        begin, end = max(peaks[quarter : 2 * quarter]), max(peaks[-quarter:])
-        say(f"peaks after warm-up {begin:.1f} MiB, at the end {end:.1f} MiB: {end - begin:+.1f}")
+    if len(sizes) >= PASSES_MIN:
+        quarter = len(sizes) // 4
+        begin = statistics.median(sizes[quarter : 2 * quarter])
+        end = statistics.median(sizes[-quarter:])
+        say(f"resident after warm-up {begin:.1f} MiB, at the end {end:.1f} MiB: {end - begin:+.1f}")
         if end - begin > options.growth_mib:
             failures.append(f"the server grew by {end - begin:.1f} MiB, at most {options.growth_mib:g} are allowed")
     return failures

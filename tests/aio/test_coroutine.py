@@ -326,7 +326,7 @@ def test_scheduled_twice(context: AioContext) -> None:
 
     coroutine = context.schedule(body())
     for again in (context.schedule, context.enter, context.wake):
-        with pytest.raises(AioError, match="body not started> cannot be .*: it is scheduled in main"):
+        with pytest.raises(AioError, match=r"body not started> cannot be .*: it is scheduled in main"):
             again(coroutine)
     assert context.poll(True) is True and ran == [1]
     for again in (context.schedule, context.enter, context.wake):

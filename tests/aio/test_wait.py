@@ -131,10 +131,10 @@ def test_kick_stress() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    for _ in range(rounds):
+    while asked < rounds:
         asked += 1
         turn.release()
-        wait_while(context, lambda: answered < asked, what="an answer")
+        wait_while(context, lambda: answered < asked, what="an answer")  # noqa: B023
     thread.join()
     assert answered == rounds and waits() == ()
     context.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def alignment(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 def pieces(chance: random.Random, size: int) -> list[tuple[int, int]]:
     """The disk cut at random places."""
     cuts = sorted({0, size, *(chance.randrange(size) for _ in range(40))})
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def test_neighbours_in_one_block_do_not_lose_each_others_writes(seed: int, alignment: int) -> None:

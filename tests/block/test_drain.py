@@ -84,7 +84,7 @@ def test_what_arrives_meanwhile_goes_on_afterwards_in_order(seed: int) -> None:
                 break
         user.wait()
         submitted = [request for request in requests if request.result == 0]
-        assert user.told == submitted[:20] + [kept] + submitted[20:]
+        assert user.told == [*submitted[:20], kept, *submitted[20:]]
         assert it.host.content("disk")[:1] == bytes([len(submitted)])
         assert kept.buffer == bytes([20])
 
@@ -362,7 +362,7 @@ class TestInAnIothread:
             thread = IOThread("io0", it.host)
             file = it.file(str(path))
             backend = it.backend(file, allow_context_change=False)
-            with pytest.raises(BlockError, match="^Cannot change iothread of active block backend$"):
+            with pytest.raises(BlockError, match=r"^Cannot change iothread of active block backend$"):
                 it.graph.move(file, thread.context)
             assert file.context is it.context
             it.graph.move(file, thread.context, ignore=backend)

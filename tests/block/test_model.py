@@ -93,7 +93,9 @@ def play(bench: Bench, node: Node, steps: list[Any], model: Model) -> None:
 
 
 @pytest.mark.parametrize("alignment", [1, 512, 4096])
-@given(seed=st.integers(0, 10_000), window=st.sampled_from(WINDOWS), unmap=st.booleans(), steps=st.lists(step, max_size=8))
+@given(
+    seed=st.integers(0, 10_000), window=st.sampled_from(WINDOWS), unmap=st.booleans(), steps=st.lists(step, max_size=8)
+)
 def test_raw_over_file(alignment: int, seed: int, window: tuple[int, int | None], unmap: bool, steps: Any) -> None:
     host = SimHost(seed)
     content = host.random_bytes(FILE_SIZE)

@@ -143,9 +143,7 @@ def run(seed: int) -> None:
                         load.ask()
                         asked += len(load.asked) - before
             for _ in range(chance.choice((1, 1, 2, 10))):
-                bench.context.poll(
-                    chance.random() < 0.5 and any(load.asked and load.peer.reading for load in loads)
-                )
+                bench.context.poll(chance.random() < 0.5 and any(load.asked and load.peer.reading for load in loads))
             event = chance.random()
             if event < 0.08:
                 drained(bench, top)

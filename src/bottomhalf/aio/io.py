@@ -108,7 +108,10 @@ class ContextEngine:
                     if not completions.scheduled:
                         completions.schedule()
                     owner.complete(group)
-            completions.cancel()  # inside the section: what its end submits may schedule it again
+            # Inside the section: what its end submits may schedule it again.
+            completions.cancel()
+            if self._engine.pending:  # it could not submit all, and nobody will tell when it can
+                completions.schedule()
 
     def close(self) -> None:
         """Wait for what is in flight; owners are not told any more."""

@@ -71,9 +71,9 @@ class IOThread:
     def stop(self) -> None:
         """End the loop after what is scheduled now, and wait for the thread. Idempotent. Raises the first
         exception that a callback let out, if there was one."""
+        if self.context.is_home:
+            raise WrongContext(f"iothread {self.name} would wait for its own end")
         if self._running:
-            if self.context.is_home:
-                raise WrongContext(f"iothread {self.name} would wait for its own end")
             self._running = False
             self.context.notify()
             self._thread.join()

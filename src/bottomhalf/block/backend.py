@@ -228,6 +228,8 @@ class BlockBackend(Parent):
             return self._park(requests)
         pending = self._dispatch(requests)
         self.in_flight -= len(requests) - len(pending)
+        if self._quiesced:
+            kick()  # a drain that began meanwhile waits for those that are done
         return pending
 
     def _dispatch(self, requests: list[Request]) -> list[Request]:

@@ -53,10 +53,11 @@ class Graph:
         self.nodes[name] = node
         return name
 
-    def find(self, name: str) -> Node:
+    def find(self, name: str, *, device: str = "") -> Node:
+        """The node of that name. ``device`` is what the user gave where a device's name would do as well."""
         node = self.nodes.get(name)
         if node is None:
-            raise BlockError(f"Cannot find device='' nor node-name='{name}'")
+            raise BlockError(f"Cannot find device='{device}' nor node-name='{name}'")
         return node
 
     # -- life ---------------------------------------------------------------------------------------------------

@@ -203,6 +203,7 @@ class Node(Parent):
     def attach(self, node: Node, name: str) -> Edge:
         """Add an edge to a child. Permissions follow when the graph refreshes them. Main thread."""
         if node.depth >= DEPTH_MAX:
+            self.graph.forget(self)
             raise BlockError(f"More than {DEPTH_MAX} block nodes on top of each other")
         self.depth = max(self.depth, node.depth + 1)
         edge = Edge(self, node, name)

@@ -30,7 +30,6 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "null-co": ("size", "read_zeroes"),
     "null-aio": ("size", "read_zeroes"),
 }
-_WITH_DIRTY_FLAG: Final = ("file", "raw")  # QEMU: drivers with a bdrv_get_info
 
 
 def file_name(node: Node) -> str:
@@ -109,6 +108,13 @@ def _describe_image(node: Node, name: str) -> ImageInfo:
         format=node.driver,
         virtual_size=node.size,
         actual_size=node.allocated_size(),
-        dirty_flag=False if node.driver in _WITH_DIRTY_FLAG else None,
+        dirty_flag=_dirty_flag(node),
         format_specific=specific,
     )
+
+
+def _dirty_flag(node: Node) -> bool | None:
+    """None where QEMU's driver knows nothing of the image; raw knows what its file knows."""
+    while node.driver == "raw":
+        node = node.children[0].node
+    return False if node.driver == "file" else None

@@ -68,7 +68,7 @@ class Opening:
     def child(self, given: BlockdevOptions | str) -> Node:
         """A child by its name, or opened from its own options and what this node hands down."""
         if isinstance(given, str):
-            return self.graph.find(given)
+            return self.graph.find(given, device=given)
         if self._depth == CHILD_DEPTH_MAX:
             raise BlockError(f"Block nodes are nested deeper than {CHILD_DEPTH_MAX}")
         node = _open(self.graph, _inherit(self.options, given), self._depth + 1)

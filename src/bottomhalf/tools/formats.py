@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from bottomhalf.block.errors import BlockError
+
+if TYPE_CHECKING:
+    from bottomhalf.host.protocol import Host
 
 PROBE_BYTES: Final = 512
 
@@ -30,3 +35,15 @@ def probe(head: bytes) -> str:
                 return "qcow"
             return name
     return "raw"
+
+
+def image_format(host: Host, path: str) -> str:
+    """The format of an image file. BlockError if it cannot be read."""
+    try:
+        file = host.open_file(path, read_only=True, locking="off")
+    except OSError as error:
+        raise BlockError(f"Could not open '{path}': {error.strerror}") from error
+    try:
+        return probe(file.pread(PROBE_BYTES, 0))
+    finally:
+        file.close()

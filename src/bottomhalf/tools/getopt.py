@@ -3,28 +3,33 @@
 
 Options are handled in the order given, a long option may be shortened as long as it is unambiguous, its value
 follows after ``=`` or as the next word, short options may be bundled, ``--`` ends the options, and operands may
-stand between them.
+stand between them. What is wrong is an error when it is reached, not before: ``--help --nonsense`` is help.
+
+    for name, value, typed in parse(["--pid=3", "disk.raw"], (Option("pidfile", takes=VALUE),)):
+        ...  # ("pidfile", "3", "--pid=3"), then ("", "disk.raw", "disk.raw")
+
+Every tool loads this file before it knows what it has to do: nothing is imported here that takes time.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NoReturn
-
-from bottomhalf.qapi.errors import did_you_mean
 
 NO_VALUE: Final = 0
 VALUE: Final = 1
 
 
-@dataclass(frozen=True)
 class Option:
     """One option: its long name, an optional short one, whether it takes a value."""
 
-    name: str
-    short: str = ""
-    takes: int = NO_VALUE
+    __slots__ = ("name", "short", "takes")
+
+    def __init__(self, name: str, short: str = "", takes: int = NO_VALUE) -> None:
+        self.name = name
+        self.short = short
+        self.takes = takes
 
 
 class UsageError(Exception):
@@ -35,61 +40,73 @@ class UsageError(Exception):
         self.hint = hint
 
 
-def parse(arguments: list[str], options: tuple[Option, ...]) -> Iterator[tuple[str, str]]:
-    """(name, value) in order; operands have the name "". UsageError names what is not known."""
+def parse(arguments: list[str], options: tuple[Option, ...]) -> Iterator[tuple[str, str, str]]:
+    """(name, value, what was typed) in order; operands have the name "". UsageError names what is not known."""
     words = iter(arguments)
     for word in words:
         if word == "--":
-            yield from (("", operand) for operand in words)
+            yield from (("", operand, operand) for operand in words)
         elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            option = _find(name, options)
+            option = _find(name, word, options)
             if option.takes == NO_VALUE:
                 if equals:
                     raise UsageError(f"option '--{option.name}' doesn't allow an argument")
-                yield option.name, ""
+                yield option.name, "", word
+            elif equals:
+                yield option.name, value, word
             else:
-                yield option.name, value if equals else _next(words, f"option '--{option.name}'")
+                value = _next(words, f"option '--{option.name}' requires an argument")
+                yield option.name, value, f"{word} {value}"
         elif word.startswith("-") and word != "-":
-            yield from _short(word[1:], words, options)
+            yield from _short(word, words, options)
         else:
-            yield "", word
+            yield "", word, word
 
 
-def _find(name: str, options: tuple[Option, ...]) -> Option:
+def _find(name: str, word: str, options: tuple[Option, ...]) -> Option:
     exact = [option for option in options if option.name == name]
     found = exact or [option for option in options if option.name.startswith(name)]
     if not found:
-        raise UsageError(f"unrecognized option '--{name}'", did_you_mean(name, [o.name for o in options]))
+        from bottomhalf.qapi.errors import did_you_mean
+
+        raise UsageError(f"unrecognized option '{word}'", did_you_mean(name, [o.name for o in options]))
     if len(found) > 1:
         possible = " ".join(f"'--{option.name}'" for option in found)
-        raise UsageError(f"option '--{name}' is ambiguous; possibilities: {possible}")
+        raise UsageError(f"option '{word}' is ambiguous; possibilities: {possible}")
     return found[0]
 
 
-def _short(letters: str, words: Iterator[str], options: tuple[Option, ...]) -> Iterator[tuple[str, str]]:
+def _short(word: str, words: Iterator[str], options: tuple[Option, ...]) -> Iterator[tuple[str, str, str]]:
+    letters = word[1:]
     while letters:
         letter, letters = letters[0], letters[1:]
         option = next((option for option in options if option.short == letter), None)
         if option is None:
             raise UsageError(f"invalid option -- '{letter}'")
         if option.takes == NO_VALUE:
-            yield option.name, ""
-        else:
-            yield option.name, letters or _next(words, f"option -- '{letter}'")
+            yield option.name, "", word
+        elif letters:
+            yield option.name, letters, word
             return
+        else:
+            value = _next(words, f"option requires an argument -- '{letter}'")
+            yield option.name, value, f"{word} {value}"
 
 
-def _next(words: Iterator[str], what: str) -> str:
+def _next(words: Iterator[str], complaint: str) -> str:
     for word in words:
         return word
-    raise UsageError(f"{what} requires an argument")
+    raise UsageError(complaint)
+
+
+def program_name(default: str) -> str:
+    """The name that we were called by: a tool answers to it, so that it can be linked under another's name."""
+    return sys.argv[0].rpartition("/")[2] or default
 
 
 def fail(program: str, message: str, hint: str | None = None) -> NoReturn:
     """Print an error as the program's, and exit with status 1."""
-    import sys
-
     lines = message.split("\n")
     print(f"{program}: {lines[0]}", *lines[1:], *([hint] if hint else []), sep="\n", file=sys.stderr)
     sys.exit(1)

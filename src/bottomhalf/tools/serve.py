@@ -74,7 +74,7 @@ class Settings:
         self.qmp: str | None = None
         self.quiet = False
         images = []
-        for name, value in parse(arguments, OPTIONS):
+        for name, value, _ in parse(arguments, OPTIONS):
             if name == "":
                 images.append(value)
             elif name == "port":
@@ -191,20 +191,13 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
 def _check_format(storage: Storage, settings: Settings) -> None:
     """Refuse what this version cannot read, unless the user says that the bytes are meant."""
     from bottomhalf.block import BlockError
-    from bottomhalf.tools.formats import PROBE_BYTES, probe
+    from bottomhalf.tools.formats import image_format
 
     if settings.format == "raw":
         return
     if settings.format is not None:
         raise BlockError(f"Unknown format '{settings.format}'; this version serves raw")
-    try:
-        file = storage.host.open_file(settings.image, read_only=True, locking="off")
-    except OSError as error:
-        raise BlockError(f"Could not open '{settings.image}': {error.strerror}") from error
-    try:
-        found = probe(file.pread(PROBE_BYTES, 0))
-    finally:
-        file.close()
+    found = image_format(storage.host, settings.image)
     if found != "raw":
         raise BlockError(
             f"'{settings.image}' is a {found} image, which this version cannot read yet\n"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bottomhalf.aio import AioContext, kick, wait_while
+from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
-from bottomhalf.host.request import FLUSH, IN_PROGRESS, Request
+from bottomhalf.host.request import FLUSH
 from bottomhalf.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, FLAG_CAN_MULTI_CONN, MAX_REQUEST, MAX_STRING
 from bottomhalf.wire.nbd.export import READ_ONLY_FLAGS, WRITABLE_FLAGS, ExportInfo
 
@@ -140,20 +140,8 @@ class NbdExport:
         """Make everything durable and give the node back. All clients are gone. Main thread."""
         assert not self.connections
         if self.writable:
-            self._flush()  # if the disk failed, whoever cared has flushed, and was told
+            try:
+                self.backend.request(FLUSH, 0, 0)
+            except OSError:
+                pass  # the disk failed; whoever cared has flushed, and was told
         self.backend.close()
-
-    def _flush(self) -> None:
-        """Flush in the export's context, and wait for it."""
-        request = Request(FLUSH)
-        request.owner = queue = self.backend.queue(lambda _: kick())
-
-        def submit() -> None:
-            if not queue.submit([request]):
-                kick()
-
-        if self.context.is_home:
-            submit()
-        else:
-            self.context.schedule_oneshot(submit)
-        wait_while(self.context, lambda: request.result == IN_PROGRESS, what=f"the flush of export '{self.id}'")

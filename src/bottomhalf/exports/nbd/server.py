@@ -44,6 +44,7 @@ class NbdServer:
         self.handshake_max_ns = handshake_seconds_max * 1_000_000_000
         self.log: Callable[[str], object] = log or (lambda line: None)
         self.clients_seen = 0
+        self.on_empty: Callable[[], object] | None = None  # the last client has gone
         self._listener: Listener | None = None
         self._accepting = False
         self._pause = context.timer(self._accept_if_room, name="NBD accept pause")

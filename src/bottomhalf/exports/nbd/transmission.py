@@ -29,7 +29,7 @@ from bottomhalf.exports.nbd.buffers import BUFFER_BYTES, BufferPool
 from bottomhalf.exports.nbd.metadata import LOOKS_AT_ONCE_MAX, block_status_reply
 from bottomhalf.exports.nbd.output import Buffer
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import FLUSH, IN_PROGRESS, READ, WRITE, Request
+from bottomhalf.host.request import FLUSH, READ, WRITE, Request
 from bottomhalf.wire.nbd import replies
 from bottomhalf.wire.nbd.batch import BLOCK_STATUS, CACHE, EMPTY, Batch, NbdRequest
 from bottomhalf.wire.nbd.constants import OFFSET_DATA_SIZE, REQUEST_SIZE, SIMPLE_REPLY_SIZE
@@ -243,7 +243,7 @@ class Transmission:
                 self._parser.release(reads)
                 return 0
         self._hold(pending, memory, began_ns)
-        done = [request for request in reads if request.result != IN_PROGRESS] if pending else reads
+        done = _without(reads, pending) if pending else reads
         try:
             self._answer_reads(done, memory)
         finally:
@@ -346,7 +346,7 @@ class Transmission:
         pending = self._queue.submit(requests)
         if pending:
             self._hold(pending, memory, began_ns)
-            requests = [request for request in requests if request.result != IN_PROGRESS]
+            requests = _without(requests, pending)
         self._answer(requests)
         return len(pending)
 
@@ -459,6 +459,15 @@ class Transmission:
     def held_bytes(self) -> int:
         """Memory that this client makes us hold."""
         return self._buffers.allocated_bytes
+
+
+def _without(requests: list[Request], pending: list[Request]) -> list[Request]:
+    """Those that are done. Not by ``result``: an engine may have noted that of a pending one already, and will
+    still tell us."""
+    if len(pending) == len(requests):
+        return []
+    waiting = {id(request) for request in pending}
+    return [request for request in requests if id(request) not in waiting]
 
 
 def _why(request: Request) -> str:

@@ -44,9 +44,7 @@ _NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 class LinuxFile:
     """A host.protocol.File on a regular file or a block device."""
 
-    def __init__(
-        self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto"
-    ) -> None:
+    def __init__(self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto") -> None:
         if locking not in ("auto", "on", "off"):
             raise ValueError(f"locking is on, off or auto, not {locking!r}")
         self.path = path
@@ -117,9 +115,7 @@ class LinuxFile:
                 else:
                     request.result = -(error.errno or errno.EIO)
                 continue
-            if count == request.length:
-                request.result = 0
-            elif self._finish_short_read(request, count):
+            if count == request.length or self._finish_short_read(request, count):
                 request.result = 0
             else:
                 slow.append(request)
@@ -235,5 +231,3 @@ class LinuxFile:
         finally:
             arena.close()
         return _PAGE, _PAGE
-
-

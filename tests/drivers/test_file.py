@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Driver file: what cannot be opened and why, read-only, discards, zeroes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from bottomhalf.block import BlockError
+from bottomhalf.drivers.raw import RawNode
+from bottomhalf.host.linux import LinuxHost
+from bottomhalf.host.protocol import DATA, PERM_CONSISTENT_READ, ZERO
+from bottomhalf.host.request import DISCARD, FUA, MAY_UNMAP, NO_FALLBACK, WRITE, WRITE_ZEROES
+from bottomhalf.host.sim import OPEN, SimHost
+from tests.block.bench import bench, discard, read, sim_bench, zero
+
+SIZE = 65536
+
+
+class TestOpening:
+    def test_nothing_there(self) -> None:
+        with sim_bench(0) as it:
+            with pytest.raises(BlockError, match=r"^Could not open 'nothing': No such file or directory$"):
+                it.file("nothing", "disk")
+            assert not it.graph.nodes
+
+    def test_a_directory(self) -> None:
+        with sim_bench(0) as it:
+            it.host.add_directory("dir")
+            with pytest.raises(BlockError, match=r"^Could not open 'dir': Is a directory$"):
+                it.file("dir")
+
+    def test_no_permission(self) -> None:
+        host = SimHost(0)
+        host.add_file("secret", 512, readable=False)
+        host.add_file("fixed", 512, writable=False)
+        with bench(host) as it:
+            for name in ("secret", "fixed"):
+                with pytest.raises(BlockError, match=f"^Could not open '{name}': Permission denied$"):
+                    it.file(name)
+            with pytest.raises(BlockError, match="Permission denied"):
+                it.file("secret", auto_read_only=True)
+            assert not it.graph.nodes
+            file = it.file("fixed", auto_read_only=True)
+            assert file.read_only
+            with pytest.raises(BlockError, match=r"^Block node is read-only$"):
+                it.backend(file)
+            assert it.user(file, held=PERM_CONSISTENT_READ).do(read(0, 512)) == [0]
+            assert it.file("fixed", read_only=True).read_only
+
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+    def test_auto_read_only(self, number: int) -> None:
+        with sim_bench(0, disk=512) as it:
+            assert not it.file("disk", auto_read_only=True).read_only
+            it.host.fault(path="disk", op=OPEN, errno=number, times=1)
+            assert it.file("disk", auto_read_only=True).read_only
+
+    def test_other_errors_are_not_about_read_only(self) -> None:
+        with sim_bench(0, disk=512) as it:
+            it.host.fault(path="disk", op=OPEN, errno=errno.EMFILE, times=1)
+            with pytest.raises(BlockError, match=r"^Could not open 'disk': Too many open files$"):
+                it.file("disk", auto_read_only=True)
+
+    def test_no_direct_io(self) -> None:
+        with sim_bench(0, disk=512) as it:
+            it.host.fault(path="disk", op=OPEN, errno=errno.EINVAL)
+            with pytest.raises(BlockError, match="does not support O_DIRECT"):
+                it.file("disk", direct=True)
+
+    def test_a_name_that_is_taken_leaves_no_open_file(self) -> None:
+        with sim_bench(0, disk=512) as it:
+            it.file("disk", "name")
+            before = len(it.host.world.descriptors)
+            with pytest.raises(BlockError, match="Duplicate"):
+                it.file("disk", "name")
+            assert len(it.host.world.descriptors) == before
+
+    def test_the_real_host(self, tmp_path: Path) -> None:
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        with bench(LinuxHost()) as it:
+            for path, reason in [
+                (tmp_path / "nothing", "No such file or directory"),
+                (tmp_path, "Is a directory"),
+                (fifo, "neither a regular file nor a block device"),  # and the open does not wait for its other end
+                ("/dev/null", "neither a regular file nor a block device"),
+            ]:
+                for read_only in (False, True):
+                    with pytest.raises(BlockError) as caught:
+                        it.file(str(path), read_only=read_only)
+                    assert str(caught.value) == f"Could not open '{path}': {reason}"
+            assert not it.graph.nodes
+
+    def test_no_permission_on_the_real_host(self, tmp_path: Path) -> None:
+        if os.geteuid() == 0:
+            pytest.skip("root may open everything")
+        path = tmp_path / "fixed"
+        path.write_bytes(bytes(512))
+        path.chmod(0o400)
+        with bench(LinuxHost()) as it:
+            with pytest.raises(BlockError, match="Permission denied"):
+                it.file(str(path))
+            assert it.file(str(path), auto_read_only=True).read_only
+
+
+class TestDiscard:
+    @pytest.mark.parametrize("raw_unmap", [False, True])
+    @pytest.mark.parametrize("file_unmap", [False, True])
+    def test_both_layers_must_want_it(self, seed: int, raw_unmap: bool, file_unmap: bool) -> None:
+        with sim_bench(seed, disk=b"x" * SIZE) as it:
+            file = it.file("disk", unmap=file_unmap)
+            user = it.user(RawNode(it.graph, file=file, unmap=raw_unmap))
+            assert user.do(discard(0, SIZE), discard(0, 1)) == [0, 0]
+            wanted = raw_unmap and file_unmap
+            assert it.host.content("disk") == (bytes(SIZE) if wanted else b"x" * SIZE)
+            assert user.backend.block_status(0, SIZE) == (ZERO if wanted else DATA, SIZE)
+
+    @pytest.mark.parametrize("unmap", [False, True])
+    def test_zeroes_become_holes_only_if_they_may(self, seed: int, unmap: bool) -> None:
+        with sim_bench(seed, disk=b"x" * SIZE) as it:
+            file = it.file("disk", unmap=unmap)
+            user = it.user(RawNode(it.graph, file=file, unmap=True))
+            assert user.do(zero(0, 4096)) == [0]
+            assert file.allocated_size() == SIZE
+            assert user.do(zero(4096, 4096, MAY_UNMAP)) == [0]
+            assert file.allocated_size() == (SIZE - 4096 if unmap else SIZE)
+            assert it.host.content("disk") == bytes(8192) + b"x" * (SIZE - 8192)
+
+    def test_a_file_system_that_cannot(self, seed: int) -> None:
+        """A discard is a hint; the file system is not asked again."""
+        host = SimHost(seed)
+        host.add_file("disk", b"x" * SIZE, can_discard=False)
+        fault = host.fault(path="disk", op=DISCARD, errno=errno.ENOTSUP)
+        with bench(host) as it:
+            user = it.user(it.file("disk", unmap=True))
+            assert user.do(discard(0, 4096)) == [0]
+            assert user.do(discard(0, 4096)) == [0]
+            assert fault.hits == 1
+            assert host.content("disk") == b"x" * SIZE
+
+    def test_real_errors_are_told(self, seed: int) -> None:
+        with sim_bench(seed, disk=SIZE) as it:
+            it.host.fault(path="disk", op=DISCARD, errno=errno.EIO)
+            assert it.user(it.file("disk", unmap=True)).do(discard(0, 1)) == [-errno.EIO]
+
+
+class TestZeroes:
+    @pytest.mark.parametrize("length", [1, 4096, 3 << 20])
+    @pytest.mark.parametrize("flags", [0, FUA, MAY_UNMAP])
+    def test_written_where_fallocate_is_refused(self, seed: int, length: int, flags: int) -> None:
+        size = 4 << 20
+        with sim_bench(seed, disk=b"x" * size) as it:
+            it.host.fault(path="disk", op=WRITE_ZEROES, errno=errno.ENOTSUP)
+            user = it.user(it.file("disk", unmap=True))
+            assert user.do(zero(100, length, flags)) == [0]
+            assert it.host.content("disk") == b"x" * 100 + bytes(length) + b"x" * (size - 100 - length)
+            if flags & FUA:
+                assert it.host.disk.files["disk"].unsynced_changes() == 0
+            assert user.do(zero(100, length, flags | NO_FALLBACK)) == [-errno.ENOTSUP]
+
+    def test_a_failing_write_ends_it(self, seed: int) -> None:
+        with sim_bench(seed, disk=b"x" * SIZE) as it:
+            it.host.fault(path="disk", op=WRITE_ZEROES, errno=errno.ENOTSUP)
+            it.host.fault(path="disk", op=WRITE, errno=errno.ENOSPC)
+            assert it.user(it.file("disk")).do(zero(0, SIZE)) == [-errno.ENOSPC]
+
+    def test_other_errors_are_no_reason_to_write(self, seed: int) -> None:
+        with sim_bench(seed, disk=b"x" * SIZE) as it:
+            it.host.fault(path="disk", op=WRITE_ZEROES, errno=errno.EIO)
+            assert it.user(it.file("disk")).do(zero(0, SIZE)) == [-errno.EIO]
+            assert it.host.content("disk") == b"x" * SIZE
+
+
+def test_zeroes_and_discards_on_the_real_host(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * SIZE)
+    with bench(LinuxHost()) as it:
+        file = it.file(str(path), unmap=True)
+        user = it.user(RawNode(it.graph, file=file, unmap=True))
+        requests = [zero(0, 5000), zero(8192, 8192, MAY_UNMAP | FUA), discard(32768, 16384)]
+        for request in requests:
+            assert user.do(request) == [0]
+    content = path.read_bytes()
+    assert content[:5000] + content[8192:16384] == bytes(5000 + 8192)
+    assert content[5000:8192] + content[16384:32768] + content[49152:] == b"x" * (3192 + 16384 + 16384)
