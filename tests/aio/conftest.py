@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from bottomhalf.aio import AioContext
+from bottomhalf.aio.thread import own
 from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import Host
 from bottomhalf.host.sim import SimHost
@@ -50,3 +51,11 @@ def sim_context(sim: SimHost) -> Iterator[AioContext]:
     made = AioContext(sim)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_thread() -> Iterator[None]:
+    """What a test leaves open, perhaps on purpose, is not the next one's."""
+    own.state.context = None
+    yield
+    assert own.state.depth == 0 and own.state.coroutine is None

@@ -468,7 +468,7 @@ def test_stress_by_threads(shots: bool) -> None:
     """T8: threads schedule, and cancel, while the loop looks; no schedule is lost, no exception happens."""
     context = AioContext(LinuxHost())
     rounds, threads_count = 2000, 4
-    halves = [context.bottom_half(lambda n=n: ran.__setitem__(n, ran[n] + 1)) for n in range(threads_count)]  # type: ignore[misc]
+    halves = [context.bottom_half(lambda n=n: ran.__setitem__(n, ran[n] + 1)) for n in range(threads_count)]
     ran = [0] * threads_count
     shot = [0] * threads_count
     ended: list[int] = []

@@ -528,7 +528,7 @@ def test_poll_in_a_deferred_section(context: AioContext) -> None:
     assert done[2:] == ["later"]
 
 
-def test_a_failed_registration_changes_nothing(context: AioContext, host: Host, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_failed_registration_changes_nothing(context: AioContext, host: Host, tmp_path) -> None:
     path = str(tmp_path / "file")
     if isinstance(host, SimHost):
         host.add_file(path, 10)

@@ -334,7 +334,7 @@ def test_deferred_sections_batch(sim: SimHost, tmp_path: object) -> None:
     enters: list[int] = []
     engine = disk.engine._engine
     enter = engine.enter
-    engine.enter = lambda: (enters.append(disk.engine.in_flight), enter())  # type: ignore[method-assign, assignment, func-returns-value]
+    engine.enter = lambda: (enters.append(disk.engine.in_flight), enter())
     order: list[str] = []
     with deferred():
         for n in range(SUBMIT_AT + 10):

@@ -26,7 +26,7 @@ def test_serves_both(host: Host) -> None:
     for context in (loop.main, loop.iohandler):
         name = context.name
         context.schedule_oneshot(lambda name=name: seen.append(f"half of {name}"))  # type: ignore[misc]
-        context.timer(lambda name=name: seen.append(f"timer of {name}")).arm_ns(context.now_ns() + 100_000)  # type: ignore[misc]
+        context.timer(lambda name=name: seen.append(f"timer of {name}")).arm_ns(context.now_ns() + 100_000)
         notifiers.append(Notifier(context, host))
         notifiers[-1].event.set()
     run_until(loop, lambda: len(seen) == 4 and all(notifier.count == 1 for notifier in notifiers))

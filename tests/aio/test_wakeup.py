@@ -219,7 +219,7 @@ def test_steps_are_what_schedule_does() -> None:
     """The walk is about the real thing: schedule() leaves the same behind as the four steps."""
 
     def state(context: AioContext, half: BottomHalf) -> tuple[Any, ...]:
-        return (half.scheduled, half.queued, context.notified, context._queue == [half], context._event._is_set)  # type: ignore[attr-defined]
+        return (half.scheduled, half.queued, context.notified, context._queue == [half], context._event._is_set)
 
     states = []
     for sleeping in (0, 1):

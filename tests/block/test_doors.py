@@ -175,3 +175,30 @@ def test_submitting_from_a_coroutine(seed: int) -> None:
         user.wait()
         assert order == ["submitted, 0 reads", "data b'\\x04\\x05'"]
         assert [bytes(request.buffer) for request in requests] == [expected(request) for request in requests]
+
+
+def test_a_mistake_in_list_form_does_not_hang_the_next_drain(seed: int) -> None:
+    class Broken(Lists):
+        broken = True
+
+        def submit_batch(self, requests: list[Request]) -> list[Request]:
+            if self.broken:
+                raise KeyError("a mistake of the driver")
+            return super().submit_batch(requests)
+
+    with sim_bench(seed) as it:
+        node = Broken(it.graph, Pattern(it.graph))
+        queue, user = it.backend(node).queue(lambda _: None), it.user(node)
+        request = read(0, 1)
+        request.owner = queue
+        with pytest.raises(KeyError):
+            queue.submit([request])
+        with it.graph.drained(node):
+            queue.submit([request])
+        with pytest.raises(KeyError):
+            it.context.poll(False)
+        node.broken = False
+        with it.graph.drained(node):
+            user.submit(read(0, 1))
+        user.wait()
+        assert queue.backend.in_flight == 0

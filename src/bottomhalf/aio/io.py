@@ -23,7 +23,8 @@ from bottomhalf.host.request import IN_PROGRESS, Request
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
 
-SUBMIT_AT: Final = 128  # prepared requests that start without waiting for the end of the deferred section
+SUBMIT_AT: Final = 16  # prepared requests that start without waiting for the end of the deferred section:
+# a device should begin with the first of a large batch while we still prepare the last
 
 
 class Waiter:
@@ -66,12 +67,12 @@ class ContextEngine:
     def submit(self, file: File, requests: list[Request]) -> None:
         """Start requests of any op. Their owners are told in a later turn of the loop, never from in here."""
         prepare = self._engine.prepare
-        self._prepared += len(requests)
         for request in requests:
+            self._prepared += 1
             prepare(file, request)
-        if self._prepared >= SUBMIT_AT:
-            self._enter(None)
-        else:
+            if self._prepared >= SUBMIT_AT:
+                self._enter(None)
+        if self._prepared:
             defer_call(self._enter, None)
 
     async def co_submit(self, file: File, request: Request) -> None:

@@ -63,6 +63,11 @@ class MainLoop:
                 if not self._looking:
                     self._look()
 
+    @property
+    def quitting(self) -> bool:
+        """Whether quit() was called. For those who drive run_once() themselves."""
+        return self._quit
+
     def quit(self) -> None:
         """Let run() return after the callbacks that are running. From any thread and from signal handlers."""
         self._quit = True

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block layer (floor 3): nodes, edges, permissions, backends, drain. It knows no driver and no protocol."""
 
-from bottomhalf.block.backend import BackendStatistics, BlockBackend, Queue
+from bottomhalf.block.backend import BlockBackend
 from bottomhalf.block.errors import BlockError, ImageError
 from bottomhalf.block.graph import Graph
 from bottomhalf.block.node import Edge, Node, Parent
+from bottomhalf.block.queue import BackendStatistics, Queue
 
 __all__ = [
     "BackendStatistics",

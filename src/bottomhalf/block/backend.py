@@ -15,14 +15,14 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, suspend, wait_while
 from bottomhalf.block import permissions
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.block.node import Edge, Node, Parent
-from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ZERO, File
+from bottomhalf.block.queue import BackendStatistics, Queue
+from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, File
 from bottomhalf.host.request import (
     DISCARD,
     FLUSH,
@@ -36,39 +36,6 @@ from bottomhalf.host.request import (
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
-
-
-@dataclass(frozen=True)
-class BackendStatistics:
-    """Counts since the backend was made, of requests that were admitted (indexed by op), and what is under way."""
-
-    operations: tuple[int, ...]
-    bytes: tuple[int, ...]
-    failed: int
-    in_flight: int
-    parked: int
-
-
-class Queue:
-    """One user's way into a backend: who submits here is told here. Home thread of the backend's context."""
-
-    __slots__ = ("_on_complete", "backend")
-
-    def __init__(self, backend: BlockBackend, on_complete: Callable[[list[Request]], object]) -> None:
-        self.backend = backend
-        self._on_complete = on_complete
-
-    def submit(self, requests: list[Request]) -> list[Request]:
-        """Start requests of one op whose ``owner`` is this queue. Returns those that are not done yet;
-        ``on_complete`` gets them later. The others have their ``result``."""
-        return self.backend.submit(requests)
-
-    def complete(self, requests: list[Request]) -> None:
-        backend = self.backend
-        try:
-            self._on_complete(requests)
-        finally:
-            backend.request_ended(len(requests))
 
 
 class BlockBackend(Parent):
@@ -192,8 +159,13 @@ class BlockBackend(Parent):
                 if self._quiesced:
                     self.request_ended(len(requests))
                     return
-                pending = self._dispatch(requests)
-                self._parked.popleft()
+                try:
+                    pending = self._dispatch(requests)
+                except BaseException:
+                    self.request_ended(len(requests))
+                    raise
+                finally:
+                    self._parked.popleft()  # not before: what an owner submits meanwhile queues up behind it
                 done = requests
                 if pending:  # not by ``result``: an engine may have noted that of a pending one already
                     waiting = {id(request) for request in pending}
@@ -226,7 +198,11 @@ class BlockBackend(Parent):
         self.in_flight += len(requests)
         if self._quiesced or self._parked:
             return self._park(requests)
-        pending = self._dispatch(requests)
+        try:
+            pending = self._dispatch(requests)
+        except BaseException:  # a mistake of a driver; it is heard, and a drain does not wait for ever
+            self.request_ended(len(requests))
+            raise
         self.in_flight -= len(requests) - len(pending)
         if self._quiesced:
             kick()  # a drain that began meanwhile waits for those that are done
@@ -398,6 +374,3 @@ class BlockBackend(Parent):
             in_flight=self.in_flight,
             parked=sum(len(batch) for batch in self._parked),
         )
-
-
-__all__ = ["DATA", "ZERO", "BackendStatistics", "BlockBackend", "Queue"]

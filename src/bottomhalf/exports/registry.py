@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from bottomhalf.aio import AioContext, wait_while
@@ -10,7 +11,7 @@ from bottomhalf.block import BlockError, Graph
 from bottomhalf.block.graph import is_well_formed_id
 from bottomhalf.exports.nbd.export import NbdExport
 from bottomhalf.exports.nbd.server import NbdServer
-from bottomhalf.host.protocol import Address
+from bottomhalf.host.protocol import Address, UnixAddress
 from bottomhalf.qapi.export import (
     BlockExportInfo,
     BlockExportOptions,
@@ -53,7 +54,7 @@ class ExportRegistry:
         try:
             server.listen(address)
         except OSError as error:
-            raise BlockError(f"Failed to listen on {address}: {error.strerror}") from error
+            raise BlockError(why_not_listening(address, error)) from error
         self.nbd_server = server
         return server
 
@@ -71,8 +72,9 @@ class ExportRegistry:
 
     # -- exports ------------------------------------------------------------------------------------------------
 
-    def add(self, options: BlockExportOptions) -> NbdExport:
-        """block-export-add. BlockError says why not."""
+    def add(self, options: BlockExportOptions, *, exclusive: bool = False) -> NbdExport:
+        """block-export-add. BlockError says why not. ``exclusive`` does not let others write to the image, in
+        this program or another (QEMU's exports do)."""
         if not is_well_formed_id(options.id):
             raise BlockError("Invalid block export id")
         if options.id in self.exports:
@@ -80,33 +82,40 @@ class ExportRegistry:
         branch = options.branch
         assert isinstance(branch, BlockExportOptionsNbd)
         node = self._graph.find(options.node_name)
-        if options.iothread is not None:
-            context = self._find_iothread(options.iothread)
-            try:
-                self._graph.move(node, context)
-            except BlockError:
-                if options.fixed_iothread:
-                    raise
+        context = self._find_iothread(options.iothread) if options.iothread is not None else None
         if branch.bitmaps:
             raise BlockError("dirty bitmaps are not supported yet; remove 'bitmaps'")
         if branch.allocation_depth:
             raise BlockError("qemu:allocation-depth is not supported yet; remove 'allocation-depth'")
+        if options.writable and node.read_only:
+            raise BlockError("Cannot export read-only node as writable")
         server = self.nbd_server
         if server is None:
             raise BlockError("NBD server not running")
         name = branch.name if branch.name is not None else options.node_name
         if name in server.exports:
             raise BlockError(f"NBD server already has export named '{name}'")
-        export = NbdExport(
-            self._graph,
-            options.id,
-            node,
-            name=name,
-            description=branch.description or "",
-            writable=options.writable,
-            writethrough=options.writethrough,
-            multi_conn=server.connections_max != 1,
-        )
+        if context is not None:
+            try:
+                self._graph.move(node, context)
+            except BlockError:
+                if options.fixed_iothread:
+                    raise
+        try:
+            export = NbdExport(
+                self._graph,
+                options.id,
+                node,
+                name=name,
+                description=branch.description or "",
+                writable=options.writable,
+                writethrough=options.writethrough,
+                multi_conn=server.connections_max != 1,
+                exclusive=exclusive,
+            )
+        except BaseException:
+            self._graph.bring_home([node])
+            raise
         server.add(export)
         self.exports[options.id] = export
         return export
@@ -116,6 +125,8 @@ class ExportRegistry:
         export = self.exports.get(export_id)
         if export is None:
             raise BlockError(f"Export '{export_id}' is not found")
+        if export.shutting_down:
+            raise BlockError(f"Export '{export_id}' is already shutting down")
         if mode == BlockExportRemoveMode.SAFE and export.connections:
             raise BlockError(f"export '{export_id}' still in use\nUse mode='hard' to force client disconnect")
         self._shut_down(export)
@@ -137,6 +148,7 @@ class ExportRegistry:
                 self._on_deleted(export_id)
 
     def infos(self) -> list[BlockExportInfo]:
+        """The newest first, as QEMU lists them."""
         return [
             BlockExportInfo(
                 id=export.id,
@@ -144,7 +156,7 @@ class ExportRegistry:
                 node_name=export.node_name,
                 shutting_down=export.shutting_down,
             )
-            for export in self.exports.values()
+            for export in reversed(self.exports.values())
         ]
 
     def close(self) -> None:
@@ -154,3 +166,15 @@ class ExportRegistry:
         for export in list(self.exports.values()):
             self._shut_down(export)
         self._reap()
+
+
+def why_not_listening(address: Address, error: OSError) -> str:
+    """QEMU's sentence for it, which scripts know."""
+    reason = error.strerror or str(error)
+    if isinstance(address, UnixAddress):
+        return f"Failed to bind socket to {address.path}: {reason}"
+    resolution = "address resolution failed"
+    if reason.startswith(resolution):
+        return f"{resolution} for {address}{reason.removeprefix(resolution)}"
+    what = "Failed to find an available port" if error.errno == errno.EADDRINUSE else "Failed to bind socket"
+    return f"{what}: {reason}"

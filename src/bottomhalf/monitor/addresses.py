@@ -29,5 +29,14 @@ def host_address(address: SocketAddress) -> Address:
     if isinstance(branch, InetSocketAddress):
         if not branch.port.isdecimal() or int(branch.port) > PORT_MAX:
             raise OptionError(f"port '{branch.port}' is not a number from 0 to {PORT_MAX}", key="port")
+        for name in ("to", "ipv4", "ipv6", "mptcp"):
+            if getattr(branch, name):
+                raise OptionError(f"Parameter '{name}' is not supported yet", key=name)
         return InetAddress(branch.host, int(branch.port))
     raise OptionError(f"Socket address type '{address.type}' is not supported yet", key="type")
+
+
+def why_not_connected(address: Address, error: OSError) -> str:
+    """QEMU's sentence for it, which scripts know."""
+    where = address.path if isinstance(address, UnixAddress) else str(address)
+    return f"Failed to connect to '{where}': {error.strerror or error}"

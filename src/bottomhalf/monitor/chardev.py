@@ -14,14 +14,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from bottomhalf.aio import AioContext
+from bottomhalf.aio import AioContext, BottomHalf
+from bottomhalf.exports.registry import why_not_listening
 from bottomhalf.host.protocol import Address, Listener, Socket, UnixAddress
-from bottomhalf.qapi.char import ChardevBackend, ChardevSocket, ChardevSocketWrapper, ChardevStdioWrapper
+from bottomhalf.monitor.addresses import host_address, why_not_connected
+from bottomhalf.qapi.char import (
+    ChardevBackend,
+    ChardevCommon,
+    ChardevSocket,
+    ChardevSocketWrapper,
+    ChardevStdioWrapper,
+)
 from bottomhalf.qapi.errors import OptionError
-from bottomhalf.monitor.addresses import host_address
 
 RECEIVE_BYTES: Final = 65536
 UNSENT_BYTES_MAX: Final = 64 << 20  # answers and events that a peer does not read
+ACCEPT_PAUSE_NS: Final = 100_000_000  # after running out of descriptors
 
 
 class FrontEnd(Protocol):
@@ -50,6 +58,7 @@ class Chardev:
         self._reading = True
         self._watched: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None)
         self._buffer = bytearray(RECEIVE_BYTES)
+        self._file_half: BottomHalf | None = None  # reads where the poller refuses to look
 
     @property
     def connected(self) -> bool:
@@ -62,7 +71,7 @@ class Chardev:
     def attach(self, front_end: FrontEnd) -> None:
         """OptionError if somebody else has it."""
         if self.front_end is not None:
-            raise OptionError(f"Device '{self.id}' is in use", key="chardev")
+            raise OptionError(f"chardev '{self.id}' is already in use", key="chardev")
         self.front_end = front_end
         if self._stream is not None:
             self._begin(self._stream)
@@ -112,9 +121,23 @@ class Chardev:
             self._readable if self._reading and self.front_end is not None else None,
             self._flush if self._unsent else None,
         )
-        if wanted != self._watched:
-            self._watched = wanted
-            self.context.set_fd_handler(self._stream.fileno(), *wanted)
+        if wanted == self._watched:
+            return
+        self._watched = wanted
+        if self._file_half is None:
+            try:
+                self.context.set_fd_handler(self._stream.fileno(), *wanted)
+                return
+            except PermissionError:  # epoll does not take files and /dev/null; they never make one wait
+                self._file_half = self.context.bottom_half(self._read_file, name=f"chardev {self.id}")
+        if wanted[0] is not None:
+            self._file_half.schedule()
+
+    def _read_file(self) -> None:
+        if self._watched[0] is not None:
+            self._readable()
+        if self._watched[0] is not None and self._file_half is not None:
+            self._file_half.schedule()
 
     def _readable(self) -> None:
         stream = self._stream
@@ -143,7 +166,11 @@ class Chardev:
         if stream is None:
             return
         self._stream = None
-        self.context.set_fd_handler(stream.fileno())
+        if self._file_half is None:
+            self.context.set_fd_handler(stream.fileno())
+        else:
+            self._file_half.delete()
+            self._file_half = None
         self._watched = (None, None)
         self._unsent.clear()
         self._unsent_bytes = 0
@@ -167,6 +194,7 @@ class SocketServerChardev(Chardev):
         self.wait = wait
         self._listener: Listener | None = context.host.listen(address)
         self.address = self._listener.address
+        self._pause = context.timer(self.start, name=f"accept pause of chardev {chardev_id}")
 
     def describe(self) -> str:
         prefix = "" if isinstance(self.address, UnixAddress) else "tcp:"
@@ -180,7 +208,11 @@ class SocketServerChardev(Chardev):
         assert self._listener is not None
         try:
             stream = self._listener.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError:  # no descriptors, no memory: the client waits
+            self.context.set_fd_handler(self._listener.fileno())
+            self._pause.arm_ns(self.context.now_ns() + ACCEPT_PAUSE_NS)
             return
         self.context.set_fd_handler(self._listener.fileno())
         self._begin(stream)
@@ -191,6 +223,7 @@ class SocketServerChardev(Chardev):
 
     def close(self) -> None:
         listener, self._listener = self._listener, None
+        self._pause.cancel()
         if listener is not None:
             if self._stream is None:
                 self.context.set_fd_handler(listener.fileno())
@@ -201,8 +234,9 @@ class SocketServerChardev(Chardev):
 class ClientChardev(Chardev):
     """A stream that is there from the start: a connection that we made, or standard input and output."""
 
-    def __init__(self, chardev_id: str, context: AioContext, stream: Socket) -> None:
+    def __init__(self, chardev_id: str, context: AioContext, stream: Socket, *, is_stdio: bool = False) -> None:
         super().__init__(chardev_id, context)
+        self.is_stdio = is_stdio
         self._waiting: Socket | None = stream
 
     def start(self) -> None:
@@ -218,21 +252,31 @@ class ClientChardev(Chardev):
 
 
 def open_chardev(chardev_id: str, backend: ChardevBackend, context: AioContext) -> Chardev:
-    """Make a device from its options. OptionError or OSError says why not."""
+    """Make a device from its options. OptionError says why not."""
     options = backend.branch
+    _refuse_what_is_missing(options.data)
     if isinstance(options, ChardevStdioWrapper):
-        return ClientChardev(chardev_id, context, context.host.stdio())
+        return ClientChardev(chardev_id, context, context.host.stdio(), is_stdio=True)
     assert isinstance(options, ChardevSocketWrapper)
-    data = options.data
-    _refuse_what_is_missing(data)
+    data: ChardevSocket = options.data
     address = host_address(data.addr.flatten())
-    if data.server is False:
-        return ClientChardev(chardev_id, context, context.host.connect(address))
-    return SocketServerChardev(chardev_id, context, address, wait=bool(data.wait))
+    try:
+        if data.server is False:
+            return ClientChardev(chardev_id, context, context.host.connect(address))
+        return SocketServerChardev(chardev_id, context, address, wait=bool(data.wait))
+    except OSError as error:
+        why = why_not_connected if data.server is False else why_not_listening
+        raise OptionError(why(address, error), key="addr") from error
 
 
-def _refuse_what_is_missing(data: ChardevSocket) -> None:
-    for name in ("tls_creds", "tls_authz", "telnet", "tn3270", "websocket", "reconnect", "reconnect_ms"):
-        if getattr(data, name):
+_MISSING: Final = (
+    *("logfile", "logappend"),
+    *("tls_creds", "tls_authz", "telnet", "tn3270", "websocket", "reconnect", "reconnect_ms"),
+)
+
+
+def _refuse_what_is_missing(data: ChardevCommon) -> None:
+    for name in _MISSING:
+        if getattr(data, name, None):
             key = name.replace("_", "-")
             raise OptionError(f"Parameter '{key}' is not supported yet", key=key)

@@ -41,7 +41,7 @@ def query_block_exports(storage: Storage, arguments: Any) -> list[BlockExportInf
 def query_named_block_nodes(storage: Storage, arguments: Any) -> list[BlockDeviceInfo]:
     from bottomhalf.drivers.registry import describe_node
 
-    return [describe_node(node) for node in storage.graph.nodes.values()]
+    return [describe_node(node) for node in reversed(storage.graph.nodes.values())]  # newest first, as QEMU does
 
 
 def blockdev_add(storage: Storage, options: BlockdevOptions) -> None:

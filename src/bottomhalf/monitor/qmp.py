@@ -88,6 +88,9 @@ class QmpMonitor:
             answer = session.error(QmpError(GENERIC_ERROR, str(error).partition("\n")[0]), item.id)
         except OSError as error:
             answer = session.error(QmpError(GENERIC_ERROR, error.strerror or str(error)), item.id)
+        except Exception as error:  # the client shall not wait for an answer, nor the other clients for their turn
+            answer = session.error(QmpError(GENERIC_ERROR, f"internal error: {type(error).__name__}: {error}"), item.id)
+            self.storage.report_defect(error, f"a command of monitor {self.chardev.id}")
         if self.session is session:
             self.chardev.write(answer)
             self._after_input()

@@ -7,14 +7,15 @@ QEMU's: no new clients, exports closed when nothing is in flight, nodes, monitor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import AioContext, BottomHalf, IOThread, MainLoop
 from bottomhalf.aio.context import POLL_MAX_NS
 from bottomhalf.block import BlockError, Graph, Node
+from bottomhalf.block.graph import is_well_formed_id
 from bottomhalf.exports.registry import ExportRegistry
-from bottomhalf.host.protocol import Host
+from bottomhalf.host.protocol import Host, SignalSource
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.export import BlockExportDeleted
@@ -24,8 +25,10 @@ from bottomhalf.qapi.types import EventType
 if TYPE_CHECKING:
     from bottomhalf.monitor.chardev import Chardev
     from bottomhalf.monitor.qmp import QmpMonitor
+    from bottomhalf.qapi.char import ChardevBackend
 
 ENDING_SIGNALS: Final = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
+LAST_POLLS_MAX: Final = 1000
 
 
 class Storage:
@@ -35,7 +38,8 @@ class Storage:
         self.loop = MainLoop(host)
         self.host = self.loop.main.host
         self.loop.main.poll_max_ns = POLL_MAX_NS
-        self._log = log or (lambda line: None)
+        self.log = log or (lambda line: None)
+        self._signals: SignalSource | None = None
         for context in (self.loop.main, self.loop.iohandler):
             context.exception_handler = self._callback_failed
         self.graph = Graph(self.loop.main)
@@ -48,11 +52,14 @@ class Storage:
         )
 
     def _callback_failed(self, context: AioContext, error: Exception, where: str) -> None:
+        self.report_defect(error, f"{context.name}, {where}")
+
+    def report_defect(self, error: Exception, where: str) -> None:
         """A defect of ours must not take the other clients down: say where it is and go on."""
         from traceback import format_exception
 
-        self._log(f"internal error in {context.name}, {where}; please report this:")
-        self._log("".join(format_exception(error)).rstrip())
+        self.log(f"internal error in {where}; please report this:")
+        self.log("".join(format_exception(error)).rstrip())
 
     def add_node(self, options: BlockdevOptions) -> Node:
         """blockdev-add: a node that lives until it is deleted."""
@@ -66,6 +73,12 @@ class Storage:
 
     def add_object(self, options: ObjectOptions) -> None:
         """object-add, for the types that exist."""
+        if not is_well_formed_id(options.id):
+            raise OptionError(
+                "Parameter 'id' expects an identifier",
+                key="id",
+                hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+            )
         if options.id in self.iothreads:
             raise OptionError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         properties = options.branch
@@ -81,6 +94,20 @@ class Storage:
         thread.context.poll_shrink = properties.poll_shrink or 0
         self.iothreads[options.id] = thread
 
+    def add_chardev(self, chardev_id: str, backend: ChardevBackend) -> Chardev:
+        """chardev-add: a character device that listens or is connected when this returns."""
+        from bottomhalf.monitor.chardev import ClientChardev, open_chardev
+        from bottomhalf.qapi.char import ChardevStdioWrapper
+
+        is_stdio = isinstance(backend.branch, ChardevStdioWrapper)
+        if is_stdio and any(isinstance(each, ClientChardev) and each.is_stdio for each in self.chardevs.values()):
+            raise OptionError("cannot use stdio by multiple character devices")
+        if chardev_id in self.chardevs:
+            raise OptionError(f"Duplicate ID '{chardev_id}' for chardev", key="id")
+        chardev = self.chardevs[chardev_id] = open_chardev(chardev_id, backend, self.loop.iohandler)
+        chardev.start()
+        return chardev
+
     def iothread_context(self, name: str) -> AioContext:
         thread = self.iothreads.get(name)
         if thread is None:
@@ -92,40 +119,69 @@ class Storage:
         for monitor in self.monitors:
             monitor.emit(event)
 
+    def watch_signals(self) -> None:
+        """Let SIGINT, SIGTERM and SIGHUP end run(). Until close() is done they have no other effect, so that an
+        impatient user does not keep data from being written."""
+        self._signals = self.host.signals(list(ENDING_SIGNALS))
+        self.loop.iohandler.set_fd_handler(self._signals.fileno(), self._signalled)
+
+    def _signalled(self) -> None:
+        if self._signals is not None and self._signals.take():
+            self.quit()
+
     def run(self) -> None:
         """Serve until quit()."""
         self.loop.run()
+
+    def run_forever(self) -> None:
+        """run() for a program that has set up everything: what exists now lives to its end, and the garbage
+        collector need not look at it again."""
+        import gc
+
+        gc.freeze()
+        gc.enable()
+        self.run()
 
     def quit(self) -> None:
         """Let run() return."""
         self.loop.quit()
 
     def close(self) -> None:
-        """End everything in order; waits for what is in flight."""
-        self.exports.close()
-        self.graph.close()
+        """End everything in order; waits for what is in flight. An error does not keep the rest from ending: the
+        first one is raised when all is done."""
+        first: Exception | None = None
+        for step in self._last_steps():
+            try:
+                step()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _last_steps(self) -> Iterator[Callable[[], object]]:
+        yield self.exports.close
+        yield self.graph.close
+        yield self._finish
         if self.dispatcher is not None:
-            self.dispatcher.delete()
+            yield self.dispatcher.delete
         for monitor in self.monitors:
-            monitor.close()
+            yield monitor.close
         for chardev in self.chardevs.values():
-            chardev.close()
+            yield chardev.close
         for thread in self.iothreads.values():
-            thread.stop()
-        self.loop.close()
+            yield thread.stop
+        if self._signals is not None:
+            yield self._forget_signals
+        yield self.loop.close
 
+    def _finish(self) -> None:
+        """Run what the steps before have scheduled."""
+        for _ in range(LAST_POLLS_MAX):
+            if not self.loop.main.poll(False):
+                break
 
-def watch_signals(storage: Storage) -> Callable[[], None]:
-    """Let SIGINT, SIGTERM and SIGHUP end run(); what comes back stops watching."""
-    signals = storage.host.signals(list(ENDING_SIGNALS))
-
-    def arrived() -> None:
-        if signals.take():
-            storage.quit()
-
-    def forget() -> None:
-        storage.loop.iohandler.set_fd_handler(signals.fileno())
-        signals.close()
-
-    storage.loop.iohandler.set_fd_handler(signals.fileno(), arrived)
-    return forget
+    def _forget_signals(self) -> None:
+        assert self._signals is not None
+        self.loop.iohandler.set_fd_handler(self._signals.fileno())
+        self._signals.close()
+        self._signals = None

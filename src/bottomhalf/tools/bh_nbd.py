@@ -110,83 +110,116 @@ Process:
 
 
 class Settings:
-    """What the command line says."""
+    """What the command line says. UsageError as soon as something is wrong; help and version end the reading."""
 
     def __init__(self, arguments: list[str]) -> None:
-        given: dict[str, str] = {}
+        self.help = self.version = False
+        self.given: dict[str, str] = {}
+        self.objects: list[str] = []
         self.files: list[str] = []
-        later = {option.name for option in LATER}
-        for name, value in parse(arguments, OPTIONS + LATER):
-            if name in later:
-                raise UsageError(f"option '--{name}' is not supported yet")
+        self.shared, self.handshake_limit, self.offset = 1, 10, 0
+        self.direct = self.no_flush = self.writethrough = False
+        self.discard = False
+        for name, value, _ in parse(arguments, OPTIONS + LATER):
+            if name in ("help", "version"):
+                setattr(self, name, True)
+                return
             if name == "":
                 self.files.append(value)
+            elif name == "object":
+                self.objects.append(value)
+            elif any(option.name == name for option in LATER):
+                raise UsageError(f"option '--{name}' is not supported yet", "")
             else:
-                given[name] = value
-        self._given = given
-        self.help = "help" in given
-        self.version = "version" in given
-        self.listing = "list" in given
-        self.port = self._number("port", PORT_DEFAULT, 65535)
-        self.bind = given.get("bind", "0.0.0.0")
-        self.socket = given.get("socket")
-        self.shared = self._number("shared", 1, 1 << 31)
-        self.persistent = "persistent" in given
-        self.verbose = "verbose" in given
-        self.name = given.get("export-name", "")
-        self.description = given.get("description", "")
-        self.handshake_limit = self._number("handshake-limit", 10, 1 << 31)
-        self.offset = self._number("offset", 0, 1 << 62)
-        self.format = given.get("format")
-        self.image_opts = "image-opts" in given
-        self.read_only = "read-only" in given
-        self.discard = self._one_of("discard", "ignore", ("ignore", "unmap", "off", "on"))
-        self._one_of("detect-zeroes", "off", ("off",))
-        self._one_of("aio", "threads", ("threads", "native", "io_uring"))
-        cache = self._one_of("cache", "writeback", tuple(CACHE_MODES))
-        if "nocache" in given:
-            cache = "none"
-        self.direct, self.no_flush, self.writethrough = CACHE_MODES[cache]
-        self.fork = "fork" in given
-        self.pid_file = given.get("pid-file")
+                self._take(name, value)
         self._check()
 
+    def _take(self, name: str, value: str) -> None:
+        if name in ("nocache", "cache"):
+            if {"nocache", "cache"} & self.given.keys():
+                raise UsageError("-n and --cache can only be specified once", "")
+            self._one_of(value or "none", CACHE_MODES, f"Invalid cache mode `{value}'")
+            self.direct, self.no_flush, self.writethrough = CACHE_MODES[value or "none"]
+        elif name in ("aio", "discard") and name in self.given:
+            raise UsageError(f"--{name} can only be specified once", "")
+        elif name == "aio":
+            self._one_of(value, AIO_MODES, f"Invalid aio mode '{value}'")
+        elif name == "discard":
+            self._one_of(value, DISCARD_MODES, f"Invalid discard mode `{value}'")
+            self.discard = DISCARD_MODES[value]
+        elif name == "detect-zeroes":
+            what = f"Failed to parse detect_zeroes mode: invalid parameter value: {value}"
+            self._one_of(value, DETECT_ZEROES_MODES, what)
+        elif name == "shared":
+            self.shared = self._number(value, f"Invalid shared device number '{value}'", INT_MAX)
+        elif name == "handshake-limit":
+            self.handshake_limit = self._number(value, f"Invalid handshake limit '{value}'", UINT_MAX)
+        elif name == "offset":
+            self.offset = self._number(value, f"Invalid offset '{value}'", OFFSET_MAX)
+        self.given[name] = value
+
+    @staticmethod
+    def _number(text: str, complaint: str, maximum: int) -> int:
+        """What strtol(3) reads with base 0: decimal, 0x hexadecimal, 0 octal."""
+        digits = text.strip().removeprefix("+").lower()
+        base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
+        try:
+            value = int(digits, base) if "_" not in digits and digits.isalnum() else -1
+        except ValueError:
+            value = -1
+        if not 0 <= value <= maximum:
+            raise UsageError(complaint, "")
+        return value
+
+    @staticmethod
+    def _one_of(value: str, known: Collection[str], complaint: str) -> None:
+        if value not in known:
+            raise UsageError(complaint, f"It is one of {', '.join(known)}.")
+
     def _check(self) -> None:
-        if self.help or self.version:
-            return
-        if self.socket is not None and {"port", "bind"} & self._given.keys():
-            raise UsageError("-k excludes -p and -b")
-        if self.listing:
+        if "list" in self.given:
             if self.files:
-                raise UsageError("-L takes no file")
+                raise UsageError("List mode is incompatible with a file name", "")
+            if PER_DEVICE & self.given.keys():
+                raise UsageError("List mode is incompatible with per-device settings", "")
+            if "fork" in self.given:
+                raise UsageError("List mode is incompatible with forking", "")
         elif len(self.files) != 1:
             raise UsageError("Invalid number of arguments")
+        elif {"image-opts", "format"} <= self.given.keys():
+            raise UsageError("--image-opts and -f are mutually exclusive", "")
+        if not self.given.get("socket", "/").startswith("/"):
+            raise UsageError("socket path must be absolute", "")
+        if self.given.get("detect-zeroes", "off") == "unmap" and not self.discard:
+            raise UsageError(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap", ""
+            )
+        if self.given.get("detect-zeroes", "off") != "off":
+            raise UsageError("detect-zeroes is not supported yet; leave it out or set it to off", "")
 
-    def _number(self, name: str, default: int, maximum: int) -> int:
-        text = self._given.get(name)
-        if text is None:
-            return default
-        from bottomhalf.qapi.visit import parse_size
+    def address(self) -> Address:
+        """Where to listen, or with --list to connect to. OptionError if it cannot be one."""
+        from bottomhalf.monitor.addresses import host_address
+        from bottomhalf.qapi.sockets import SocketAddress
+        from bottomhalf.qapi.visit import from_json
 
-        value = parse_size(text)
-        if value is None or value > maximum:
-            raise UsageError(f"Invalid {name} '{text}'")
-        return value
-
-    def _one_of(self, name: str, default: str, known: tuple[str, ...]) -> str:
-        value = self._given.get(name, default)
-        if value not in known:
-            raise UsageError(f"Invalid {name} mode '{value}'", f"It is one of {', '.join(known)}.")
-        return value
+        if "socket" in self.given:
+            return host_address(from_json(SocketAddress, {"type": "unix", "path": self.given["socket"]}))
+        host = self.given.get("bind", "0.0.0.0")
+        port = self.given.get("port", PORT_DEFAULT)
+        return host_address(from_json(SocketAddress, {"type": "inet", "host": host, "port": port}))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told otherwise or, unless --persistent, until the last client has left; the exit status."""
-    program = sys.argv[0].rpartition("/")[2] or PROGRAM
+    import gc
+
+    gc.disable()  # nearly everything that is made while the program starts lives to its end
+    program = program_name(PROGRAM)
     try:
         settings = Settings(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:
-        fail(program, str(error), error.hint or f"Try '{program} --help' for more information.")
+        fail(program, str(error), f"Try `{program} --help' for more information." if error.hint is None else error.hint)
     if settings.help:
         print(HELP.format(program=program), end="")
         return 0
@@ -196,126 +229,151 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{program} {__version__} (interface of qemu-nbd 10.0.2)")
         print("Copyright (c) 2026 The bottomhalf authors; Apache-2.0")
         return 0
-    if settings.listing:
+    if environ.get("LISTEN_PID") == str(getpid()) and environ.get("LISTEN_FDS"):
+        fail(program, "socket activation is not supported yet", "Unset LISTEN_FDS and give --socket or --port.")
+    if "list" in settings.given:
         from bottomhalf.tools.nbd_list import list_exports
 
-        return list_exports(program, _address(settings, "localhost"))
+        with _errors(program):
+            return list_exports(program, settings.address())
     return _serve(program, settings)
 
 
-def _address(settings: Settings, host: str) -> Any:
-    from bottomhalf.host.protocol import InetAddress, UnixAddress
+@contextmanager
+def _errors(program: str) -> Iterator[None]:
+    """What users can do wrong ends the program with a sentence."""
+    from bottomhalf.block import BlockError
+    from bottomhalf.qapi.errors import HelpRequested, OptionError
 
-    if settings.socket is not None:
-        return UnixAddress(paths.absolute(settings.socket))
-    bind = settings.bind if settings.bind != "0.0.0.0" else host
-    return InetAddress(bind, settings.port)
+    try:
+        yield
+    except HelpRequested as wanted:
+        print(wanted)
+        sys.exit(0)
+    except OptionError as error:
+        fail(program, str(error), error.hint)
+    except BlockError as error:
+        fail(program, str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(program, f"{where}{error.strerror or error}")
 
 
 def _serve(program: str, settings: Settings) -> int:
-    from bottomhalf.block import BlockError
-    from bottomhalf.host.linux.process import Background, PidFile
-    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.host.linux.process import Background
 
-    background = Background() if settings.fork else None
+    background = Background() if "fork" in settings.given else None
 
-    from bottomhalf.monitor.storage import Storage, watch_signals
+    from bottomhalf.monitor.storage import Storage
+    from bottomhalf.tools.bh_storage_daemon import write_pidfile
 
     def log(line: str) -> None:
-        if settings.verbose or "internal error" in line:
+        if "verbose" in settings.given or "internal error" in line:
             print(f"{program}: {line}", file=sys.stderr)
 
     storage = Storage(log=log)
-    forget_signals = watch_signals(storage)
-    pid_file: PidFile | None = None
+    pidfile: PidFile | None = None
     try:
-        try:
-            _warn_if_probed(program, storage, settings)
-            server = _set_up(storage, settings)
-            if settings.pid_file is not None:
-                pid_file = PidFile(settings.pid_file)
-        except (BlockError, OptionError) as error:
-            fail(program, str(error))
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(program, f"{where}{error.strerror or error}")
-        if not settings.persistent:
-            server.on_empty = storage.quit
+        storage.watch_signals()
+        with _errors(program):
+            for value in settings.objects:
+                _add_object(storage, value)
+            export, server = _set_up(program, storage, settings)
+        if "pid-file" in settings.given:
+            pidfile = write_pidfile(program, "", settings.given["pid-file"])
+        if "persistent" not in settings.given:
+            _end_with_the_last_client(storage, export, server)
         if background is not None:
             background.ready()
-        storage.run()
+        storage.run_forever()
     finally:
-        forget_signals()
         storage.close()
-        if pid_file is not None:
-            pid_file.close()
+        if pidfile is not None:
+            pidfile.close()
     return 0
 
 
-def _set_up(storage: Storage, settings: Settings) -> NbdServer:
+def _end_with_the_last_client(storage: Storage, export: NbdExport, server: NbdServer) -> None:
+    """Who only connects and goes, or asks for a list, does not count as a client."""
+    served = False
+
+    def note() -> None:
+        nonlocal served
+        served = True
+
+    def quit_if_served() -> None:
+        if served:
+            storage.quit()
+
+    export.on_idle = note  # comes before the server hears of it
+    server.on_empty = quit_if_served
+
+
+def _add_object(storage: Storage, value: str) -> None:
+    from bottomhalf.qapi.keyval import parse_options
+    from bottomhalf.qapi.objects import ObjectOptions
+    from bottomhalf.wire.json_reader import loads
+
+    storage.add_object(parse_options(ObjectOptions, value, implied_key="qom-type", loads=loads))
+
+
+def _set_up(program: str, storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
+    from bottomhalf.block import BlockError
     from bottomhalf.qapi.export import BlockExportOptions
     from bottomhalf.qapi.visit import from_json
 
-    node = _open(storage, settings)
     server = storage.exports.start_nbd_server(
-        _address(settings, "0.0.0.0"),
+        settings.address(),
         connections_max=settings.shared,
         handshake_seconds_max=settings.handshake_limit,
     )
+    (name,) = settings.files
+    try:
+        _find_format(settings, storage, name)
+        node = _open(storage, settings, name)
+    except BlockError as error:
+        raise BlockError(f"Failed to blk_new_open '{name}': {error}") from error
     options = {
         "type": "nbd",
         "id": EXPORT_ID,
         "node-name": node.name,
-        "name": settings.name,
+        "name": settings.given.get("export-name", ""),
         "writable": not node.read_only,
         "writethrough": settings.writethrough,
     }
-    if settings.description:
-        options["description"] = settings.description
-    storage.exports.add(from_json(BlockExportOptions, options))
-    return server
+    if "description" in settings.given:
+        options["description"] = settings.given["description"]
+    # Like QEMU's, and unlike those of the storage daemon, this server does not let others write meanwhile.
+    export = storage.exports.add(from_json(BlockExportOptions, options), exclusive=not node.read_only)
+    return export, server
 
 
-def _open(storage: Storage, settings: Settings) -> Node:
+def _open(storage: Storage, settings: Settings, name: str) -> Node:
+    from bottomhalf.drivers.registry import open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.keyval import parse_keyval
     from bottomhalf.qapi.visit import from_json, from_keyval
 
-    (name,) = settings.files
-    if settings.image_opts:
-        tree = parse_keyval(name, implied_key="file.filename")
-        tree.setdefault("driver", "raw")
-        tree.setdefault("node-name", "image")
-        return storage.add_node(from_keyval(BlockdevOptions, tree))
-    common: dict[str, Any] = {
-        "discard": "unmap" if settings.discard in ("unmap", "on") else "ignore",
-        "read-only": settings.read_only,
-    }
     cache = {"direct": settings.direct, "no-flush": settings.no_flush}
-    file = {"driver": "file", "filename": name, "cache": cache, **common}
-    options = {"driver": "raw", "node-name": "image", "offset": settings.offset, "file": file, **common}
-    return storage.add_node(from_json(BlockdevOptions, options))
-
-
-def _warn_if_probed(program: str, storage: Storage, settings: Settings) -> None:
-    """Without --format the format is guessed, which an image's content can influence: say so."""
-    from bottomhalf.block import BlockError
-    from bottomhalf.tools.formats import image_format
-
-    if settings.image_opts or settings.format == "raw":
-        return
-    if settings.format is not None:
-        raise BlockError(f"Unknown driver '{settings.format}'")
-    (name,) = settings.files
-    found = image_format(storage.host, name)
-    if found != "raw":
-        raise BlockError(f"'{name}' is a {found} image, which this version cannot read yet")
-    if not settings.read_only:
-        print(
-            f"WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
-            "         Specify the 'raw' format explicitly (--format=raw) if that is what it is.",
-            file=sys.stderr,
-        )
+    if "image-opts" in settings.given:
+        options = from_keyval(BlockdevOptions, parse_keyval(name))
+        options = options.replace(read_only=options.read_only or "read-only" in settings.given)
+        if options.cache is None:
+            options = options.replace(cache=from_json(BlockdevCacheOptions, cache))
+    else:
+        common: dict[str, Any] = {
+            "discard": "unmap" if settings.discard else "ignore",
+            "read-only": "read-only" in settings.given,
+            "cache": cache,
+        }
+        file = {"driver": "file", "filename": name, "aio": settings.given.get("aio", "threads")}
+        options = from_json(BlockdevOptions, {"driver": "raw", "file": file, **common})
+    if "offset" in settings.given:
+        above = {"driver": "raw", "offset": settings.offset, "read-only": options.read_only}
+        ...
+    node = open_node(storage.graph, options)
+    node.monitor_owned = True
+    return node
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
+from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse, program_name
 
 if TYPE_CHECKING:
-    from bottomhalf.host.linux.process import Background, PidFile
+    from bottomhalf.host.linux.process import PidFile
     from bottomhalf.monitor.storage import Storage
 
 PROGRAM: Final = "bh-storage-daemon"
@@ -32,7 +32,6 @@ OPTIONS: Final = (
     Option("object", takes=VALUE),
     Option("pidfile", takes=VALUE),
 )
-_FIRST_PASS: Final = ("help", "version", "daemonize", "pidfile")
 
 HELP: Final = """\
 Usage: {program} [options]
@@ -69,101 +68,106 @@ Example:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run until SIGINT, SIGTERM, SIGHUP or the command quit; the exit status."""
-    program = _program_name()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    import gc
+
+    gc.disable()  # nearly everything that is made while the program starts lives to its end
+    program = program_name(PROGRAM)
+    given = []
+    pidfile, daemonize = None, False
     try:
-        given = list(parse(arguments, OPTIONS))
+        for name, value, typed in parse(sys.argv[1:] if arguments is None else arguments, OPTIONS):
+            if name == "help":
+                print(HELP.format(program=program), end="")
+                return 0
+            if name == "version":
+                from bottomhalf import __version__
+
+                print(f"{program} version {__version__} (interface of qemu-storage-daemon 10.0.2)")
+                print("Copyright (c) 2026 The bottomhalf authors; Apache-2.0")
+                return 0
+            if name == "pidfile":
+                pidfile = value
+            elif name == "daemonize":
+                daemonize = True
+            else:
+                given.append((name, value, typed))
     except UsageError as error:
         fail(program, str(error), error.hint or f"Try '{program} --help' for more information.")
-    pidfile, daemonize = None, False
-    for name, value in given:
-        if name == "help":
-            print(HELP.format(program=program), end="")
-            return 0
-        if name == "version":
-            from bottomhalf import __version__
-
-            print(f"{program} version {__version__} (interface of qemu-storage-daemon 10.0.2)")
-            print("Copyright (c) 2026 The bottomhalf authors; Apache-2.0")
-            return 0
-        if name == "pidfile":
-            pidfile = value
-        elif name == "daemonize":
-            daemonize = True
-        elif name == "":
-            fail(program, f"Unexpected argument: {value}", f"Try '{program} --help' for more information.")
     return _serve(program, given, pidfile, daemonize)
 
 
-def _program_name() -> str:
-    return sys.argv[0].rpartition("/")[2] or PROGRAM
+def _serve(program: str, given: list[tuple[str, str, str]], pidfile_path: str | None, daemonize: bool) -> int:
+    from bottomhalf.host.linux.process import Background
 
+    background = Background() if daemonize else None
 
-def _serve(program: str, given: list[tuple[str, str]], pidfile_path: str | None, daemonize: bool) -> int:
-    from bottomhalf.host.linux.process import Background, PidFile
-
-    background: Background | None = Background() if daemonize else None
-
-    from bottomhalf.monitor.storage import Storage, watch_signals
+    from bottomhalf.monitor.storage import Storage
 
     storage = Storage(log=lambda line: print(f"{program}: {line}", file=sys.stderr))
-    forget_signals = watch_signals(storage)
     pidfile: PidFile | None = None
     try:
-        for name, value in given:
-            if name not in _FIRST_PASS:
-                _set_up(program, storage, name, value)
+        storage.watch_signals()
+        for name, value, typed in given:
+            _set_up(program, storage, name, value, typed)
         if pidfile_path is not None:
-            try:
-                pidfile = PidFile(pidfile_path)
-            except OSError as error:
-                fail(program, f"{error.strerror}: {pidfile_path}")
+            pidfile = write_pidfile(program, "cannot create PID file: ", pidfile_path)
         if background is not None:
             background.ready()
-        _freeze()
-        storage.run()
+        storage.run_forever()
     finally:
-        forget_signals()
         storage.close()
         if pidfile is not None:
             pidfile.close()
     return 0
 
 
-def _freeze() -> None:
-    """What exists now lives to the end: the garbage collector need not look at it again."""
-    import gc
+def write_pidfile(program: str, what: str, path: str) -> PidFile:
+    """Our process id in a locked file; ends the program if that is not to be had."""
+    from bottomhalf.host.linux import paths
+    from bottomhalf.host.linux.process import PidFile
 
-    gc.collect()
-    gc.freeze()
+    try:
+        return PidFile(paths.absolute(path))  # which is removed after going to the background has led to /
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if reason.startswith("Cannot lock"):
+            fail(program, f"{what}{reason}: {path}")
+        fail(program, f"{what}Could not create '{path}': {reason}")
 
 
-def _set_up(program: str, storage: Storage, name: str, value: str) -> None:
+def _set_up(program: str, storage: Storage, name: str, value: str, typed: str) -> None:
     """One option of the second pass; an error ends the program and says in which option."""
     from bottomhalf.block import BlockError
     from bottomhalf.qapi.errors import HelpRequested, OptionError
 
+    if name == "":
+        fail(program, f"{value}: Unexpected argument", f"Try '{program} --help' for more information.")
     try:
         _ACTIONS[name](program, storage, value)
     except HelpRequested as wanted:
         print(wanted)
         sys.exit(0)
     except OptionError as error:
-        fail(program, f"--{name} {value}: {error}", error.hint)
+        fail(program, f"{typed}: {error}", error.hint)
     except BlockError as error:
-        fail(program, f"--{name} {value}: {error}")
+        fail(program, f"{typed}: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        fail(program, f"--{name} {value}: {where}{error.strerror or error}")
+        fail(program, f"{typed}: {where}{error.strerror or error}")
 
 
 def _options(name: str, value: str) -> Any:
     from bottomhalf.qapi.commands import COMMAND_LINE
     from bottomhalf.qapi.keyval import parse_options
-    from bottomhalf.wire.json_reader import loads
 
     kind, implied = COMMAND_LINE[f"--{name}"]
-    return parse_options(kind, value, implied_key=implied, loads=loads)
+    return parse_options(kind, value, implied_key=implied, loads=_loads)
+
+
+def _loads(text: str) -> Any:
+    from bottomhalf.wire.json_reader import loads
+
+    return loads(text)
 
 
 def _blockdev(program: str, storage: Storage, value: str) -> None:
@@ -185,35 +189,34 @@ def _export(program: str, storage: Storage, value: str) -> None:
 
 
 def _chardev(program: str, storage: Storage, value: str) -> None:
-    from bottomhalf.monitor.chardev import SocketServerChardev, open_chardev
+    from bottomhalf.monitor.chardev import SocketServerChardev
     from bottomhalf.qapi.char import parse_chardev
     from bottomhalf.qapi.errors import OptionError
 
     given = parse_chardev(value)
     for warning in given.warnings:
         print(f"{program}: --chardev {value}: warning: {warning}", file=sys.stderr)
-    if given.id in storage.chardevs:
-        raise OptionError(f"Duplicate ID '{given.id}' for chardev", key="id")
-    chardev = open_chardev(given.id, given.backend, storage.loop.iohandler)
-    storage.chardevs[given.id] = chardev
-    chardev.start()
+    if given.mux:
+        raise OptionError("Parameter 'mux' is not supported yet", key="mux")
+    chardev = storage.add_chardev(given.id, given.backend)
     if isinstance(chardev, SocketServerChardev) and chardev.wait:
         print(f"{program}: info: QEMU waiting for connection on: {chardev.describe()}", file=sys.stderr)
-        while not chardev.connected:
+        while not chardev.connected and not storage.loop.quitting:
             storage.loop.run_once()
 
 
 def _monitor(program: str, storage: Storage, value: str) -> None:
     from bottomhalf.monitor.qmp import QmpMonitor
     from bottomhalf.qapi.control import MonitorMode
-    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.qapi.errors import OptionError, did_you_mean
 
     options = _options("monitor", value)
-    if options.mode == MonitorMode.READLINE:
-        raise OptionError("Only QMP is supported", key="mode")
     chardev = storage.chardevs.get(options.chardev)
     if chardev is None:
-        raise OptionError(f'chardev "{options.chardev}" not found', key="chardev")
+        hint = did_you_mean(options.chardev, storage.chardevs) or "Give --chardev before --monitor."
+        raise OptionError(f'chardev "{options.chardev}" not found', key="chardev", hint=hint)
+    if options.mode == MonitorMode.READLINE:
+        raise OptionError("Only QMP is supported", key="mode")
     QmpMonitor(storage, chardev, pretty=options.pretty)
 
 

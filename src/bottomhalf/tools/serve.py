@@ -111,14 +111,13 @@ def main(arguments: list[str]) -> int:
 
 def _serve(settings: Settings) -> int:
     from bottomhalf.block import BlockError
-    from bottomhalf.monitor.storage import Storage, watch_signals
+    from bottomhalf.monitor.storage import Storage
     from bottomhalf.qapi.errors import OptionError
 
     screen = Screen(quiet=settings.quiet)
     storage = Storage(log=screen.log)
-    forget_signals = watch_signals(storage)
-    status = 0
     try:
+        storage.watch_signals()
         try:
             export, server = _set_up(storage, settings)
         except (BlockError, OptionError) as error:
@@ -129,10 +128,9 @@ def _serve(settings: Settings) -> int:
         assert server.address is not None
         _introduce(settings, export, uri(server.address, export.name))
         screen.watch(storage, export, server)
-        storage.run()
+        storage.run_forever()
         screen.end()
     finally:
-        forget_signals()
         storage.close()
     if not settings.quiet:
         counts = export.statistics
@@ -140,7 +138,7 @@ def _serve(settings: Settings) -> int:
             f"served {counts.reads} reads and {counts.writes} writes "
             f"to {server.clients_seen} client{'s' * (server.clients_seen != 1)}; everything is written"
         )
-    return status
+    return 0
 
 
 def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
@@ -181,7 +179,8 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
                 "name": settings.name,
                 "writable": not node.read_only,
             },
-        )
+        ),
+        exclusive=not node.read_only,
     )
     if settings.qmp is not None:
         _take_commands(storage, settings.qmp)

@@ -49,6 +49,7 @@ class NbdExport:
         writable: bool = False,
         writethrough: bool = False,
         multi_conn: bool = True,
+        exclusive: bool = False,
     ) -> None:
         if writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
@@ -69,7 +70,7 @@ class NbdExport:
         self.backend = BlockBackend(
             graph,
             held=PERM_CONSISTENT_READ | (PERM_WRITE if writable else 0),
-            shared=PERM_ALL & ~PERM_RESIZE,
+            shared=PERM_ALL & ~(PERM_RESIZE | (PERM_WRITE if exclusive else 0)),
             writethrough=writethrough,
         )
         try:

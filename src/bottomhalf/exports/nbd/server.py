@@ -117,6 +117,8 @@ class NbdServer:
         """A client is gone, from whichever context it was served."""
         if connection in self.connections:
             self.connections.remove(connection)
+        if not self.connections and self.on_empty is not None:
+            self.on_empty()
         if self._listener is None:
             return
         if connection.context is self.context:

@@ -206,10 +206,8 @@ class RingEngine:
                     self._fill(slot, job)
             while self._waiting and free:
                 self._push(self._waiting.popleft())
-            if not ring.unsubmitted and not ring.pending:
-                break
-            if ring.unsubmitted and not slots:
-                break  # the kernel takes no more just now
+            if not ring.unsubmitted or not slots:
+                break  # nothing to go on with, or the kernel takes no more just now
         self.in_flight -= len(finished)
         return finished
 

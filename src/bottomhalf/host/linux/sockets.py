@@ -16,7 +16,7 @@ from typing import Any
 
 from bottomhalf.host.protocol import Address, File, InetAddress, UnixAddress
 
-LISTEN_BACKLOG = 128
+LISTEN_BACKLOG = 4096  # the system caps it; a burst of clients waits instead of being refused
 SEND_BUFFER_BYTES = 1 << 20
 _SO_SNDBUFFORCE = 32
 SOCKET_MODE = 0o600  # of a Unix socket's file: its owner alone, whatever the umask
