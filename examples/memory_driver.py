@@ -23,9 +23,9 @@ class Memory(Node):
     driver = "memory"
 
     def __init__(self, opening: Opening) -> None:
+        self.content = bytearray(opening.branch.size)
         super().__init__(opening.graph, **opening.common)
-        self.size = opening.branch.size
-        self.content = bytearray(self.size)
+        self.size = len(self.content)
 
     async def co_pread(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.content[offset : offset + len(buffer)]

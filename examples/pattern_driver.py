@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A complete driver: every 8 bytes of the disk hold their own offset. Run it and it serves itself once.
+"""A complete driver: every 8 bytes of the disk hold their own offset. Run it and it reads itself once.
 
     python examples/pattern_driver.py
 """

@@ -9,6 +9,7 @@ import pytest
 
 from bottomhalf.aio import AioContext, WrongContext, sleep_ns, suspend
 from bottomhalf.aio.coroutine import RUNNERS_IDLE_MAX, _idle_runners
+from bottomhalf.host.protocol import Host
 from bottomhalf.host.sim import SimHost
 from tests.aio.helpers import drain, until
 
@@ -91,6 +92,15 @@ def test_exception_of_one_woken_outside(context: AioContext) -> None:
             with pytest.raises(ValueError, match="later"):
                 context.poll(True)
     assert context.poll(False) is False
+
+
+def test_exception_at_the_end(host: Host) -> None:
+    """No poll comes any more: it goes out of close()."""
+    context = AioContext(host)
+    context.wake(context.enter(fails_later()))
+    with pytest.raises(ValueError, match="later"):
+        context.close()
+    context.close()
 
 
 def test_exception_handler_that_raises(context: AioContext) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,6 +21,19 @@ from bottomhalf.host.sim import OPEN, SimHost
 from tests.block.bench import bench, discard, read, sim_bench, zero
 
 SIZE = 65536
+
+
+@contextmanager
+def nobody_special() -> Iterator[None]:
+    """Without the rights of root, who may open everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(0)
 
 
 class TestOpening:
@@ -94,16 +110,18 @@ class TestOpening:
                     assert str(caught.value) == f"Could not open '{path}': {reason}"
             assert not it.graph.nodes
 
-    def test_no_permission_on_the_real_host(self, tmp_path: Path) -> None:
-        if os.geteuid() == 0:
-            pytest.skip("root may open everything")
-        path = tmp_path / "fixed"
-        path.write_bytes(bytes(512))
-        path.chmod(0o400)
-        with bench(LinuxHost()) as it:
-            with pytest.raises(BlockError, match="Permission denied"):
-                it.file(str(path))
-            assert it.file(str(path), auto_read_only=True).read_only
+    def test_no_permission_on_the_real_host(self) -> None:
+        with TemporaryDirectory() as directory:
+            path = Path(directory) / "fixed"
+            path.write_bytes(bytes(512))
+            path.chmod(0o444)
+            Path(directory).chmod(0o755)
+            with nobody_special(), bench(LinuxHost()) as it:
+                with pytest.raises(BlockError, match=r"Permission denied"):
+                    it.file(str(path))
+                file = it.file(str(path), auto_read_only=True)
+                assert file.read_only
+                assert it.user(file, held=PERM_CONSISTENT_READ).do(read(0, 512)) == [0]
 
 
 class TestDiscard:

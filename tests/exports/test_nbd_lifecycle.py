@@ -9,6 +9,7 @@ import pytest
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.block import BlockError
+from bottomhalf.exports.nbd.connection import Connection
 from bottomhalf.exports.nbd.export import NbdExport
 from bottomhalf.exports.nbd.output import _FileRange
 from bottomhalf.exports.nbd.server import ACCEPT_PAUSE_NS
@@ -371,6 +372,28 @@ def test_server_stops_while_a_client_moves_to_another_thread(polls: int) -> None
             connection.close = noted  # type: ignore[method-assign]
         end(bench, thread)
         assert set(closing) <= {0}
+
+
+def test_server_stops_at_the_moment_when_a_client_chooses_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order to close reaches the main thread when the client belongs to the other already."""
+    with Bench() as bench:
+        thread, _ = in_thread(bench)
+        (export,) = bench.exports
+        attach = export.attach
+
+        def stopping(connection: Connection) -> None:
+            bench.server.stop()
+            attach(connection)
+
+        monkeypatch.setattr(export, "attach", stopping)
+        closing: list[int] = []
+        close = Connection.close
+        monkeypatch.setattr(Connection, "close", lambda self: (closing.append(bench.host.thread_id()), close(self))[1])
+        peer = bench.peer()
+        peer.negotiate("disk")
+        peer.wait_end()
+        assert closing == [OTHER_THREAD]
+        end(bench, thread)
 
 
 def test_drain_from_the_main_thread_replaces_file_ranges_in_the_other(seed: int) -> None:

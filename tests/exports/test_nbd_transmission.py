@@ -323,6 +323,32 @@ def test_bytes_in_flight_are_bounded_and_large_reads_all_served() -> None:
         assert all(completion.error == 0 for completion in client.wait_all())
 
 
+@pytest.mark.parametrize("latency_ns", [0, 1000])
+def test_arenas_that_are_given_back_are_really_free(latency_ns: int) -> None:
+    """Requests wait for their next use with views of the memory they had; those may not keep it."""
+    with Bench(odds=Odds.calm()) as bench:
+        bench.host.network.buffer_bytes = 64 * MIB
+        bench.host.add_file("a.raw", 32 * MIB, cached="never" if latency_ns else "always")
+        bench.export("a", bench.file("a.raw"))
+        client = bench.client("a")
+        transmission = bench.transmission(client)
+        bench.exports[0].backend.file_range = lambda offset, length: None  # type: ignore[method-assign]
+        arenas = set()
+        for _ in range(3):
+            for _ in range(4):
+                client.read(0, 9 * MIB)
+            while client.in_flight:
+                bench.context.poll(True)
+                arenas.update(bench.host.arenas)
+        check_idle(transmission)
+        assert transmission.held_bytes <= 12 * MIB
+        kept = [transmission._input, transmission._arena, *transmission._buffers._free]
+        freed = arenas - {buffer.arena for buffer in kept}
+        assert bool(freed) == bool(latency_ns)  # one after the other they need only one
+        for arena in freed:
+            arena.view.release()  # BufferError: somebody has a view of it
+
+
 # -- turns ------------------------------------------------------------------------------------------------------
 
 

@@ -487,7 +487,8 @@ class AioContext:
             self.notify()
 
     def close(self) -> None:
-        """Give everything back. AioError if a bottom half is still scheduled: its work would be lost."""
+        """Give everything back. AioError if a bottom half is still scheduled: its work would be lost. An exception
+        that no poll has let out yet goes out of here at the end."""
         completions = self._engine.completions if self._engine is not None else None
         for half in self._queue:
             if half.scheduled and not half.deleted and half is not completions:
@@ -500,6 +501,8 @@ class AioContext:
         self._event.close()
         if self._state.context is self:
             self._state.context = None
+        if self._failures:
+            raise self._failures.popleft()
 
     def __repr__(self) -> str:
         return f"<AioContext {self.name}>"

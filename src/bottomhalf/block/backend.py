@@ -196,7 +196,7 @@ class BlockBackend(Parent):
         # First count, then look: a drain in another thread first closes, then looks at the count. In any other
         # order a request could slip into a drained section.
         self.in_flight += len(requests)
-        if self._quiesced or self._parked:
+        if self._quiesced > 0 or self._parked:
             return self._park(requests)
         try:
             pending = self._dispatch(requests)

@@ -140,9 +140,10 @@ class ExportRegistry:
                 self.nbd_server.drop(export)
 
     def _reap(self) -> None:
-        """Close the exports that are shutting down and have no clients left."""
+        """Close the exports that are shutting down and have no clients left. Closing waits, and a wait may come
+        here again: whoever takes an export from the table closes it."""
         for export_id, export in list(self.exports.items()):
-            if export.shutting_down and not export.connections:
+            if export.shutting_down and not export.connections and self.exports.get(export_id) is export:
                 del self.exports[export_id]
                 export.close()
                 self._on_deleted(export_id)

@@ -254,10 +254,10 @@ class ClientChardev(Chardev):
 def open_chardev(chardev_id: str, backend: ChardevBackend, context: AioContext) -> Chardev:
     """Make a device from its options. OptionError says why not."""
     options = backend.branch
+    assert isinstance(options, ChardevStdioWrapper | ChardevSocketWrapper)
     _refuse_what_is_missing(options.data)
     if isinstance(options, ChardevStdioWrapper):
         return ClientChardev(chardev_id, context, context.host.stdio(), is_stdio=True)
-    assert isinstance(options, ChardevSocketWrapper)
     data: ChardevSocket = options.data
     address = host_address(data.addr.flatten())
     try:

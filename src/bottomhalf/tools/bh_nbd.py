@@ -8,18 +8,23 @@ ends when the last client has left.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from os import environ, getpid
+from typing import TYPE_CHECKING, Final
 
-from bottomhalf.host.linux import paths
-from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
+from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse, program_name
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.exports.nbd.export import NbdExport
     from bottomhalf.exports.nbd.server import NbdServer
+    from bottomhalf.host.linux.process import PidFile
+    from bottomhalf.host.protocol import Address
     from bottomhalf.monitor.storage import Storage
 
 PROGRAM: Final = "bh-nbd"
-PORT_DEFAULT: Final = 10809
+PORT_DEFAULT: Final = "10809"  # IANA's for NBD
 EXPORT_ID: Final = "qemu-nbd-export"
 
 OPTIONS: Final = (
@@ -45,6 +50,7 @@ OPTIONS: Final = (
     Option("detect-zeroes", takes=VALUE),
     Option("fork"),
     Option("pid-file", takes=VALUE),
+    Option("object", takes=VALUE),
     Option("list", "L"),
 )
 # What qemu-nbd has beyond that, so that the answer can say "not yet" instead of "unknown".
@@ -55,7 +61,6 @@ LATER: Final = (
     Option("disconnect", "d"),
     Option("allocation-depth", "A"),
     Option("bitmap", "B", VALUE),
-    Option("object", takes=VALUE),
     Option("tls-creds", takes=VALUE),
     Option("tls-hostname", takes=VALUE),
     Option("tls-authz", takes=VALUE),
@@ -71,6 +76,16 @@ CACHE_MODES: Final = {
     "unsafe": (False, True, False),
     "writethrough": (False, False, True),
 }
+AIO_MODES: Final = ("threads", "native", "io_uring")
+DISCARD_MODES: Final = {"ignore": False, "off": False, "unmap": True, "on": True}
+DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
+# Options that say something about an image, which --list has none of.
+PER_DEVICE: Final = frozenset(
+    ("export-name", "description", "offset", "format", "aio", "discard", "nocache", "cache", "fork")
+)
+INT_MAX: Final = (1 << 31) - 1
+UINT_MAX: Final = (1 << 32) - 1
+OFFSET_MAX: Final = (1 << 63) - 1
 
 HELP: Final = """\
 Usage: {program} [OPTIONS] FILE
@@ -106,6 +121,10 @@ Export:
 Process:
       --fork                go to the background once the server is ready
       --pid-file=PATH       write the process id to a file
+      --object TYPE,id=ID   create an object (iothread)
+
+Example:
+  {program} -t -f raw -k /tmp/nbd.sock disk.raw
 """
 
 
@@ -182,8 +201,6 @@ class Settings:
                 raise UsageError("List mode is incompatible with a file name", "")
             if PER_DEVICE & self.given.keys():
                 raise UsageError("List mode is incompatible with per-device settings", "")
-            if "fork" in self.given:
-                raise UsageError("List mode is incompatible with forking", "")
         elif len(self.files) != 1:
             raise UsageError("Invalid number of arguments")
         elif {"image-opts", "format"} <= self.given.keys():
@@ -278,7 +295,7 @@ def _serve(program: str, settings: Settings) -> int:
         with _errors(program):
             for value in settings.objects:
                 _add_object(storage, value)
-            export, server = _set_up(program, storage, settings)
+            export, server = _set_up(storage, settings)
         if "pid-file" in settings.given:
             pidfile = write_pidfile(program, "", settings.given["pid-file"])
         if "persistent" not in settings.given:
@@ -317,8 +334,9 @@ def _add_object(storage: Storage, value: str) -> None:
     storage.add_object(parse_options(ObjectOptions, value, implied_key="qom-type", loads=loads))
 
 
-def _set_up(program: str, storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
+def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
     from bottomhalf.block import BlockError
+    from bottomhalf.qapi.errors import OptionError
     from bottomhalf.qapi.export import BlockExportOptions
     from bottomhalf.qapi.visit import from_json
 
@@ -329,10 +347,13 @@ def _set_up(program: str, storage: Storage, settings: Settings) -> tuple[NbdExpo
     )
     (name,) = settings.files
     try:
-        _find_format(settings, storage, name)
-        node = _open(storage, settings, name)
-    except BlockError as error:
-        raise BlockError(f"Failed to blk_new_open '{name}': {error}") from error
+        _check_format(settings, storage, name)
+        below = _open(storage, settings, name)
+    except (BlockError, OptionError) as error:
+        hint = getattr(error, "hint", None)
+        raise BlockError(f"Failed to blk_new_open '{name}': {error}" + (f"\n{hint}" if hint else "")) from error
+    node = _open_window(storage, settings, below)
+    node.monitor_owned = True
     options = {
         "type": "nbd",
         "id": EXPORT_ID,
@@ -343,37 +364,70 @@ def _set_up(program: str, storage: Storage, settings: Settings) -> tuple[NbdExpo
     }
     if "description" in settings.given:
         options["description"] = settings.given["description"]
-    # Like QEMU's, and unlike those of the storage daemon, this server does not let others write meanwhile.
-    export = storage.exports.add(from_json(BlockExportOptions, options), exclusive=not node.read_only)
-    return export, server
+    return storage.exports.add(from_json(BlockExportOptions, options)), server
 
 
 def _open(storage: Storage, settings: Settings, name: str) -> Node:
+    """The file, or what --image-opts describes."""
     from bottomhalf.drivers.registry import open_node
-    from bottomhalf.qapi.block import BlockdevOptions
+    from bottomhalf.qapi.block import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
     from bottomhalf.qapi.keyval import parse_keyval
     from bottomhalf.qapi.visit import from_json, from_keyval
 
-    cache = {"direct": settings.direct, "no-flush": settings.no_flush}
-    if "image-opts" in settings.given:
-        options = from_keyval(BlockdevOptions, parse_keyval(name))
-        options = options.replace(read_only=options.read_only or "read-only" in settings.given)
-        if options.cache is None:
-            options = options.replace(cache=from_json(BlockdevCacheOptions, cache))
+    read_only = "read-only" in settings.given
+    if "image-opts" not in settings.given:
+        file = {"driver": "file", "filename": name, "aio": settings.given.get("aio", "threads"), "discard": "unmap"}
+        options = from_json(BlockdevOptions, file)
     else:
-        common: dict[str, Any] = {
-            "discard": "unmap" if settings.discard else "ignore",
-            "read-only": "read-only" in settings.given,
-            "cache": cache,
-        }
-        file = {"driver": "file", "filename": name, "aio": settings.given.get("aio", "threads")}
-        options = from_json(BlockdevOptions, {"driver": "raw", "file": file, **common})
-    if "offset" in settings.given:
-        above = {"driver": "raw", "offset": settings.offset, "read-only": options.read_only}
-        ...
-    node = open_node(storage.graph, options)
-    node.monitor_owned = True
-    return node
+        options = from_keyval(BlockdevOptions, parse_keyval(name))
+        if options.discard is None:
+            discard = BlockdevDiscardOptions.UNMAP if settings.discard else BlockdevDiscardOptions.IGNORE
+            options = options.replace(discard=discard)
+    if options.cache is None:
+        options = options.replace(cache=BlockdevCacheOptions(direct=settings.direct, no_flush=settings.no_flush))
+    return open_node(storage.graph, options.replace(read_only=read_only or options.read_only))
+
+
+def _open_window(storage: Storage, settings: Settings, below: Node) -> Node:
+    """The raw node that --format and --offset ask for, if they do."""
+    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.qapi.block import BlockdevOptions
+    from bottomhalf.qapi.visit import from_json
+
+    if "image-opts" in settings.given and not settings.offset:
+        return below
+    options = {
+        "driver": "raw",
+        "file": below.name,
+        "offset": settings.offset,
+        "discard": "unmap" if settings.discard else "ignore",
+        "read-only": below.read_only,
+    }
+    return open_node(storage.graph, from_json(BlockdevOptions, options))
+
+
+def _check_format(settings: Settings, storage: Storage, name: str) -> None:
+    """Without --format the format is guessed, which an image's content can influence: say so."""
+    from bottomhalf.block import BlockError
+    from bottomhalf.tools.formats import image_format
+
+    given = settings.given.get("format")
+    if given == "raw" or "image-opts" in settings.given:
+        return
+    if given is not None:
+        raise BlockError(f"Unknown driver '{given}'\nThis version reads raw.")
+    found = image_format(storage.host, name)
+    if found != "raw":
+        raise BlockError(
+            f"'{name}' is a {found} image, which this version cannot read yet\n"
+            "To serve its bytes as they are, say --format=raw."
+        )
+    if "read-only" not in settings.given:
+        print(
+            f"WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
+            "         Specify the 'raw' format explicitly (--format=raw) if that is what it is.",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

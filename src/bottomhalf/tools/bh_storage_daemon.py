@@ -55,14 +55,16 @@ Serve disk images without a virtual machine.
                          create an object: a thread that serves exports
   --pidfile PATH         write the process id to a file that goes away at exit
 
-Every option that takes KEY=VALUE also takes a JSON object. "--blockdev help", "--blockdev file,help" and the
-like list what there is. Options are handled in the order given.
+Every option that takes KEY=VALUE also takes a JSON object. "--blockdev help", "--blockdev file,help"
+and the like list what there is. Options are handled in the order given.
 
 Example:
-  {program} --blockdev file,node-name=disk,filename=disk.raw \\
+  {program} \\
+      --blockdev file,node-name=disk,filename=disk.raw \\
       --nbd-server addr.type=unix,addr.path=/tmp/nbd.sock \\
       --export nbd,id=e0,node-name=disk,writable=on \\
-      --chardev socket,id=qmp,path=/tmp/qmp.sock,server=on,wait=off --monitor chardev=qmp
+      --chardev socket,id=qmp,path=/tmp/qmp.sock,server=on,wait=off \\
+      --monitor chardev=qmp
 """
 
 
@@ -220,7 +222,7 @@ def _monitor(program: str, storage: Storage, value: str) -> None:
     QmpMonitor(storage, chardev, pretty=options.pretty)
 
 
-_ACTIONS: Final[dict[str, Callable[[str, "Storage", str], None]]] = {
+_ACTIONS: Final[dict[str, Callable[[str, Storage, str], None]]] = {
     "blockdev": _blockdev,
     "chardev": _chardev,
     "export": _export,

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bottomhalf.qapi.errors import did_you_mean
 
     hint = did_you_mean(command, ["serve", "help", "version"])
-    fail("bottomhalf", f"unknown command '{command}'", hint or "Try 'bottomhalf --help' for more information.")
+    return fail("bottomhalf", f"unknown command '{command}'", hint or "Try 'bottomhalf --help' for more information.")
 
 
 if __name__ == "__main__":

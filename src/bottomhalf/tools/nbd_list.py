@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Final
 from bottomhalf.tools.getopt import fail
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.nbd.client_handshake import ClientHandshake, ClientState, Goal
+from bottomhalf.wire.nbd.constants import FLAG_HAS_FLAGS
 
 if TYPE_CHECKING:
     from bottomhalf.host.protocol import Address
     from bottomhalf.wire.nbd.client_options import ClientExport
 
 RECEIVE_BYTES: Final = 65536
-FLAG_NAMES: Final = (
+FLAG_NAMES: Final = (  # from bit 1 on
     "readonly", "flush", "fua", "rotational", "trim", "zeroes", "df", "multi", "resize", "cache", "fast-zero",
+    "block-status-payload",
 )  # fmt: skip
 
 
@@ -24,7 +26,9 @@ def list_exports(program: str, address: Address) -> int:
     try:
         exports = _ask(address)
     except OSError as error:
-        fail(program, f"Failed to connect to '{address}': {error.strerror or error}")
+        from bottomhalf.monitor.addresses import why_not_connected
+
+        fail(program, why_not_connected(address, error))
     except ProtocolError as error:
         fail(program, f"{address}: {error}")
     print(f"exports available: {len(exports)}")
@@ -45,13 +49,19 @@ def _ask(address: Address) -> list[ClientExport]:
     def readable() -> None:
         try:
             count = socket.recv_into(buffer)
-            if count == 0:
+            if count:
+                handshake.receive(memoryview(buffer)[:count])
+            else:
                 handshake.eof()
-            handshake.receive(memoryview(buffer)[:count])
-            socket.send(handshake.take_output())
         except BlockingIOError:
             pass
         except (OSError, ProtocolError) as error:
+            failure.append(error)
+        try:
+            output = handshake.take_output()
+            if output:
+                socket.send(output)  # some bytes to one who has just said something: there is room
+        except OSError as error:
             failure.append(error)
 
     context.set_fd_handler(socket.fileno(), readable)
@@ -71,16 +81,19 @@ def _ask(address: Address) -> list[ClientExport]:
 
 
 def _show(export: ClientExport) -> None:
-    names = [name for bit, name in enumerate(FLAG_NAMES, 1) if export.flags >> bit & 1]
     print(f" export: '{export.name}'")
     if export.description:
         print(f"  description: {export.description}")
-    print(f"  size:  {export.size}")
-    print(f"  flags: {export.flags:#x} ( {' '.join(names)} )")
-    print(f"  min block: {export.minimum_block_size}")
-    print(f"  opt block: {export.preferred_block_size}")
-    print(f"  max block: {export.maximum_block_size}")
+    if export.flags & FLAG_HAS_FLAGS:
+        names = [name for bit, name in enumerate(FLAG_NAMES, 1) if export.flags >> bit & 1]
+        print(f"  size:  {export.size}")
+        print(f"  flags: {export.flags:#x} ( {' '.join(names)} )")
+    if export.minimum_block_size:
+        print(f"  min block: {export.minimum_block_size}")
+        print(f"  opt block: {export.preferred_block_size}")
+        print(f"  max block: {export.maximum_block_size}")
     print("  transaction size: 32-bit")
-    print(f"  available meta contexts: {len(export.contexts)}")
-    for context in export.contexts:
-        print(f"   {context}")
+    if export.contexts:
+        print(f"  available meta contexts: {len(export.contexts)}")
+        for context in export.contexts:
+            print(f"   {context}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = "bottomhalf serve"
 REFRESH_NS: Final = 500_000_000
 PORT_DEFAULT: Final = 10809  # IANA's for NBD
+BIND_DEFAULT: Final = "127.0.0.1"
 
 OPTIONS: Final = (
     Option("help", "h"),
@@ -45,7 +46,7 @@ Serve a disk image over NBD until Ctrl-C.
 
   -k, --socket PATH   listen on a Unix socket (default: one is picked)
   -p, --port PORT     listen on TCP instead ({PORT_DEFAULT} is NBD's port; 0 picks a free one)
-  -b, --bind HOST     with --port: address to listen on (default: 127.0.0.1)
+  -b, --bind HOST     with --port: address to listen on (default: {BIND_DEFAULT})
   -x, --name NAME     name of the export (default: the image's name)
   -f, --format FMT    format of the image (default: found out); "raw" serves the bytes as they are
   -r, --read-only     refuse writes
@@ -60,19 +61,20 @@ Example:
 
 
 class Settings:
-    """What the command line says."""
+    """What the command line says. UsageError as soon as something is wrong; help ends the reading."""
+
+    help = False
+    socket: str | None = None
+    port: int | None = None
+    bind: str | None = None
+    name: str | None = None
+    format: str | None = None
+    read_only = False
+    direct = False
+    qmp: str | None = None
+    quiet = False
 
     def __init__(self, arguments: list[str]) -> None:
-        self.help: bool = False
-        self.socket: str | None = None
-        self.port: int | None = None
-        self.bind = "127.0.0.1"
-        self.name: str | None = None
-        self.format: str | None = None
-        self.read_only = False
-        self.direct = False
-        self.qmp: str | None = None
-        self.quiet = False
         images = []
         for name, value, _ in parse(arguments, OPTIONS):
             if name == "":
@@ -81,16 +83,19 @@ class Settings:
                 if not value.isdecimal() or int(value) > 65535:
                     raise UsageError(f"port '{value}' is not a number from 0 to 65535")
                 self.port = int(value)
-            elif name in ("help", "read-only", "direct", "quiet"):
+            elif name == "help":
+                self.help = True
+                return
+            elif name in ("read-only", "direct", "quiet"):
                 setattr(self, name.replace("-", "_"), True)
             else:
                 setattr(self, name, value)
-        if self.help:
-            return
         if len(images) != 1:
             raise UsageError("give one image" if images else "no image given")
         if self.socket is not None and self.port is not None:
             raise UsageError("--socket and --port exclude each other")
+        if self.bind is not None and self.port is None:
+            raise UsageError("--bind goes with --port")
         self.image = images[0]
         if self.name is None:
             base = paths.absolute(self.image).rpartition("/")[2]
@@ -213,7 +218,7 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
         "handshake_seconds_max": HANDSHAKE_SECONDS_MAX_DEFAULT,
     }
     if settings.port is not None:
-        return storage.exports.start_nbd_server(InetAddress(settings.bind, settings.port), **limits)
+        return storage.exports.start_nbd_server(InetAddress(settings.bind or BIND_DEFAULT, settings.port), **limits)
     if settings.socket is not None:
         return storage.exports.start_nbd_server(UnixAddress(paths.absolute(settings.socket)), **limits)
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in settings.name or "")[:40]

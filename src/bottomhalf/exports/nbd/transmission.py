@@ -239,8 +239,8 @@ class Transmission:
                     failed = True
                     break
             if not failed and alignment == 1:
-                self.output.send(memory.view[start:end], memory)
                 self._parser.release(reads)
+                self.output.send(memory.view[start:end], memory)
                 return 0
         self._hold(pending, memory, began_ns)
         done = _without(reads, pending) if pending else reads

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ class LinuxPoller:
             from bottomhalf.host.linux.syscalls import EpollBuffer
 
             self._buffer = EpollBuffer(MAX_EVENTS)
+        end_ns = time.monotonic_ns() + timeout_ns
         try:
-            return self._buffer.wait(self._epoll.fileno(), timeout_ns)
+            while (ready := self._buffer.wait(self._epoll.fileno(), timeout_ns)) is None:
+                # A signal, whose handler has run by now, or work of a ring: go on, as epoll.poll() does.
+                timeout_ns = max(end_ns - time.monotonic_ns(), 0)
         except OSError:  # ENOSYS before Linux 5.11, EPERM under a strict seccomp profile
             self._exact = False
             return self._poll(timeout_ns / 1e9, MAX_EVENTS)
+        return ready
 
     def close(self) -> None:
         self._epoll.close()

@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import socket
+import struct
 import sys
 from typing import Final, NoReturn
 
@@ -50,15 +51,22 @@ def _noted(number: int, frame: object) -> None:
     """The descriptor carries the signal; this only keeps the default action from happening."""
 
 
+_F_OFD_SETLK: Final = 37
+_WHOLE_FILE: Final = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
 class PidFile:
-    """A file with our process id, locked while we live, removed at the end."""
+    """A file with our process id, locked while we live, removed at the end.
+
+    The lock is the open file's, not the process's: that one would be lost as soon as anything in this process
+    opens the file, to read it perhaps, and closes it again."""
 
     def __init__(self, path: str) -> None:
         """OSError (EAGAIN) with the path if another process holds it."""
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(self._fd, _F_OFD_SETLK, _WHOLE_FILE)
             os.ftruncate(self._fd, 0)
             os.write(self._fd, f"{os.getpid()}\n".encode())
         except OSError as error:

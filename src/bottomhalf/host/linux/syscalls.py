@@ -11,6 +11,7 @@ What must live here: calls by number or name, their argument types, their struct
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from typing import Final
@@ -86,7 +87,9 @@ def io_uring_register_eventfd(fd: int, eventfd: int) -> None:
         raise error(ctypes.get_errno())
 
 
-_EPOLL_EVENT: Final = struct.Struct("<Iq" if os.uname().machine == "x86_64" else "<I4xq")
+# Mask and data, packed on x86-64 alone. Python's epoll keeps the descriptor in the lower half of the data and
+# leaves what happened to be on its stack in the upper one.
+_EPOLL_EVENT: Final = struct.Struct("<Ii4x" if os.uname().machine == "x86_64" else "<I4xi4x")
 _TIMESPEC: Final = struct.Struct("<qq")
 
 
@@ -102,16 +105,16 @@ class EpollBuffer:
         self._events_address = ctypes.addressof(self._events)
         self._timespec_address = ctypes.addressof(self._timespec)
 
-    def wait(self, fd: int, timeout_ns: int) -> list[tuple[int, int]]:
-        """epoll_pwait2(2): like epoll.poll() with nanoseconds. EINTR is an empty answer."""
+    def wait(self, fd: int, timeout_ns: int) -> list[tuple[int, int]] | None:
+        """epoll_pwait2(2): like epoll.poll() with nanoseconds. None if it was interrupted (EINTR)."""
         _TIMESPEC.pack_into(self._timespec, 0, timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000)
         count = _syscall_released(
             _SYS_EPOLL_PWAIT2, fd, self._events_address, self.size, self._timespec_address, None, 0
         )
         if count < 0:
             number = ctypes.get_errno()
-            if number == 4:  # EINTR
-                return []
+            if number == errno.EINTR:
+                return None
             raise error(number)
         unpack, step = _EPOLL_EVENT.unpack_from, _EPOLL_EVENT.size
         events = []
