@@ -21,7 +21,6 @@ class MemoryOptions(Struct):
 
 class Memory(Node):
     driver = "memory"
-
     def __init__(self, opening: Opening) -> None:
         self.content = bytearray(opening.branch.size)
         super().__init__(opening.graph, **opening.common)
@@ -36,7 +35,8 @@ class Memory(Node):
     async def co_flush(self) -> None:
         pass  # nothing here is safer than anything else
 
-    co_write_zeroes = Node.write_zero_bytes
+    async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.write_zero_bytes(offset, length, flags)
 
 
 BlockdevOptions.register_branch("memory", MemoryOptions)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python runnable\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SECONDS_MAX = 60
@@ -62,8 +62,24 @@ def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
     )
 
 
-def test_the_driver_page_shows_the_driver_that_exists() -> None:
+@pytest.mark.parametrize("name", ["memory_driver.py", "pattern_driver.py"])
+def test_the_driver_page_shows_the_drivers_that_exist(name: str) -> None:
     page = (ROOT / "docs" / "write-a-driver.md").read_text()
-    source = (ROOT / "examples" / "pattern_driver.py").read_text()
+    source = (ROOT / "examples" / name).read_text()
     assert source.split("\n", 1)[1].lstrip() in page
     assert len(source.splitlines()) < 50
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    for page in PAGES:
+        for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+            target = page.parent / path if path else page
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+            assert heading in anchors, f"{page.name}: {path}#{heading}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"]({page.name})" in index, page.name

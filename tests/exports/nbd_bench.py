@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import random
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -44,16 +43,24 @@ POLLS_MAX = 200_000
 
 
 class CountedHost(SimHost):
-    """A SimHost that remembers its arenas, to see whether they were given back."""
+    """A SimHost that remembers the memory of its arenas, to see whether somebody still points into it."""
 
     def __init__(self, seed: int, odds: Odds | None, latency: Latency | None) -> None:
         super().__init__(seed, odds=odds, latency=latency)
-        self.arenas: weakref.WeakSet[SimArena] = weakref.WeakSet()
+        self.memories: list[bytearray] = []
 
     def arena(self, size: int) -> SimArena:
         arena = super().arena(size)
-        self.arenas.add(arena)
+        memory = arena.view.obj
+        assert isinstance(memory, bytearray)
+        self.memories.append(memory)
         return arena
+
+    def free_memories(self) -> None:
+        """Forget all memory. BufferError if there is a view of any."""
+        while self.memories:
+            self.memories[-1].clear()
+            self.memories.pop()
 
 
 class Bench:
@@ -119,12 +126,10 @@ class Bench:
     def _check_arenas(self) -> None:
         """Nobody has a view of any arena; if it looks so, perhaps only of garbage."""
         try:
-            for arena in list(self.host.arenas):
-                arena.view.release()
+            self.host.free_memories()
         except BufferError:
             gc.collect()
-            for arena in list(self.host.arenas):
-                arena.view.release()
+            self.host.free_memories()
 
     # -- the server's side ----------------------------------------------------------------------------------------
 

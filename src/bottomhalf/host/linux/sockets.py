@@ -84,6 +84,7 @@ class LinuxListener:
 
     def __init__(self, address: Address) -> None:
         self.address: Address = address
+        self._path = ""  # of a Unix socket's file, whatever the working directory will be
         self._path_identity: tuple[int, int] | None = None
         if isinstance(address, UnixAddress):
             self._socket = self._listen_unix(address.path)
@@ -107,6 +108,7 @@ class LinuxListener:
             listening.close()
             raise
         status = os.stat(path)
+        self._path = os.path.abspath(path)
         self._path_identity = (status.st_dev, status.st_ino)
         return listening
 
@@ -141,11 +143,10 @@ class LinuxListener:
             return
         self._socket.close()
         if self._path_identity is not None:
-            assert isinstance(self.address, UnixAddress)
             try:
-                status = os.stat(self.address.path)
+                status = os.stat(self._path)
                 if (status.st_dev, status.st_ino) == self._path_identity:  # not one that replaced ours
-                    os.unlink(self.address.path)
+                    os.unlink(self._path)
             except OSError:
                 pass
 
