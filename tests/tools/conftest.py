@@ -44,7 +44,7 @@ def _as_if_alone() -> Iterator[None]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Storage]:
     """Instead of serving, the storages of tools that got so far are left here, closed."""
     storages: list[Storage] = []
-    monkeypatch.setattr(Storage, "run_forever", lambda storage: storages.append(storage))  # noqa: PLW0108 - binds
+    monkeypatch.setattr(Storage, "run_forever", lambda storage: storages.append(storage))
     return storages
 
 

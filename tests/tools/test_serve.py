@@ -49,7 +49,7 @@ def test_name_of_the_export(image: str, name: str) -> None:
 
 
 def test_all_settings() -> None:
-    settings = Settings("-rnq -p 0 --bind ::1 -x n -f raw --qmp q a".split())
+    settings = Settings(["-rnq", "-p", "0", "--bind", "::1", "-x", "n", "-f", "raw", "--qmp", "q", "a"])
     assert (settings.read_only, settings.direct, settings.quiet) == (True, True, True)
     assert (settings.port, settings.bind, settings.name, settings.format) == (0, "::1", "n", "raw")
     assert (settings.qmp, settings.image) == ("q", "a")

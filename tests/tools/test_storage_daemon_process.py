@@ -97,7 +97,7 @@ def test_signals_end_it_in_order(spawn: Spawn, tmp_path: Path, image: Path, numb
     """Status 0, sockets and pid file gone, data written, nothing said."""
     pidfile = tmp_path / "pid"
     daemon = spawn(argv("bh_storage_daemon", [*words(tmp_path, image), "--pidfile", pidfile]), ready=tmp_path / "nbd")
-    wait_for(pidfile.exists, "the pid file")
+    wait_for(lambda: pidfile.exists() and pidfile.read_text(), "the pid file")
     assert pidfile.read_text() == f"{daemon.process.pid}\n"
     client = PlainClient(tmp_path / "nbd")
     client.write(4096, b"hello")

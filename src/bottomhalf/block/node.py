@@ -16,6 +16,9 @@ A smallest driver::
 
     class Zeroes(Node):
         driver = "zeroes"
+        def __init__(self, graph: Graph, name: str = "") -> None:
+            super().__init__(graph, name, read_only=True)
+            self.refresh_size()
         def open_size(self) -> int:
             return 1 << 30
         async def co_pread(self, offset: int, buffer: memoryview) -> None:
@@ -117,6 +120,7 @@ class Node(Parent):
         self.options: Any = None
         self.depth = 0  # nodes below, along the longest way
         self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied
+        self._has_submit_batch = type(self).submit_batch is not Node.submit_batch
         self._has_try_pread = type(self).try_pread is not Node.try_pread
 
     # -- what a driver may define -------------------------------------------------------------------------------
@@ -143,10 +147,12 @@ class Node(Parent):
         await self._co_submit(WRITE, offset, len(buffer), buffer, flags)
 
     async def co_flush(self) -> None:
-        await self._co_submit(FLUSH, 0, 0, None, 0)
+        if self._has_submit_batch:  # else there is nothing to make durable
+            await self._co_submit(FLUSH, 0, 0, None, 0)
 
     async def co_discard(self, offset: int, length: int) -> None:
-        await self._co_submit(DISCARD, offset, length, None, 0)
+        if self._has_submit_batch:  # else the hint is of no use
+            await self._co_submit(DISCARD, offset, length, None, 0)
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self._co_submit(WRITE_ZEROES, offset, length, None, flags)
@@ -282,7 +288,7 @@ class Node(Parent):
             await self.co_write_zeroes(request.offset, request.length, request.flags)
 
     async def _co_submit(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-        if type(self).submit_batch is Node.submit_batch:
+        if not self._has_submit_batch:
             raise OSError(errno.ENOTSUP, f"driver {self.driver} does not support this request", self.name)
         request = Request(op, offset, length, buffer, flags)
         await co_submit(self.submit_batch, request, self)

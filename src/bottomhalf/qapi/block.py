@@ -106,8 +106,8 @@ class BlockdevOptionsGenericFormat(Struct):
 class BlockdevOptionsRaw(BlockdevOptionsGenericFormat):
     """The bytes of another node as they are, or a part of them."""
 
-    offset: Annotated[int | None, Doc("first byte, a multiple of 512", default="0")] = None
-    size: Annotated[int | None, Doc("bytes, a multiple of 512", default="up to the end")] = None
+    offset: Annotated[int | None, Doc("first byte", default="0")] = None
+    size: Annotated[int | None, Doc("bytes", default="up to the end")] = None
 
 
 class BlockdevOptionsNull(Struct):

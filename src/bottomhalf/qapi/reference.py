@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference pages: all options, commands, events and types in Markdown.
 
-python -m bottomhalf.qapi.reference > docs/reference/qapi.md
+python -m bottomhalf.qapi.reference > docs/reference.md
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class InetSocketAddressBase(Struct):
     """Host and port."""
 
     host: Annotated[str, Doc("host name or address")]
-    port: Annotated[str, Doc("port number or service name")]
+    port: Annotated[str, Doc("port number")]
 
 
 class InetSocketAddress(InetSocketAddressBase):
