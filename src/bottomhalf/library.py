@@ -8,8 +8,9 @@
         data = await disk.pread(4096, 0)
 
 ``open`` takes a path or the options of a block node as QMP's blockdev-add takes them. Offsets and lengths are in
-bytes, of any alignment. Errors are ``OSError`` (with errno) for I/O and ``bottomhalf.block.BlockError`` for images
-that cannot be opened as asked.
+bytes, of any alignment. Errors are ``OSError`` (with errno) for I/O, ``bottomhalf.block.BlockError`` for images
+that cannot be opened as asked, ``bottomhalf.qapi.errors.OptionError`` for wrong options, and ``ValueError`` for the
+use of a disk that is closed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, WRITE_ZEROES
 
 if TYPE_CHECKING:
+    import asyncio
     import os
 
     from bottomhalf.aio.asyncio_bridge import Embedded
@@ -80,7 +82,9 @@ class _Image:
             self.context.close()
             raise
 
-    def check(self, offset: int, length: int) -> None:
+    def check(self, offset: int = 0, length: int = 0) -> None:
+        if self.backend.root is None:
+            raise ValueError("the disk is closed")
         if offset < 0 or length < 0 or offset + length > self.backend.size:
             raise OSError(
                 errno.EINVAL,
@@ -136,6 +140,7 @@ class Disk:
 
     def flush(self) -> None:
         """Everything written before is durable when this returns."""
+        self._image.check()
         self._backend.request(FLUSH, 0, 0)
 
     def block_status(self, offset: int = 0, length: int | None = None) -> list[Extent]:
@@ -187,6 +192,7 @@ class AsyncDisk:
         self._image = image
         self._backend = image.backend
         self._embedded: Embedded = Embedded(image.context).__enter__()
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def size(self) -> int:
@@ -215,6 +221,7 @@ class AsyncDisk:
         await self._embedded.run(self._backend.co_discard(offset, length))
 
     async def flush(self) -> None:
+        self._image.check()
         await self._embedded.run(self._backend.co_flush())
 
     async def block_status(self, offset: int = 0, length: int | None = None) -> list[Extent]:
@@ -228,14 +235,20 @@ class AsyncDisk:
         return extents
 
     async def close(self) -> None:
-        """Write what is pending and let go of the image. Idempotent."""
-        if self._image.backend.root is not None:
-            try:
-                if not self._backend.node.read_only:
-                    await self.flush()
-            finally:
-                self._embedded.__exit__(None, None, None)
-                self._image.close()
+        """Write what is pending and let go of the image. Idempotent; cancelled, it is done all the same."""
+        import asyncio
+
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            if not self._backend.node.read_only:
+                await self.flush()
+        finally:
+            self._embedded.__exit__(None, None, None)
+            self._image.close()
 
 
 def _extent(offset: int, bits: int, count: int) -> Extent:

@@ -58,4 +58,5 @@ def _fresh_thread() -> Iterator[None]:
     """What a test leaves open, perhaps on purpose, is not the next one's."""
     own.state.context = None
     yield
+    own.state.context = None
     assert own.state.depth == 0 and own.state.coroutine is None

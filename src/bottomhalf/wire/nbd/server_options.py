@@ -284,10 +284,9 @@ class OptionHandlers:
 
 def _matches(context: bytes, queries: list[bytes], listing: bool) -> bool:
     """Whether one of the queries asks for the context; a prefix up to a colon counts in a list only."""
-    for query in queries:
-        if context == query or (listing and query.endswith(b":") and context.startswith(query)):
-            return True
-    return False
+    return any(
+        context == query or (listing and query.endswith(b":") and context.startswith(query)) for query in queries
+    )
 
 
 def _quote(name: str) -> str:
