@@ -56,7 +56,7 @@ def sim_context(sim: SimHost) -> Iterator[AioContext]:
 @pytest.fixture(autouse=True)
 def _fresh_thread() -> Iterator[None]:
     """What a test leaves open, perhaps on purpose, is not the next one's."""
-    own.state.context = None
+    own.state.contexts.clear()
     yield
-    own.state.context = None
+    own.state.contexts.clear()
     assert own.state.depth == 0 and own.state.coroutine is None

@@ -9,6 +9,7 @@ import pytest
 
 from bottomhalf.aio import AioContext, IOThread, WrongContext, kick, sleep_ns, wait_while, waits
 from bottomhalf.host.linux import LinuxHost
+from bottomhalf.host.protocol import Host
 from bottomhalf.host.sim import Deadlock, SimHost
 
 
@@ -211,3 +212,19 @@ def test_coroutines_go_on_meanwhile(context: AioContext) -> None:
     context.enter(body())
     wait_while(context, lambda: len(done) < 3, what="the coroutine")
     assert done == [0, 1, 2]
+
+
+def test_contexts_left_behind(host: Host) -> None:
+    """Contexts that nobody has closed, in the same thread, do not take over its waits."""
+    left = [AioContext(host, "left behind") for _ in range(3)]
+    main = AioContext(host, "mine")
+    second = AioContext(host, "iohandler", is_main=False)
+    done: list[int] = []
+    main.schedule_oneshot(lambda: done.append(1))
+    assert wait_while(None, lambda: not done, what="a bottom half") is True
+    second.close()
+    main.close()
+    for context in left:
+        context.close()
+    with pytest.raises(WrongContext, match="without a context"):
+        wait_while(None, lambda: True, what="anything")

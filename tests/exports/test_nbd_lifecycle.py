@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import pytest
 
@@ -13,6 +14,7 @@ from bottomhalf.exports.nbd.connection import Connection
 from bottomhalf.exports.nbd.export import NbdExport
 from bottomhalf.exports.nbd.output import _FileRange
 from bottomhalf.exports.nbd.server import ACCEPT_PAUSE_NS
+from bottomhalf.host.protocol import File
 from bottomhalf.host.request import READ, WRITE
 from bottomhalf.host.sim import Odds
 from bottomhalf.host.sim.faults import ACCEPT
@@ -396,7 +398,9 @@ def test_server_stops_at_the_moment_when_a_client_chooses_an_export(monkeypatch:
         end(bench, thread)
 
 
-def test_drain_from_the_main_thread_replaces_file_ranges_in_the_other(seed: int) -> None:
+def test_drain_from_the_main_thread_replaces_file_ranges_in_the_other(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Bench(seed, odds=Odds.calm()) as bench:
         thread, content = in_thread(bench, cached="always")
         bench.host.network.buffer_bytes = 5000
@@ -411,7 +415,12 @@ def test_drain_from_the_main_thread_replaces_file_ranges_in_the_other(seed: int)
         bench.until(ranges, "a range of the file to wait")
         where: list[int] = []
         keep = output.keep_file_bytes
-        output.keep_file_bytes = lambda read: (where.append(bench.host.thread_id()), keep(read))[1]  # type: ignore[method-assign,func-returns-value]
+
+        def noted(read: Callable[[File, int, int], memoryview]) -> None:
+            where.append(bench.host.thread_id())
+            keep(read)
+
+        monkeypatch.setattr(output, "keep_file_bytes", noted)
         with bench.graph.drained(bench.graph.find(bench.exports[0].node_name)):
             assert not ranges()
             assert where == [OTHER_THREAD]

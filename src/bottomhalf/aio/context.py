@@ -124,8 +124,7 @@ class AioContext:
         self._engine: ContextEngine | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
         self._schedule_half = self.bottom_half(self._enter_scheduled, name="scheduled coroutines")
-        if self._state.context is None:
-            self._state.context = self
+        self._state.add_context(self)
 
     # -- bottom halves ------------------------------------------------------------------------------------------
 
@@ -499,8 +498,7 @@ class AioContext:
         self._handlers.clear()
         self._poller.close()
         self._event.close()
-        if self._state.context is self:
-            self._state.context = None
+        self._state.remove_context(self)
         if self._failures:
             raise self._failures.popleft()
 

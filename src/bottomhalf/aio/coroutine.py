@@ -216,6 +216,7 @@ def current() -> Coroutine:
 
 
 def in_coroutine() -> bool:
+    """Whether this thread is in a coroutine that the event core drives."""
     return own.state.coroutine is not None
 
 

@@ -23,7 +23,7 @@ class MainLoop:
 
     def __init__(self, host: Host | None = None) -> None:
         self.main = AioContext(host, "main")
-        self.iohandler = AioContext(self.main.host, "iohandler")
+        self.iohandler = AioContext(self.main.host, "iohandler", is_main=False)
         self.iohandler.notify_me += 1  # whoever schedules there wakes the wait that contains it
         self._deadline = self.main.timer(self._note, name="I/O handler timers")
         self._ready = False

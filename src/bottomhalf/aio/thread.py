@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from bottomhalf.host.threads import Local
 
@@ -24,13 +25,27 @@ if TYPE_CHECKING:
 class ThreadState:
     """One thread's facts; also the context manager of its deferred sections, for a class costs least to enter."""
 
-    __slots__ = ("calls", "context", "coroutine", "depth")
+    __slots__ = ("calls", "contexts", "coroutine", "depth")
 
     def __init__(self) -> None:
         self.coroutine: Coroutine | None = None  # the one that runs
-        self.context: AioContext | None = None  # the first one that was made in this thread
+        self.contexts: list[ref[AioContext]] = []  # that were made here and not closed yet
         self.depth = 0  # of nested deferred sections
         self.calls: dict[tuple[Callable[[Any], object], Any], None] = {}
+
+    @property
+    def context(self) -> AioContext | None:
+        """The context that the thread polls while it waits for something elsewhere: the latest main one, so that
+        one that somebody has left behind unclosed does no harm; in an iothread its only one."""
+        alive = [context for reference in self.contexts if (context := reference()) is not None]
+        return next((context for context in reversed(alive) if context.is_main), alive[-1] if alive else None)
+
+    def add_context(self, context: AioContext) -> None:
+        self.contexts = [reference for reference in self.contexts if reference() is not None]
+        self.contexts.append(ref(context))
+
+    def remove_context(self, context: AioContext) -> None:
+        self.contexts = [reference for reference in self.contexts if reference() is not context]
 
     def __enter__(self) -> None:
         self.depth += 1

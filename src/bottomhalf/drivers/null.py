@@ -61,6 +61,7 @@ class _NullNode(Node):
 
 
 class NullCoNode(_NullNode):
+    """The coroutine form: done at once without latency."""
     driver = "null-co"
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
@@ -92,6 +93,7 @@ class NullCoNode(_NullNode):
 
 
 class NullAioNode(_NullNode):
+    """The callback form: never done inside the submitting call."""
     driver = "null-aio"
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:

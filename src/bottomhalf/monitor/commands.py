@@ -25,38 +25,46 @@ if TYPE_CHECKING:
 
 
 def query_version(storage: Storage, arguments: Any) -> VersionInfo:
+    """query-version."""
     from bottomhalf.monitor.qmp import version_info
 
     return version_info()
 
 
 def query_commands(storage: Storage, arguments: Any) -> list[CommandInfo]:
+    """query-commands: those that are carried out."""
     return [CommandInfo(name=name) for name in COMMANDS if name in HANDLERS or name == "qmp_capabilities"]
 
 
 def query_block_exports(storage: Storage, arguments: Any) -> list[BlockExportInfo]:
+    """query-block-exports."""
     return storage.exports.infos()
 
 
 def query_named_block_nodes(storage: Storage, arguments: Any) -> list[BlockDeviceInfo]:
+    """query-named-block-nodes."""
     from bottomhalf.drivers.registry import describe_node
 
     return [describe_node(node) for node in reversed(storage.graph.nodes.values())]  # newest first, as QEMU does
 
 
 def blockdev_add(storage: Storage, options: BlockdevOptions) -> None:
+    """blockdev-add."""
     storage.add_node(options)
 
 
 def blockdev_del(storage: Storage, arguments: BlockdevDel) -> None:
+    """blockdev-del."""
     storage.graph.delete(arguments.node_name)
 
 
 def block_export_add(storage: Storage, options: BlockExportOptions) -> None:
+    """block-export-add."""
     storage.exports.add(options)
 
 
 def block_export_del(storage: Storage, arguments: BlockExportDel) -> None:
+    """block-export-del: returns at once, the event tells of the end."""
     storage.exports.remove(arguments.id, arguments.mode)
 
 
@@ -72,14 +80,17 @@ def start_nbd_server(storage: Storage, options: NbdServerOptions) -> None:
 
 
 def nbd_server_start(storage: Storage, options: NbdServerOptionsLegacy) -> None:
+    """nbd-server-start."""
     start_nbd_server(storage, options.flatten())
 
 
 def nbd_server_stop(storage: Storage, arguments: Any) -> None:
+    """nbd-server-stop: waits until the clients are gone."""
     storage.exports.stop_nbd_server()
 
 
 def quit(storage: Storage, arguments: Any) -> None:
+    """quit: the answer is sent before the end."""
     storage.quit()
 
 

@@ -29,6 +29,7 @@ QEMU_VERSION: Final = (10, 0, 2)  # whose interface this is
 
 
 def version_info() -> VersionInfo:
+    """What query-version and the greeting tell."""
     major, minor, micro = QEMU_VERSION
     return VersionInfo(
         qemu=VersionTriple(major=major, minor=minor, micro=micro), package=f"bottomhalf-{__version__}"

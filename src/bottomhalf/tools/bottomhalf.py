@@ -21,6 +21,7 @@ lines of qemu-nbd and qemu-storage-daemon.
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, *rest = arguments or [""]
     if command in ("help", "--help", "-h"):

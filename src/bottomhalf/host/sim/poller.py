@@ -181,4 +181,5 @@ class SimPoller(Descriptor):
 
 
 def mask_names(mask: int) -> str:
+    """Readiness in words, for messages."""
     return "|".join(name for bit, name in _MASK_NAMES if mask & bit) or "errors"
