@@ -92,9 +92,9 @@ xyz
 {"execute": "blockdev-del", "arguments": {"node-name": "a"}}
 {"execute": "blockdev-del", "arguments": {"node-name": "c"}}
 {"execute": "query-named-block-nodes"}
-{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "ro", "filename": "{dir}/d.raw", "read-only": true}}
+{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "r", "filename": "{dir}/d.raw", "read-only": true}}
 {"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "{dir}/s"}}}}
-{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "ro", "node-name": "ro", "writable": true}}
+{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "r", "node-name": "r", "writable": true}}
 {"execute": "quit"}
 """  # noqa: E501 - as it is sent
 
@@ -117,7 +117,8 @@ def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[s
                 answers = [reader.line()]
                 while '"event"' in answers[-1]:
                     answers.append(reader.line())
-                answers += reader.rest()
+                if "-del" in line or "-stop" in line:
+                    answers += reader.rest()
                 said.append((line, sorted(answers)))
             daemon.stdin.close()
             assert daemon.wait(SECONDS_MAX) == 0

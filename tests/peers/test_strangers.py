@@ -74,6 +74,13 @@ def make_image(path: Path) -> None:
             file.write(chance.randbytes(chance.randrange(1, 200_000)))
 
 
+def skip_without_direct(folder: Path) -> None:
+    try:
+        os.close(os.open(folder / "direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system refuses O_DIRECT")
+
+
 @pytest.fixture
 def daemon(spawn: Any, tmp_path: Path) -> Iterator[Daemon]:
     served = Daemon(spawn, tmp_path)
@@ -136,6 +143,8 @@ def test_qemu_io(daemon: Daemon, require: Callable[[str], str]) -> None:
 @pytest.mark.parametrize("options", [{}, {"file": ",cache.direct=on"}], ids=["cached", "direct"])
 def test_fio_verifies(spawn: Any, require: Callable[[str], str], tmp_path: Path, options: dict[str, str]) -> None:
     fio = require("fio")
+    if options:
+        skip_without_direct(tmp_path)
     served = Daemon(spawn, tmp_path, **options)
     run(
         fio,

@@ -40,6 +40,11 @@ class ThreadState:
         alive = [context for reference in self.contexts if (context := reference()) is not None]
         return next((context for context in reversed(alive) if context.is_main), alive[-1] if alive else None)
 
+    @context.setter
+    def context(self, only: AioContext | None) -> None:
+        """For a program that throws another one away as a whole, as tests do."""
+        self.contexts = [] if only is None else [ref(only)]
+
     def add_context(self, context: AioContext) -> None:
         self.contexts = [reference for reference in self.contexts if reference() is not None]
         self.contexts.append(ref(context))

@@ -362,6 +362,8 @@ class RequestParser:
                 self._skip = max(0, after + length - end)
                 after = min(after + length, end)
             return after
+        if command == CMD_FLUSH:
+            offset = length = 0  # "SHOULD be zero", and mean nothing
         batch_list, request = self._build(command, flags, length, batch)
         request.offset = offset
         request.length = length
