@@ -78,6 +78,20 @@ def test_cannot_stop_itself() -> None:
         thread.stop()
 
 
+def test_stop_does_not_race_with_the_end() -> None:
+    """The thread may see that it has to stop before stop() has woken it: it keeps its context until then."""
+    thread = IOThread("io0", LinuxHost(), poll_max_ns=0)
+    with thread._stopping:  # as stop() does it, with a long pause in the middle
+        thread._running = False
+        thread.context.notify()
+        thread._thread.join(0.05)
+        assert thread._thread.is_alive()
+        thread.context.wake_up()  # the descriptor is still its own
+    thread._running = True
+    thread.stop()
+    assert not thread._thread.is_alive()
+
+
 def test_fails_to_start() -> None:
     class NoPoller(LinuxHost):
         count = 0

@@ -30,7 +30,7 @@ OURS = {
     for name, module in (("qemu-storage-daemon", "bh_storage_daemon"), ("qemu-nbd", "bh_nbd"))
 }
 
-# A conversation: each line is answered before the next is sent. {dir} is the test's directory.
+# A conversation: each line is answered before the next is sent. {dir} and {image} are the test's.
 QMP = r"""
 {"execute": "query-version"}
 {"execute": "qmp_capabilities", "arguments": {"enable": "foo"}}
@@ -60,7 +60,7 @@ xyz
 {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "b", "filename": "/nope/x"}}
 {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "b", "filename": 1}}
 {"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "b", "filename": "x", "locking": "maybe"}}
-{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "c", "filename": "{dir}/d.raw"}}
+{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "c", "filename": "{image}"}}
 {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "d", "file": "nope"}}
 {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "d", "file": "c", "offset": 99999999}}
 {"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "d", "file": "c", "size": 513}}
@@ -92,11 +92,11 @@ xyz
 {"execute": "blockdev-del", "arguments": {"node-name": "a"}}
 {"execute": "blockdev-del", "arguments": {"node-name": "c"}}
 {"execute": "query-named-block-nodes"}
-{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "r", "filename": "{dir}/d.raw", "read-only": true}}
+{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "r", "filename": "{image}", "read-only": true}}
 {"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "{dir}/s"}}}}
 {"execute": "block-export-add", "arguments": {"type": "nbd", "id": "r", "node-name": "r", "writable": true}}
 {"execute": "quit"}
-"""  # noqa: E501 - as it is sent
+"""
 
 
 def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[str]]]:
@@ -170,7 +170,7 @@ def test_qmp(require: Callable[[str], str], tmp_path: Path) -> None:
     """Errors, order of members and elements, generated texts."""
     daemon = require("qemu-storage-daemon")
     (tmp_path / "d.raw").write_bytes(bytes(MIB))
-    lines = [line.replace("{dir}", str(tmp_path)) for line in QMP.strip().splitlines()]
+    lines = QMP.strip().replace("{dir}", str(tmp_path)).replace("{image}", f"{tmp_path}/d.raw").splitlines()
     theirs = converse([daemon], lines)
     ours = converse(OURS["qemu-storage-daemon"], lines)
     different = [

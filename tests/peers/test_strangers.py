@@ -52,7 +52,7 @@ class Daemon:
                 *("--export", f"type=nbd,id=e,node-name=d,name=disk,writable=on{export}"),
                 *("--chardev", f"socket,id=q,path={self.qmp},server=on,wait=off", "--monitor", "chardev=q"),
             ],
-            ready=self.socket,
+            ready=self.qmp,  # which is set up last
         )
 
     def uri(self, name: str = "disk") -> str:

@@ -17,6 +17,7 @@ from typing import Final
 from bottomhalf.aio.context import POLL_MAX_NS, AioContext
 from bottomhalf.aio.errors import WrongContext
 from bottomhalf.host.protocol import IN, Host
+from bottomhalf.host.threads import Lock
 
 LAST_POLLS_MAX: Final = 1000  # for what was scheduled before the stop, and what that schedules
 
@@ -31,6 +32,7 @@ class IOThread:
         self._host = host
         self._poll_max_ns = poll_max_ns
         self._running = True
+        self._stopping = Lock()  # held until stop() has no more use for the context
         self._started = host.event()
         self._failure: BaseException | None = None
         waiter = host.poller()
@@ -53,6 +55,8 @@ class IOThread:
             self._started.set()
         while self._running:
             self._poll(True)
+        with self._stopping:
+            pass
         for _ in range(LAST_POLLS_MAX):
             if not self._poll(False):
                 break
@@ -74,8 +78,9 @@ class IOThread:
         if self.context.is_home:
             raise WrongContext(f"iothread {self.name} would wait for its own end")
         if self._running:
-            self._running = False
-            self.context.notify()
+            with self._stopping:
+                self._running = False
+                self.context.notify()
             self._thread.join()
             self._raise_failure()
 
