@@ -26,32 +26,42 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Coroutine as AbstractCoroutine
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from bottomhalf.aio.bottom_half import BottomHalf
-from bottomhalf.aio.coroutine import Coroutine, queue_on, run_woken
+from bottomhalf.aio.bottom_half import BottomHalf, ReentrancyGuard
+from bottomhalf.aio.clock import CLOCKS, Clocks, clocks_of
+from bottomhalf.aio.coroutine import Coroutine
+from bottomhalf.aio.entering import Entering
 from bottomhalf.aio.errors import AioError, WrongContext
-from bottomhalf.aio.handlers import Handlers
+from bottomhalf.aio.explain import explain
+from bottomhalf.aio.handlers import Handler, Handlers
+from bottomhalf.aio.statistics import ContextStatistics
 from bottomhalf.aio.thread import own
-from bottomhalf.aio.timer import CLOCKS, Timer, TimerList
+from bottomhalf.aio.timer import Timer, TimerList
 from bottomhalf.host.protocol import IN, Host
+from bottomhalf.host.threads import Lock
 
 if TYPE_CHECKING:
+    from bottomhalf.aio.instrument import Instrument
     from bottomhalf.aio.io import ContextEngine
+    from bottomhalf.aio.thread_pool import ThreadPool
 
 Callback: TypeAlias = Callable[[], object]
 
 IDLE_NS: Final = 10_000_000  # an idle bottom half runs at least this often (QEMU: 10 ms)
 POLL_FIRST_NS: Final = 4_000  # the first step when busy polling grows (QEMU: 4 us)
 POLL_MAX_NS: Final = 32_768  # what a context that serves requests should use (QEMU's iothreads)
+POLL_NS_LIMIT: Final = 10**9  # more than a second of busy polling is a mistake
+_making_timers: Final = Lock()
+
 LOOK_EVERY: Final = 8  # polls that have bottom halves to run look for readiness every so often
 
 
-class AioContext:
+class AioContext(Entering):
     """An event loop with bottom halves, handlers, timers and coroutines. Its home is the thread that makes it.
 
+    ``poller`` names the monitor of descriptors (epoll, poll, io_uring; auto for what is fastest here).
     ``exception_handler(context, error, where)`` is called for an exception in a callback; with None it goes out
     of ``poll``, and no other callback is lost either way."""
 
@@ -61,24 +71,34 @@ class AioContext:
         "_engine",
         "_event",
         "_failures",
+        "_halves_run",
         "_handlers",
         "_home",
+        "_idle_coroutines",
+        "_instruments",
         "_looks",
         "_monotonic_ns",
         "_poll_ns",
         "_poller",
+        "_polls",
         "_queue",
-        "_schedule_half",
         "_scheduled",
+        "_scheduled_slices",
         "_shuffle",
         "_slices",
         "_state",
         "_thread_id",
+        "_thread_pool",
+        "_timer_lists",
         "_timers",
         "_wait",
         "append_half",
+        "append_scheduled",
+        "clocks",
+        "ended_coroutines",
         "exception_handler",
         "host",
+        "idle_halves",
         "is_main",
         "name",
         "notified",
@@ -89,7 +109,9 @@ class AioContext:
         "wake_up",
     )
 
-    def __init__(self, host: Host | None = None, name: str = "main", *, is_main: bool = True) -> None:
+    def __init__(
+        self, host: Host | None = None, name: str = "main", *, is_main: bool = True, poller: str = "auto"
+    ) -> None:
         if host is None:
             from bottomhalf.host.linux import LinuxHost
 
@@ -101,7 +123,7 @@ class AioContext:
         self.poll_max_ns = 0
         self.poll_grow = 2
         self.poll_shrink = 0
-        self.notified = False  # something was scheduled since the loop last looked
+        self.notified = False  # something happened since the loop last looked, beside what stands in the lists
         self.notify_me = 0  # above 0: somebody sleeps, or is about to, and has to be woken by the event
         self._home = host.thread_id()
         self._state = own.state
@@ -113,31 +135,45 @@ class AioContext:
         self._poller.register(self._event.fileno(), IN)
         self._handlers = Handlers(self, self._poller, self._event)
         self.wake_up = self._event.set
+        # Bottom halves, and scheduled coroutines: the list that others append to, and the batches being run.
         self._queue: list[BottomHalf] = []
         self.append_half = self._queue.append
         self._slices: deque[Any] = deque()
-        self._poll_ns = 0
+        self.idle_halves: deque[BottomHalf] = deque()
+        self._scheduled: list[Coroutine] = []
+        self.append_scheduled = self._scheduled.append
+        self._scheduled_slices: deque[Any] = deque()
+        self._idle_coroutines: list[Coroutine] = []  # ready to be used again
+        self.ended_coroutines: list[Coroutine] = []  # that may be, once nobody holds them
+        self._poll_ns = 0  # how long it is worth while to poll busily for descriptors
         self._looks = 0
-        self._timers = tuple(TimerList(self, clock) for clock in CLOCKS)
-        self._scheduled: deque[Coroutine] = deque()
+        self._polls = 0
+        self._halves_run = 0
+        self.clocks: Clocks = clocks_of(host)
+        self._timer_lists: dict[str, TimerList] = {}
+        self._timers: tuple[TimerList, ...] = ()
         self._failures: deque[Exception] = deque()
         self._engine: ContextEngine | None = None
+        self._thread_pool: ThreadPool | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
-        self._schedule_half = self.bottom_half(self._enter_scheduled, name="scheduled coroutines")
+        self._instruments: tuple[Instrument, ...] = ()
+        if host.explain is None:
+            host.explain = explain
         self._state.add_context(self)
 
     # -- bottom halves ------------------------------------------------------------------------------------------
 
-    def bottom_half(self, callback: Callback, name: str = "") -> BottomHalf:
-        """A bottom half that calls ``callback()`` in this context. Callable from any thread."""
-        return BottomHalf(self, callback, name)
+    def bottom_half(self, callback: Callback, name: str = "", guard: ReentrancyGuard | None = None) -> BottomHalf:
+        """A bottom half that calls ``callback()`` in this context. Callable from any thread.
+
+        Halves with the same ``guard`` tell when they run inside each other."""
+        return BottomHalf(self, callback if guard is None else guard.around(callback), name)
 
     def schedule_oneshot(self, callback: Callback) -> None:
         """Call ``callback()`` once in the next poll. Callable from any thread; cannot be taken back."""
         half = BottomHalf(self, callback, "")
-        half.scheduled = half.queued = True
+        half.queued = True
         self.append_half(half)
-        self.notified = True
         if self.notify_me:
             self.wake_up()
 
@@ -150,29 +186,38 @@ class AioContext:
             if self._shuffle is not None:
                 self._shuffle(batch)
             slices.append(iter(batch))
+            self._halves_run += count
         progress = False
         while slices:
             batch_left = slices[0]
             for half in batch_left:
                 half.queued = False
-                if not half.scheduled:
+                if half.cancelled:
                     continue
-                half.scheduled = False
-                if not half.rare:
-                    progress = True
-                elif half.deleted:
-                    continue
-                elif half.idle:
-                    half.idle = False
-                else:
-                    progress = True
+                progress = True
+                callback = half.callback
                 try:
-                    half.callback()
+                    callback()
                 except Exception as error:
                     self.failed(error, f"bottom half {half.name!r}")
             if slices and slices[0] is batch_left:
                 slices.popleft()
         return progress
+
+    def _run_idle_halves(self) -> None:
+        """Those that an ordinary schedule() has overtaken are left to it."""
+        halves = self.idle_halves
+        for _ in range(len(halves)):
+            if not halves:
+                break  # a poll inside one of them has run the rest
+            half = halves.popleft()
+            if half.idle:
+                half.idle = False
+                if not half.scheduled:
+                    try:
+                        half.callback()
+                    except Exception as error:
+                        self.failed(error, f"bottom half {half.name!r}")
 
     # -- handlers -----------------------------------------------------------------------------------------------
 
@@ -183,138 +228,38 @@ class AioContext:
         on_write: Callback | None = None,
         poll: Callable[[], bool] | None = None,
         poll_ready: Callback | None = None,
+        poll_begin: Callback | None = None,
+        poll_end: Callback | None = None,
     ) -> None:
         """Call ``on_read()`` while ``fd`` is readable (or hung up), ``on_write()`` while it is writable, both
         after an error.
 
         ``poll()`` is a cheap look, without a system call, whether there is work; while the context polls busily
-        (never with ``poll_max_ns`` 0) it is asked and ``poll_ready()`` does the work. Replaces an earlier handler
-        of the descriptor; without any callback removes it, which has to happen before the descriptor is closed.
-        Callable from any thread."""
-        self._handlers.set(fd, on_read, on_write, poll, poll_ready)
+        (never with ``poll_max_ns`` 0) it is asked and ``poll_ready()`` does the work. ``poll_begin()`` and
+        ``poll_end()``, always in pairs, are called around such times: in between the descriptor need not fire.
+        Replaces an earlier handler of the descriptor; without any callback removes it, which has to happen before
+        the descriptor is closed. Callable from any thread."""
+        handler = Handler(fd, on_read, on_write, poll, poll_ready, poll_begin, poll_end)
+        self._handlers.set(fd, handler if handler.mask or poll is not None else None)
         self.notify()
 
     # -- clocks and timers --------------------------------------------------------------------------------------
 
     def now_ns(self, clock: str = "realtime") -> int:
-        """The clock's time: "realtime" is monotonic (QEMU's name for it), "host" is the wall clock."""
+        """The clock's time: "realtime" is monotonic (QEMU's name for it), "host" is the wall clock, "virtual" and
+        "virtual_rt" stand while a machine is stopped."""
         if clock == "realtime":
             return self._monotonic_ns()
-        return self._timer_list(clock).now_ns()
+        return self.clocks[clock].now_ns()
 
     def timer(self, callback: Callback, clock: str = "realtime", name: str = "") -> Timer:
-        """A timer that calls ``callback()`` in this context."""
-        return Timer(self._timer_list(clock), callback, name)
-
-    def _timer_list(self, clock: str) -> TimerList:
-        for timers in self._timers:
-            if timers.clock == clock:
-                return timers
-        raise AioError(f"there is no clock {clock!r}; there are {', '.join(CLOCKS)}")
-
-    # -- coroutines ---------------------------------------------------------------------------------------------
-
-    def enter(self, coroutine: Coroutine | AbstractCoroutine[Any, Any, Any]) -> Coroutine:
-        """Start a coroutine, or continue a suspended one, in this context.
-
-        In the home thread it runs now, up to its first suspension; from inside another coroutine, when that one
-        suspends; from another thread, in the next poll. An exception in it goes to whoever awaits it, else out
-        of this call (or to the exception handler when the loop entered it)."""
-        if type(coroutine) is not Coroutine:
-            coroutine = Coroutine(coroutine, self)  # type: ignore[arg-type]
-        state = self._state
-        if coroutine.context is not self or self._thread_id() != self._home:
-            self.schedule(coroutine)
-        elif state.coroutine is None and coroutine.queued is None:
-            error = coroutine.step(state)
-            if coroutine.woken is not None:
-                run_woken(coroutine, state)
-            if error is not None:
-                raise error
-        else:
-            queue_on(coroutine, state.coroutine)
-        return coroutine
-
-    def wake(self, coroutine: Coroutine) -> None:
-        """Continue a suspended coroutine in its own context, as enter() does. From any thread.
-
-        For those who do not know what they wake: an exception in it that nobody awaits goes to the exception
-        handler of its context or out of the context's poll, never out of here."""
-        context = coroutine.context
-        state = context._state
-        if context._thread_id() != context._home:
-            context.schedule(coroutine)
-        elif state.coroutine is None and coroutine.queued is None:
-            error = coroutine.step(state)
-            if coroutine.woken is not None:
-                run_woken(coroutine, state)
-            if error is not None:
-                context.report(error, f"coroutine {coroutine.name}")
-        else:
-            queue_on(coroutine, state.coroutine)
-
-    def schedule(self, coroutine: Coroutine | AbstractCoroutine[Any, Any, Any]) -> Coroutine:
-        """Enter the coroutine in the next poll of this context, first come first served. From any thread.
-
-        This is also how a coroutine moves: it schedules itself in another context and suspends."""
-        if not isinstance(coroutine, Coroutine):
-            coroutine = Coroutine(coroutine, self)
-        if coroutine.queued is not None:
-            raise AioError(f"{coroutine!r} cannot be scheduled in {self.name}: {coroutine.queued}")
-        coroutine.queued = f"it is scheduled in {self.name}"
-        if coroutine.context is not self and own.state.coroutine is coroutine:
-            # Another thread must not enter it before it has suspended: its old context hands it over then.
-            coroutine.context.schedule_oneshot(lambda: self._take(coroutine))
-        else:
-            self._take(coroutine)
-        return coroutine
-
-    def _take(self, coroutine: Coroutine) -> None:
-        coroutine.context = self
-        self._scheduled.append(coroutine)
-        self._schedule_half.schedule()
-
-    def _enter_scheduled(self) -> None:
-        scheduled = self._scheduled
-        left = len(scheduled)
-        while left and scheduled:
-            left -= 1
-            coroutine = scheduled.popleft()
-            coroutine.queued = None
-            try:
-                self.enter(coroutine)
-            except BaseException as error:
-                if scheduled:
-                    self._schedule_half.schedule()
-                if not isinstance(error, Exception):
-                    raise
-                self.failed(error, f"coroutine {coroutine.name}")
-
-    def run(self, body: AbstractCoroutine[Any, Any, Any], what: str = "") -> Any:
-        """Run a coroutine from plain code until it ends; what it returns or raises. Home thread only.
-
-        An exception of another callback that goes out of the poll goes out of here too; the coroutine goes on in
-        the next polls."""
-        from bottomhalf.aio.wait import wait_while
-
-        what = what or getattr(body, "__qualname__", "a coroutine")
-        if not self.is_home or self._state.coroutine is not None:
-            body.close()
-            where = "another thread" if not self.is_home else f"coroutine {self._state.coroutine!r}"
-            raise WrongContext(f"{self.name} is to run {what} to its end, from {where}; enter it and await it")
-
-        async def guarded() -> tuple[Any, Exception | None]:
-            try:
-                return await body, None
-            except Exception as error:
-                return None, error
-
-        coroutine = self.enter(guarded())
-        wait_while(self, lambda: not coroutine.done, what)
-        result, error = coroutine.result()
-        if error is not None:
-            raise error
-        return result
+        """A timer that calls ``callback()`` in this context. Callable from any thread."""
+        timers = self._timer_lists.get(clock)
+        if timers is None:
+            with _making_timers:
+                timers = self._timer_lists.setdefault(clock, TimerList(self, self.clocks[clock]))
+                self._timers = tuple(self._timer_lists[name] for name in CLOCKS if name in self._timer_lists)
+        return Timer(timers, callback, name)
 
     # -- waking -------------------------------------------------------------------------------------------------
 
@@ -323,12 +268,6 @@ class AioContext:
         self.notified = True
         if self.notify_me:
             self.wake_up()
-
-    def notify_idle(self) -> None:
-        """Something idle was scheduled: who sleeps has to learn that he may not sleep for long. The loop itself,
-        which goes on to compute how long it may sleep, need not be told, or it would not sleep at all."""
-        if self.notify_me or self._thread_id() != self._home:
-            self.notify()
 
     # -- polling ------------------------------------------------------------------------------------------------
 
@@ -352,12 +291,23 @@ class AioContext:
             )
         if state.depth:
             return self._poll_in_section(blocking)
-        events = self._wait_for_work() if blocking else self._wait(0)
+        handlers = self._handlers
+        self._polls += 1
+        if blocking:
+            events = self._wait_for_work()
+        else:
+            if handlers.started:
+                handlers.stop()
+            events = self._wait(0)
         self.notified = False
         progress = False
+        if self.idle_halves:
+            self._run_idle_halves()
         if self._queue or self._slices:
             progress = self._run_bottom_halves()
-        handlers = self._handlers
+        if self._scheduled or self._scheduled_slices:
+            progress = True
+            self._run_scheduled()
         if events and handlers.dispatch(events):
             progress = True
         if handlers.found is not None and handlers.serve_found():
@@ -379,49 +329,51 @@ class AioContext:
             state.depth = depth
 
     def _wait_for_work(self) -> list[tuple[int, int]]:
-        queue = self._queue
-        if queue and queue[0].scheduled and not queue[0].rare:
-            timeout_ns = 0  # the usual case, without a look at the rest
-        else:
-            timeout_ns = self.timeout_ns()
+        queue, scheduled = self._queue, self._scheduled
+        timeout_ns = 0 if queue or scheduled else self.timeout_ns()
         if timeout_ns == 0:
+            # Something that never ends has to leave the descriptors their turn, though not every time.
             self._looks += 1
-            return self._wait(0) if self._looks % LOOK_EVERY == 0 or not queue else []
+            return self._wait(0) if self._looks % LOOK_EVERY == 0 or not (queue or scheduled) else []
+        handlers = self._handlers
         started_ns = 0
         if self.poll_max_ns:
             started_ns = self._monotonic_ns()
-            if self._poll_ns:
-                found = self._poll_busily(started_ns, timeout_ns)
+            limit_ns = min(max(self._poll_ns, handlers.poll_ns_max()), self.poll_max_ns)
+            if limit_ns:
+                found = self._poll_busily(started_ns, limit_ns if timeout_ns < 0 else min(limit_ns, timeout_ns))
                 if found is not None:
                     return found
                 if timeout_ns > 0:
                     timeout_ns = max(timeout_ns - (self._monotonic_ns() - started_ns), 0)
+        if handlers.started:
+            handlers.stop()
+            if handlers.found is not None:
+                timeout_ns = 0
         self.notify_me += 1
         try:
-            if self.notified:
+            # What was scheduled from elsewhere before the announcement may not have woken anybody.
+            if self.notified or queue or scheduled:
                 timeout_ns = 0
-            elif queue and not 0 <= timeout_ns <= IDLE_NS:
+            elif self.idle_halves and not 0 <= timeout_ns <= IDLE_NS:
                 timeout_ns = IDLE_NS  # a signal handler has scheduled something idle
             events = self._wait(timeout_ns)
         finally:
             self.notify_me -= 1
         if started_ns:
-            self._adapt(self._monotonic_ns() - started_ns)
+            blocked_ns = self._monotonic_ns() - started_ns
+            if handlers.noticed(events, blocked_ns) or not events:
+                self._poll_ns = self.adapted_ns(self._poll_ns, blocked_ns)
         return events
 
     def timeout_ns(self) -> int:
         """How long a poll may sleep: 0 not at all, -1 without end."""
-        if self._failures or self._handlers.found is not None:
+        if self._queue or self._scheduled or self._failures or self._handlers.found is not None:
             return 0
-        for left in self._slices:
+        for left in (*self._slices, *self._scheduled_slices):
             if length_hint(left):
                 return 0
-        timeout_ns = -1
-        for half in self._queue:
-            if half.scheduled and not half.deleted:
-                if not half.idle:
-                    return 0
-                timeout_ns = IDLE_NS
+        timeout_ns = IDLE_NS if self.idle_halves else -1
         for timers in self._timers:
             deadline_ns = timers.deadline_ns() if timers.heap or timers.inbox else -1
             if deadline_ns >= 0:
@@ -429,30 +381,44 @@ class AioContext:
                 timeout_ns = left_ns if timeout_ns < 0 else min(timeout_ns, left_ns)
         return timeout_ns
 
-    def _poll_busily(self, started_ns: int, timeout_ns: int) -> list[tuple[int, int]] | None:
+    # -- busy polling -------------------------------------------------------------------------------------------
+
+    def set_poll_params(self, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
+        """Poll busily for up to ``max_ns`` (0: not at all) before sleeping. The time grows by the factor ``grow`` (0:
+        two) and shrinks by ``shrink`` (0: to nothing at once). What was learnt is forgotten. From any thread, at any
+        time. AioError for what makes no sense."""
+        for name, value, most in (("max", max_ns, POLL_NS_LIMIT), ("grow", grow, 2**31), ("shrink", shrink, 2**31)):
+            if not 0 <= value <= most:
+                raise AioError(f"poll-{name} of {self.name} is {value}, not between 0 and {most}")
+        self.poll_max_ns, self.poll_grow, self.poll_shrink = max_ns, grow, shrink
+        self._poll_ns = 0
+        self._handlers.forget_times()
+        self.notify()
+
+    def _poll_busily(self, started_ns: int, limit_ns: int) -> list[tuple[int, int]] | None:
         """Look for events without sleeping for a while; None if none came."""
-        limit_ns = min(self._poll_ns, self.poll_max_ns)
-        end_ns = started_ns + (limit_ns if timeout_ns < 0 else min(limit_ns, timeout_ns))
-        wait, ask, now_ns = self._wait, self._handlers.ask, self._monotonic_ns
+        end_ns = started_ns + limit_ns
+        handlers = self._handlers
+        wait, ask, now_ns = self._wait, handlers.ask, self._monotonic_ns
+        queue, scheduled = self._queue, self._scheduled
+        if handlers.asked:
+            handlers.start(started_ns)
         while True:
             events = wait(0)
-            if events:
-                return events
-            if ask() or self.notified:
+            if events or ask() or self.notified or queue or scheduled:
                 return events
             if now_ns() >= end_ns:
                 return None
 
-    def _adapt(self, blocked_ns: int) -> None:
-        if blocked_ns <= self._poll_ns:
-            return
+    def adapted_ns(self, poll_ns: int, blocked_ns: int) -> int:
+        """How long to poll busily next time, after ``poll_ns`` and a wait of ``blocked_ns`` altogether."""
+        if blocked_ns <= poll_ns or blocked_ns == self.poll_max_ns:
+            return poll_ns
         if blocked_ns > self.poll_max_ns:
-            self._poll_ns = self._poll_ns // self.poll_shrink if self.poll_shrink else 0
-        elif self._poll_ns < self.poll_max_ns:
-            grown_ns = self._poll_ns * (self.poll_grow or 2) or POLL_FIRST_NS
-            self._poll_ns = min(grown_ns, self.poll_max_ns)
+            return poll_ns // self.poll_shrink if self.poll_shrink else 0
+        return min(poll_ns * (self.poll_grow or 2) or POLL_FIRST_NS, self.poll_max_ns)
 
-    # -- engine, embedding, end ---------------------------------------------------------------------------------
+    # -- engine, thread pool, embedding, end --------------------------------------------------------------------
 
     @property
     def engine(self) -> ContextEngine:
@@ -463,12 +429,55 @@ class AioContext:
             self._engine = ContextEngine(self, self.host.engine())
         return self._engine
 
+    @property
+    def thread_pool(self) -> ThreadPool:
+        """The context's worker threads, made at first use."""
+        if self._thread_pool is None:
+            from bottomhalf.aio.thread_pool import ThreadPool
+
+            self._thread_pool = ThreadPool(self)
+        return self._thread_pool
+
     def fileno(self) -> int:
         """A descriptor that is readable when poll(False) would find a ready handler; for a loop around this one.
 
         That loop keeps ``notify_me`` up except while it polls, and after raising it asks timeout_ns() how long
         it may sleep."""
         return self._poller.fileno()
+
+    def statistics(self) -> ContextStatistics:
+        """What it is doing, in figures. From any thread."""
+        engine, pool = self._engine, self._thread_pool
+        return ContextStatistics(
+            name=self.name,
+            poller=self._poller.name,
+            sleeping=self.notify_me > 0,
+            polls=self._polls,
+            bottom_halves_run=self._halves_run,
+            bottom_halves_queued=len(self._queue) + sum(length_hint(left) for left in tuple(self._slices)),
+            idle_bottom_halves=len(self.idle_halves),
+            coroutines_queued=len(self._scheduled) + sum(length_hint(left) for left in tuple(self._scheduled_slices)),
+            coroutines_kept=len(self._idle_coroutines),
+            handlers=len(self._handlers),
+            handlers_asked=len(self._handlers.asked),
+            timers={timers.clock.name: timers.armed for timers in self._timers},
+            poll_ns=min(max(self._poll_ns, self._handlers.poll_ns_max()), self.poll_max_ns),
+            poll_max_ns=self.poll_max_ns,
+            engine=engine.statistics() if engine is not None else None,
+            thread_pool=pool.statistics() if pool is not None else None,
+        )
+
+    def add_instrument(self, instrument: Instrument) -> None:
+        """Have an observer told what the context does. Home thread only, best not inside a callback."""
+        from bottomhalf.aio import instrument as instruments
+
+        instruments.add(self, instrument)
+
+    def remove_instrument(self, instrument: Instrument) -> None:
+        """Take an observer away; nothing happens if it is not there. Home thread only."""
+        from bottomhalf.aio import instrument as instruments
+
+        instruments.remove(self, instrument)
 
     def failed(self, error: Exception, where: str) -> None:
         """An exception came out of a callback that the loop called."""
@@ -489,12 +498,17 @@ class AioContext:
         """Give everything back. AioError if a bottom half is still scheduled: its work would be lost. An exception
         that no poll has let out yet goes out of here at the end."""
         completions = self._engine.completions if self._engine is not None else None
-        for half in self._queue:
-            if half.scheduled and not half.deleted and half is not completions:
+        for half in (*self._queue, *self.idle_halves):
+            if half.scheduled and half is not completions:
                 raise AioError(f"{self.name} is closed while {half!r} waits to run")
+        if self._thread_pool is not None:
+            self._thread_pool.close()
+            self._thread_pool = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self._idle_coroutines.clear()
+        self.ended_coroutines.clear()
         self._handlers.clear()
         self._poller.close()
         self._event.close()

@@ -7,6 +7,12 @@ Readiness is level-triggered, so a list of ready descriptors need not be finishe
 It must not be finished when it may be out of date, because a nested poll has dispatched meanwhile or because a
 number on it may belong to another descriptor now. Each such change leaves a new token; a dispatch goes on while
 it finds its own.
+
+A handler may also be asked. A virtqueue, or a ring of completions, tells without a system call that there is work,
+and its peer need not ring the bell while we look. So a context that polls busily asks every handler that has a
+``poll`` callback, between ``poll_begin`` (the peer need not ring) and ``poll_end`` (it has to). Between the last look
+and ``poll_end`` work may have come, so each is asked once more after it. One that had nothing to say for seconds is
+asked no more until its descriptor fires: it has gone quiet, and asking it delays the others.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 
 Callback: TypeAlias = Callable[[], object]
 
+ASKED_IN_VAIN_NS_MAX: Final = 7_000_000_000  # before a handler is not asked any more (QEMU: 7 s)
+
 _READ: Final = IN | HUP | ERR
 _WRITE: Final = OUT | ERR
 
@@ -29,7 +37,17 @@ _WRITE: Final = OUT | ERR
 class Handler:
     """What to call for one descriptor."""
 
-    __slots__ = ("fd", "on_read", "on_write", "poll", "poll_ready")
+    __slots__ = (
+        "fd",
+        "found_ns",
+        "on_read",
+        "on_write",
+        "poll",
+        "poll_begin",
+        "poll_end",
+        "poll_ns",
+        "poll_ready",
+    )
 
     def __init__(
         self,
@@ -38,12 +56,18 @@ class Handler:
         on_write: Callback | None,
         poll: Callable[[], bool] | None,
         poll_ready: Callback | None,
+        poll_begin: Callback | None,
+        poll_end: Callback | None,
     ) -> None:
         self.fd = fd
         self.on_read = on_read
         self.on_write = on_write
         self.poll = poll
         self.poll_ready = poll_ready
+        self.poll_begin = poll_begin
+        self.poll_end = poll_end
+        self.poll_ns = 0  # how long it is worth while to poll busily for it
+        self.found_ns = 0  # when it last had work, 0: not looked at yet
 
     @property
     def mask(self) -> int:
@@ -53,7 +77,7 @@ class Handler:
 class Handlers:
     """All handlers of one context."""
 
-    __slots__ = ("_by_fd", "_context", "_event", "_event_fd", "_pollable", "_poller", "_token", "found")
+    __slots__ = ("_by_fd", "_context", "_event", "_event_fd", "_poller", "_token", "asked", "found", "started")
 
     def __init__(self, context: AioContext, poller: Poller, event: Event) -> None:
         self._context = context
@@ -61,30 +85,28 @@ class Handlers:
         self._event = event  # the context's own; ready, it only has to be cleared
         self._event_fd = event.fileno()
         self._by_fd: dict[int, Handler] = {}
-        self._pollable: list[Handler] = []
         self._token = object()  # of the dispatch whose list of events is good
+        self.asked: list[Handler] = []  # those that busy polling asks
         self.found: Handler | None = None  # by busy polling, and not served yet
+        self.started: list[Handler] = []  # those between poll_begin and poll_end
 
-    def set(
-        self,
-        fd: int,
-        on_read: Callback | None,
-        on_write: Callback | None,
-        poll: Callable[[], bool] | None,
-        poll_ready: Callback | None,
-    ) -> None:
+    def __len__(self) -> int:
+        return len(self._by_fd)
+
+    def set(self, fd: int, new: Handler | None) -> None:
         """AioContext.set_fd_handler() but for the notification."""
         old = self._by_fd.get(fd)
-        if poll is not None and poll_ready is None:
-            raise AioError("a poll callback needs a poll_ready callback")
-        if on_read is None and on_write is None and poll is None:
+        if new is None:
             if old is not None:
                 del self._by_fd[fd]
-                self._forget_pollable(old)
+                self._stop_asking(old)
                 if old.mask:
                     self._poller.unregister(fd)
             return
-        new = Handler(fd, on_read, on_write, poll, poll_ready)
+        if (new.poll is None) != (new.poll_ready is None):
+            raise AioError("a poll callback and a poll_ready callback need each other")
+        if new.poll is None and (new.poll_begin is not None or new.poll_end is not None):
+            raise AioError("poll_begin and poll_end are for a handler with a poll callback")
         if old is None or not old.mask:
             if new.mask:
                 self._poller.register(fd, new.mask)
@@ -94,18 +116,17 @@ class Handlers:
         elif new.mask != old.mask:
             self._poller.modify(fd, new.mask)
         if old is not None:
-            self._forget_pollable(old)
+            self._stop_asking(old)
+            new.poll_ns, new.found_ns = old.poll_ns, old.found_ns
         self._by_fd[fd] = new
-        if poll is not None:
-            self._pollable.append(new)
+        if new.poll is not None:
+            self.asked.append(new)
 
     def clear(self) -> None:
         self._by_fd.clear()
-        self._pollable.clear()
+        self.asked.clear()
 
-    def _forget_pollable(self, handler: Handler) -> None:
-        if handler.poll is not None and handler in self._pollable:
-            self._pollable.remove(handler)
+    # -- ready descriptors --------------------------------------------------------------------------------------
 
     def dispatch(self, events: list[tuple[int, int]]) -> bool:
         """Call the handlers of what is ready; whether there was one."""
@@ -136,17 +157,55 @@ class Handlers:
                 break
         return progress
 
+    def noticed(self, events: list[tuple[int, int]], blocked_ns: int) -> bool:
+        """Learn from a wait that took ``blocked_ns`` how long to poll busily for the handlers that can be asked.
+        Whether another descriptor was ready."""
+        others = False
+        for fd, _ in events:
+            handler = self._by_fd.get(fd)
+            if handler is None or handler.poll is None:
+                others = True
+                continue
+            handler.poll_ns = self._context.adapted_ns(handler.poll_ns, blocked_ns)
+            if handler not in self.asked:  # it had gone quiet
+                handler.found_ns = 0
+                self.asked.append(handler)
+        return others
+
+    # -- handlers that are asked --------------------------------------------------------------------------------
+
+    def poll_ns_max(self) -> int:
+        """The longest time that is worth while for one of them."""
+        return max((handler.poll_ns for handler in self.asked), default=0)
+
+    def forget_times(self) -> None:
+        for handler in self._by_fd.values():
+            handler.poll_ns = 0
+
+    def start(self, now_ns: int) -> None:
+        """Busy polling begins, or goes on: those who may tell their peers, and those who have gone quiet leave."""
+        for handler in tuple(self.asked):
+            if not handler.found_ns:
+                handler.found_ns = now_ns
+            elif now_ns - handler.found_ns > ASKED_IN_VAIN_NS_MAX:
+                self._stop_asking(handler)
+                self._ask(handler)  # once more, after its poll_end
+                continue
+            if handler not in self.started:
+                self.started.append(handler)
+                if handler.poll_begin is not None:
+                    self._call(handler, handler.poll_begin)
+
+    def stop(self) -> None:
+        """Before the thread sleeps: peers have to ring again. What came at the last moment is found."""
+        for handler in tuple(self.started):
+            self._end(handler)
+            if handler in self.asked:
+                self._ask(handler)
+
     def ask(self) -> bool:
         """Whether a poll callback has found work, which ``found`` then remembers."""
-        for handler in tuple(self._pollable):
-            try:
-                if handler.poll is None or not handler.poll():
-                    continue
-            except Exception as error:
-                self._context.failed(error, f"poll handler of descriptor {handler.fd}")
-            self.found = handler
-            return True
-        return False
+        return any(self._ask(handler) for handler in tuple(self.asked))
 
     def serve_found(self) -> bool:
         """Call the ``poll_ready`` of what was found, unless it was removed or replaced since. A poll inside it does
@@ -154,12 +213,43 @@ class Handlers:
         handler, self.found = self.found, None
         if handler is None or handler.poll_ready is None or self._by_fd.get(handler.fd) is not handler:
             return False
-        self._forget_pollable(handler)
+        handler.found_ns = 0
+        was_asked = handler in self.asked
+        if was_asked:
+            self.asked.remove(handler)
         try:
             handler.poll_ready()
         except Exception as error:
             self._context.failed(error, f"poll handler of descriptor {handler.fd}")
         finally:
-            if self._by_fd.get(handler.fd) is handler:
-                self._pollable.append(handler)
+            if was_asked and self._by_fd.get(handler.fd) is handler:
+                self.asked.append(handler)
         return True
+
+    def _ask(self, handler: Handler) -> bool:
+        if handler.poll is None or self.found is not None:
+            return self.found is not None
+        try:
+            if not handler.poll():
+                return False
+        except Exception as error:
+            self._context.failed(error, f"poll handler of descriptor {handler.fd}")
+        self.found = handler
+        return True
+
+    def _stop_asking(self, handler: Handler) -> None:
+        if handler in self.asked:
+            self.asked.remove(handler)
+        self._end(handler)
+
+    def _end(self, handler: Handler) -> None:
+        if handler in self.started:
+            self.started.remove(handler)
+            if handler.poll_end is not None:
+                self._call(handler, handler.poll_end)
+
+    def _call(self, handler: Handler, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception as error:
+            self._context.failed(error, f"poll handler of descriptor {handler.fd}")

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from bottomhalf.aio.coroutine import Coroutine, current, suspend
+from bottomhalf.aio.coroutine import Coroutine, Waitable, current, suspend
 from bottomhalf.aio.defer import defer_call, deferred
 from bottomhalf.aio.errors import WrongContext
+from bottomhalf.aio.statistics import EngineStatistics
 from bottomhalf.host.protocol import Engine, File
-from bottomhalf.host.request import IN_PROGRESS, Request
+from bottomhalf.host.request import IN_PROGRESS, OP_NAMES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
@@ -27,13 +28,20 @@ SUBMIT_AT: Final = 16  # prepared requests that start without waiting for the en
 # a device should begin with the first of a large batch while we still prepare the last
 
 
-class Waiter:
-    """The owner of a request that a coroutine waits for."""
+class Waiter(Waitable):
+    """The owner of a request that a coroutine waits for. The device has the buffer, so it cannot be taken back."""
 
-    __slots__ = ("_coroutine",)
+    __slots__ = ("_coroutine", "_of", "_request")
 
-    def __init__(self, coroutine: Coroutine) -> None:
+    def __init__(self, coroutine: Coroutine, request: Request, of: str) -> None:
         self._coroutine = coroutine
+        self._request = request
+        self._of = of  # what it is a request to
+
+    @property
+    def what(self) -> str:
+        request = self._request
+        return f"a {OP_NAMES[request.op]} of {request.length} bytes at {request.offset} of {self._of}"
 
     def complete(self, requests: list[Request]) -> None:
         self._coroutine.context.wake(self._coroutine)
@@ -64,6 +72,9 @@ class ContextEngine:
         """Requests that were submitted and whose owners have not been told yet."""
         return self._engine.in_flight + len(self._finished)
 
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(self._engine.name, self.in_flight)
+
     def submit(self, file: File, requests: list[Request]) -> None:
         """Start requests of any op. Their owners are told in a later turn of the loop, never from in here."""
         prepare = self._engine.prepare
@@ -80,9 +91,9 @@ class ContextEngine:
         me = current()
         if me.context is not self._context:
             raise WrongContext(f"{me!r} of {me.context.name} uses the engine of {self._context.name}")
-        request.owner = Waiter(me)
+        request.owner = waiter = Waiter(me, request, file.path)
         self.submit(file, [request])
-        await suspend(file.path)
+        await suspend(waiter)
         assert request.result != IN_PROGRESS, "woken by something else than the request"
 
     def _enter(self, _: None) -> None:

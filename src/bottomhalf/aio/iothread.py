@@ -8,6 +8,8 @@
 Under the GIL a second thread does not make anything faster; it keeps one thing's waiting from another's. An
 exception that goes out of its poll finds nobody to go to. Ending the thread would strand all that it serves, so it
 goes on, and ``stop()`` raises the first one; who wants to know earlier sets ``context.exception_handler``.
+
+How long it polls busily before it sleeps, and how many worker threads it may have, can be changed while it runs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 from typing import Final
 
 from bottomhalf.aio.context import POLL_MAX_NS, AioContext
-from bottomhalf.aio.errors import WrongContext
+from bottomhalf.aio.errors import AioError, WrongContext
+from bottomhalf.aio.statistics import ContextStatistics
 from bottomhalf.host.protocol import IN, Host
 from bottomhalf.host.threads import Lock
 
@@ -27,10 +30,12 @@ class IOThread:
 
     context: AioContext
 
-    def __init__(self, name: str, host: Host, poll_max_ns: int = POLL_MAX_NS) -> None:
+    def __init__(
+        self, name: str, host: Host, poll_max_ns: int = POLL_MAX_NS, poll_grow: int = 0, poll_shrink: int = 0
+    ) -> None:
         self.name = name
         self._host = host
-        self._poll_max_ns = poll_max_ns
+        self._poll_params = (poll_max_ns, poll_grow, poll_shrink)
         self._running = True
         self._stopping = Lock()  # held until stop() has no more use for the context
         self._started = host.event()
@@ -47,7 +52,11 @@ class IOThread:
     def _work(self) -> None:
         try:
             self.context = AioContext(self._host, self.name, is_main=False)
-            self.context.poll_max_ns = self._poll_max_ns
+            try:
+                self.context.set_poll_params(*self._poll_params)
+            except AioError:
+                self.context.close()
+                raise
         except BaseException as error:
             self._failure = error
             return
@@ -71,6 +80,14 @@ class IOThread:
         except Exception as error:
             self._failure = self._failure or error
             return True
+
+    def set_poll_params(self, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
+        """AioContext.set_poll_params(), from any thread, at any time."""
+        self.context.set_poll_params(max_ns, grow, shrink)
+
+    def statistics(self) -> ContextStatistics:
+        """Of its context. From any thread."""
+        return self.context.statistics()
 
     def stop(self) -> None:
         """End the loop after what is scheduled now, and wait for the thread. Idempotent. Raises the first

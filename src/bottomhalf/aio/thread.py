@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a thread is doing right now: its coroutine, its context, its deferred section.
+"""What a thread is doing right now: its coroutine, its context, its waits, its deferred section.
 
 Reading a ``threading.local`` costs as much as three attributes of a plain object, and a turn of the loop needs
 several such facts. Therefore they lie together in one plain object per thread, which a context remembers for its
 home thread; ``own.state`` finds it from anywhere else.
 
-What must live here: the object. What the facts mean is ``coroutine``'s and ``defer``'s business.
+What must live here: the object. What the facts mean is the business of ``coroutine``, ``wait`` and ``defer``.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from bottomhalf.host.threads import Local
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
     from bottomhalf.aio.coroutine import Coroutine
+    from bottomhalf.aio.wait import Wait
 
 
 class ThreadState:
     """One thread's facts; also the context manager of its deferred sections, for a class costs least to enter."""
 
-    __slots__ = ("calls", "contexts", "coroutine", "depth")
+    __slots__ = ("calls", "contexts", "coroutine", "depth", "waits", "woken")
 
     def __init__(self) -> None:
         self.coroutine: Coroutine | None = None  # the one that runs
+        self.woken: list[Coroutine] = []  # by that one, to be entered when it suspends
         self.contexts: list[ref[AioContext]] = []  # that were made here and not closed yet
+        self.waits: list[Wait] = []  # of plain code, the innermost last
         self.depth = 0  # of nested deferred sections
         self.calls: dict[tuple[Callable[[Any], object], Any], None] = {}
 

@@ -14,6 +14,8 @@ A pass reads the clock once and runs what was due then and armed before it began
 into the past runs again in the next pass, not for ever in this one, and those due behind it get their turn. Each
 timer leaves the heap before its callback runs, so a callback may re-arm, cancel, and poll; a pass inside a pass
 runs all that is due, and the outer one ends.
+
+A timer is what a sleeping coroutine waits for, so it can be named.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from bottomhalf.aio.bottom_half import name_of
 
 if TYPE_CHECKING:
+    from bottomhalf.aio.clock import Clock
     from bottomhalf.aio.context import AioContext
 
-CLOCKS: Final = ("realtime", "host")
 STALE_MIN: Final = 64  # stale entries that are not worth a search
 
 _Entry: TypeAlias = "tuple[int, int, Timer]"  # deadline, number of the arm, whose
@@ -38,7 +40,7 @@ _Entry: TypeAlias = "tuple[int, int, Timer]"  # deadline, number of the arm, who
 class Timer:
     """Made by AioContext.timer(). One shot; arm it again for the next."""
 
-    __slots__ = ("_entry", "_list", "_name", "callback")
+    __slots__ = ("_entry", "_list", "_name", "callback", "deadline_ns")
 
     def __init__(self, timers: TimerList, callback: Callable[[], object], name: str) -> None:
         self.callback = callback
@@ -59,9 +61,12 @@ class Timer:
         deadlines are 0. Callable from any thread."""
         timers = self._list
         context = timers.context
+        if deadline_ns < 0:
+            deadline_ns = 0
+        self.deadline_ns = deadline_ns
         self._entry = number = timers.next_number()
-        entry = (deadline_ns if deadline_ns > 0 else 0, number, self)
-        if not context.is_home:
+        entry = (deadline_ns, number, self)
+        if context._thread_id() != context._home:
             timers.inbox.append(entry)
             context.notify()
             return
@@ -72,6 +77,11 @@ class Timer:
         if len(heap) > timers.purge_at:
             timers.purge()
 
+    def anticipate_ns(self, deadline_ns: int) -> None:
+        """Arm it, unless it is armed for that time or an earlier one. Callable from any thread."""
+        if not self._entry or deadline_ns < self.deadline_ns:
+            self.arm_ns(deadline_ns)
+
     def cancel(self) -> None:
         """Forget the arm, if any. From another thread it does not wait for a callback that is running."""
         self._entry = 0
@@ -80,18 +90,36 @@ class Timer:
 class TimerList:
     """The timers of one clock in one context."""
 
-    __slots__ = ("_held", "_pass", "clock", "context", "heap", "inbox", "next_number", "now_ns", "purge_at")
+    __slots__ = (
+        "__weakref__",
+        "_held",
+        "_pass",
+        "clock",
+        "context",
+        "heap",
+        "inbox",
+        "next_number",
+        "now_ns",
+        "purge_at",
+    )
 
-    def __init__(self, context: AioContext, clock: str) -> None:
+    def __init__(self, context: AioContext, clock: Clock) -> None:
         self.context = context
         self.clock = clock
         self.heap: list[_Entry] = []
         self.inbox: deque[_Entry] = deque()  # what other threads have armed
         self.next_number = count(1).__next__
-        self.now_ns = context.host.monotonic_ns if clock == "realtime" else context.host.realtime_ns
+        self.now_ns = clock.now_ns
         self.purge_at = 2 * STALE_MIN
         self._held: list[_Entry] = []  # due, but armed during the pass that is going on
         self._pass = 0
+        clock.add(self)
+
+    @property
+    def armed(self) -> int:
+        """How many timers are armed."""
+        entries = (*self.heap, *self.inbox, *self._held)
+        return sum(timer._entry == number for _, number, timer in entries)
 
     def purge(self) -> None:
         """Drop stale entries."""
@@ -101,8 +129,10 @@ class TimerList:
 
     def deadline_ns(self) -> int:
         """When the first timer is due, -1 for never."""
-        self._take_in()
+        self.take_in()
         heap = self.heap
+        if not self.clock.running:
+            return -1
         while heap:
             deadline_ns, number, timer = heap[0]
             if timer._entry == number:
@@ -112,9 +142,9 @@ class TimerList:
 
     def run(self) -> bool:
         """Run what is due; whether anything ran. An exception leaves the rest for the next pass."""
-        self._take_in()
+        self.take_in()
         heap = self.heap
-        if not heap:
+        if not heap or not self.clock.running:
             return False
         self._pass = mine = self._pass + 1
         now_ns, newest = self.now_ns(), self.next_number()
@@ -137,10 +167,14 @@ class TimerList:
                 if self._pass != mine:
                     break
         finally:
-            self._take_in()
+            self.take_in()
         return progress
 
-    def _take_in(self) -> None:
+    def end_pass(self) -> None:
+        """The clock was stopped, perhaps by one of its timers: the pass that is going on ends with that one."""
+        self._pass += 1
+
+    def take_in(self) -> None:
         """Put into the heap what other threads have armed, and what a pass around this one holds back."""
         while self.inbox:
             heappush(self.heap, self.inbox.popleft())

@@ -369,10 +369,10 @@ async def co_submit(submit: Callable[[list[Request]], list[Request]], request: R
     """Give one request to a node's ``submit_batch`` (or another door of it) from a coroutine and wait for its end;
     ``request.result`` tells how it ended."""
     me = current()
-    request.owner = Waiter(me)
+    request.owner = waiter = Waiter(me, request, node.describe())
     request.result = IN_PROGRESS
     if submit([request]):
-        await suspend(f"a request to {node.describe()}")
+        await suspend(waiter)
         assert request.result != IN_PROGRESS, "woken by something else than the request"
 
 

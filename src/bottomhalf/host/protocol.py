@@ -79,6 +79,8 @@ class Event(Protocol):
 class Poller(Protocol):
     """Level-triggered readiness of many descriptors (epoll). Belongs to one thread."""
 
+    name: str
+
     def fileno(self) -> int:
         """A descriptor that is readable while wait(0) would return something (for embedding)."""
 
@@ -251,10 +253,26 @@ class Thread(Protocol):
     def join(self) -> None: ...
 
 
+class Lock(Protocol):
+    """A lock that one thread may take and another release."""
+
+    def acquire(self, timeout_ns: int = -1) -> bool:
+        """Take it; whether it was to be had. 0 does not wait, -1 waits without end, else for so long."""
+
+    def release(self) -> None:
+        """Give it up, from any thread. RuntimeError if nobody holds it."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
 class Host(Protocol):
     """Everything that enters a program from outside."""
 
     name: str
+    explain: Callable[[], str] | None
+    """Who waits for whom, in the program's words. A host that notices that a wait can never end asks for it."""
 
     def monotonic_ns(self) -> int:
         """A clock that never goes back (CLOCK_MONOTONIC)."""
@@ -267,6 +285,9 @@ class Host(Protocol):
     def thread_id(self) -> int: ...
 
     def start_thread(self, target: Callable[[], None], name: str) -> Thread: ...
+
+    def lock(self) -> Lock:
+        """A lock that threads may wait for. (What is held for a few instructions takes ``host.threads.Lock``.)"""
 
     def shuffle(self, items: list[Any]) -> None:
         """Reorder, in place, things whose order means nothing. The real host leaves them alone; the simulated

@@ -22,10 +22,33 @@ if TYPE_CHECKING:
 __all__ = ["LinuxHost"]
 
 
+class LinuxLock:
+    """A host.protocol.Lock."""
+
+    __slots__ = ("_acquire", "release")
+
+    def __init__(self) -> None:
+        lock = threading.Lock()
+        self._acquire = lock.acquire
+        self.release = lock.release
+
+    def acquire(self, timeout_ns: int = -1) -> bool:
+        if timeout_ns < 0:
+            return self._acquire()
+        return self._acquire(timeout_ns > 0, timeout_ns / 1e9 if timeout_ns else -1)
+
+    def __enter__(self) -> None:
+        self._acquire()
+
+    def __exit__(self, *raised: object) -> None:
+        self.release()
+
+
 class LinuxHost:
     """A host.protocol.Host."""
 
     name = "linux"
+    explain: Callable[[], str] | None = None
 
     monotonic_ns = staticmethod(time.monotonic_ns)
     realtime_ns = staticmethod(time.time_ns)
@@ -36,6 +59,9 @@ class LinuxHost:
         thread = threading.Thread(target=target, name=name)
         thread.start()
         return thread
+
+    def lock(self) -> LinuxLock:
+        return LinuxLock()
 
     def shuffle(self, items: list[Any]) -> None:
         pass

@@ -27,6 +27,8 @@ class LinuxPoller:
 
     __slots__ = ("_buffer", "_epoll", "_exact", "_poll")
 
+    name = "epoll"
+
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._poll = self._epoll.poll

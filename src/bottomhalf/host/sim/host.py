@@ -25,6 +25,7 @@ from bottomhalf.host.sim.disk import Disk, Inode
 from bottomhalf.host.sim.engine import SimEngine
 from bottomhalf.host.sim.faults import OPEN, Fault, Faults, Latency
 from bottomhalf.host.sim.files import SimFile
+from bottomhalf.host.sim.lock import SimLock
 from bottomhalf.host.sim.locks import OtherProcessLock
 from bottomhalf.host.sim.network import Network, SimListener
 from bottomhalf.host.sim.poller import SimEvent, SimPoller, SimSignalSource
@@ -90,6 +91,9 @@ class SimHost:
             f"thread {name!r}: the simulated host has one thread, so that a seed decides every order; "
             "use host.as_thread() to act as another one, or host.at() to act later"
         )
+
+    def lock(self) -> SimLock:
+        return SimLock(self.world)
 
     def shuffle(self, items: list[Any]) -> None:
         self.world.order.shuffle(items)

@@ -70,6 +70,8 @@ class SimSignalSource(Descriptor):
 class SimPoller(Descriptor):
     """A host.protocol.Poller."""
 
+    name = "sim"
+
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._masks: dict[int, int] = {}
