@@ -95,6 +95,7 @@ class AioContext(Entering):
         "append_half",
         "append_scheduled",
         "clocks",
+        "closed",
         "ended_coroutines",
         "exception_handler",
         "host",
@@ -119,6 +120,7 @@ class AioContext(Entering):
         self.host: Host = host
         self.name = name
         self.is_main = is_main
+        self.closed = False
         self.exception_handler: Callable[[AioContext, Exception, str], object] | None = None
         self.poll_max_ns = 0
         self.poll_grow = 2
@@ -310,7 +312,7 @@ class AioContext(Entering):
             self._run_scheduled()
         if events and handlers.dispatch(events):
             progress = True
-        if handlers.found is not None and handlers.serve_found():
+        if handlers.found and handlers.serve_found():
             progress = True
         for timers in self._timers:
             if (timers.heap or timers.inbox) and timers.run():
@@ -343,12 +345,14 @@ class AioContext(Entering):
             if limit_ns:
                 found = self._poll_busily(started_ns, limit_ns if timeout_ns < 0 else min(limit_ns, timeout_ns))
                 if found is not None:
+                    if found and handlers.asked_ever:
+                        handlers.noticed(found, 0)
                     return found
                 if timeout_ns > 0:
                     timeout_ns = max(timeout_ns - (self._monotonic_ns() - started_ns), 0)
         if handlers.started:
             handlers.stop()
-            if handlers.found is not None:
+            if handlers.found:
                 timeout_ns = 0
         self.notify_me += 1
         try:
@@ -362,13 +366,13 @@ class AioContext(Entering):
             self.notify_me -= 1
         if started_ns:
             blocked_ns = self._monotonic_ns() - started_ns
-            if handlers.noticed(events, blocked_ns) or not events:
+            if handlers.noticed(events, blocked_ns) or (not events and blocked_ns > self.poll_max_ns):
                 self._poll_ns = self.adapted_ns(self._poll_ns, blocked_ns)
         return events
 
     def timeout_ns(self) -> int:
         """How long a poll may sleep: 0 not at all, -1 without end."""
-        if self._queue or self._scheduled or self._failures or self._handlers.found is not None:
+        if self._queue or self._scheduled or self._failures or self._handlers.found:
             return 0
         for left in (*self._slices, *self._scheduled_slices):
             if length_hint(left):
@@ -495,11 +499,11 @@ class AioContext(Entering):
             self.notify()
 
     def close(self) -> None:
-        """Give everything back. AioError if a bottom half is still scheduled: its work would be lost. An exception
-        that no poll has let out yet goes out of here at the end."""
-        completions = self._engine.completions if self._engine is not None else None
+        """Give everything back. AioError if a bottom half is still scheduled, or a worker thread busy: their work would
+        be lost. An exception that no poll has let out yet goes out of here at the end."""
+        own = [part.completions for part in (self._engine, self._thread_pool) if part is not None]
         for half in (*self._queue, *self.idle_halves):
-            if half.scheduled and half is not completions:
+            if half.scheduled and half not in own:
                 raise AioError(f"{self.name} is closed while {half!r} waits to run")
         if self._thread_pool is not None:
             self._thread_pool.close()
@@ -507,6 +511,7 @@ class AioContext(Entering):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self.closed = True
         self._idle_coroutines.clear()
         self.ended_coroutines.clear()
         self._handlers.clear()

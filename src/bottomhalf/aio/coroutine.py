@@ -58,6 +58,8 @@ class Waitable:
 
     __slots__ = ()
 
+    outer = ""  # the loop that delivers it, if only one around the context does
+
     @property
     def what(self) -> str:
         """Completes the sentence "X waits for ..."."""
@@ -77,7 +79,12 @@ def _runner() -> Generator[Any, Any, None]:
     """Takes coroutines one after the other; yields what each yields, and at its end what it returned."""
     body = yield None
     while True:
-        body = yield ((yield from body),)
+        try:
+            body = yield ((yield from body),)
+        except ValueError:
+            if getattr(body, "cr_running", False):
+                return  # thrown away half done: the collector closes the body, whose frame held us
+            raise
 
 
 _idle_runners: list[Callable[[Any], Any]] = []  # their bound send methods
@@ -213,7 +220,7 @@ class Coroutine(Waitable):
 
     def cancel(self) -> None:
         """Ask it to end: ``Cancelled`` is raised at its wait, or, if that cannot be given up or it is shielded, at
-        the next one that can. One that has not started never does. From any thread; does not wait: await it."""
+        the next one that can. So one that has not started does start. From any thread; does not wait: await it."""
         context = self.context
         if not context.is_home:
             context.schedule_oneshot(self.cancel)
@@ -257,9 +264,6 @@ class Coroutine(Waitable):
                 said = self.throw(first)
             else:
                 self.first = None
-                if self.cancelling:
-                    first.close()
-                    raise Cancelled
                 said = self.send(first)
         except BaseException as error:
             return self.failed(error, state)

@@ -32,7 +32,7 @@ from bottomhalf.aio.bottom_half import name_of
 from bottomhalf.aio.coroutine import ENDED_MAX, GIVE_WAY, Coroutine, current, named, suspend
 from bottomhalf.aio.errors import AioError, WrongContext
 from bottomhalf.aio.thread import ThreadState, own
-from bottomhalf.aio.wait import wait_while
+from bottomhalf.aio.wait import waiting, who_polls
 
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
@@ -240,8 +240,11 @@ class Entering:
             except Exception as error:
                 return None, error
 
-        coroutine = self.enter(named(guarded(), name_of(body)))
-        wait_while(self, lambda: not coroutine.done, what, on=coroutine)
+        polling = who_polls(self, what)
+        with waiting(polling, what, None) as wait:
+            wait.on = coroutine = self.enter(named(guarded(), name_of(body)))
+            while not coroutine.done:
+                polling.poll(True)
         result, error = coroutine.result()
         if error is not None:
             raise error

@@ -22,14 +22,13 @@ import gc
 from typing import Final
 
 from bottomhalf.aio.coroutine import Coroutine, Waitable
-from bottomhalf.aio.wait import Wait, waits
+from bottomhalf.aio.wait import CHAIN_MAX, Wait, waits
 
-CHAIN_MAX: Final = 32  # links that are followed
 SUSPENDED_MAX: Final = 64  # coroutines that explain() names beside those on the chains
 
 
 def suspended() -> list[Coroutine]:
-    """All coroutines of all contexts that wait for something."""
+    """All coroutines of all contexts, but for closed ones, that wait for something."""
     return [found for found in gc.get_objects() if type(found) is Coroutine and _waits(found)]
 
 
@@ -83,7 +82,7 @@ def explain() -> str:
 
 def _waits(coroutine: Coroutine) -> bool:
     body = getattr(coroutine, "_body", None)
-    return body is not None and not coroutine.done and getattr(body, "cr_suspended", False)
+    return getattr(body, "cr_suspended", False) and not (coroutine.done or coroutine.context.closed)
 
 
 def _of_coroutine(coroutine: Coroutine, first: bool) -> str:

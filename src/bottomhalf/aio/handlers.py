@@ -77,7 +77,18 @@ class Handler:
 class Handlers:
     """All handlers of one context."""
 
-    __slots__ = ("_by_fd", "_context", "_event", "_event_fd", "_poller", "_token", "asked", "found", "started")
+    __slots__ = (
+        "_by_fd",
+        "_context",
+        "_event",
+        "_event_fd",
+        "_poller",
+        "_token",
+        "asked",
+        "asked_ever",
+        "found",
+        "started",
+    )
 
     def __init__(self, context: AioContext, poller: Poller, event: Event) -> None:
         self._context = context
@@ -87,7 +98,8 @@ class Handlers:
         self._by_fd: dict[int, Handler] = {}
         self._token = object()  # of the dispatch whose list of events is good
         self.asked: list[Handler] = []  # those that busy polling asks
-        self.found: Handler | None = None  # by busy polling, and not served yet
+        self.asked_ever = False  # some handler could be, once
+        self.found: list[Handler] = []  # to have work, by busy polling, and not served yet
         self.started: list[Handler] = []  # those between poll_begin and poll_end
 
     def __len__(self) -> int:
@@ -120,6 +132,7 @@ class Handlers:
             new.poll_ns, new.found_ns = old.poll_ns, old.found_ns
         self._by_fd[fd] = new
         if new.poll is not None:
+            self.asked_ever = True
             self.asked.append(new)
 
     def clear(self) -> None:
@@ -200,41 +213,45 @@ class Handlers:
         """Before the thread sleeps: peers have to ring again. What came at the last moment is found."""
         for handler in tuple(self.started):
             self._end(handler)
-            if handler in self.asked:
+            if handler in self.asked and handler not in self.found:
                 self._ask(handler)
 
     def ask(self) -> bool:
         """Whether a poll callback has found work, which ``found`` then remembers."""
-        return any(self._ask(handler) for handler in tuple(self.asked))
+        return bool(self.found) or any(self._ask(handler) for handler in tuple(self.asked))
 
     def serve_found(self) -> bool:
-        """Call the ``poll_ready`` of what was found, unless it was removed or replaced since. A poll inside it does
-        not ask it again."""
-        handler, self.found = self.found, None
-        if handler is None or handler.poll_ready is None or self._by_fd.get(handler.fd) is not handler:
-            return False
-        handler.found_ns = 0
-        was_asked = handler in self.asked
-        if was_asked:
-            self.asked.remove(handler)
-        try:
-            handler.poll_ready()
-        except Exception as error:
-            self._context.failed(error, f"poll handler of descriptor {handler.fd}")
-        finally:
-            if was_asked and self._by_fd.get(handler.fd) is handler:
-                self.asked.append(handler)
-        return True
+        """Call the ``poll_ready`` of those that were found, unless they were removed or replaced since; whether there
+        was one. A poll inside it serves the others, and does not ask the one that is being served again."""
+        progress = False
+        while self.found:
+            handler = self.found.pop(0)
+            if handler.poll_ready is None or self._by_fd.get(handler.fd) is not handler:
+                continue
+            progress = True
+            handler.found_ns = 0
+            was_asked = handler in self.asked
+            if was_asked:
+                self.asked.remove(handler)
+            try:
+                handler.poll_ready()
+            except Exception as error:
+                self._context.failed(error, f"poll handler of descriptor {handler.fd}")
+            finally:
+                if was_asked and self._by_fd.get(handler.fd) is handler:
+                    self.asked.append(handler)
+        return progress
 
     def _ask(self, handler: Handler) -> bool:
-        if handler.poll is None or self.found is not None:
-            return self.found is not None
+        """Whether it says that it has work, which ``found`` then remembers."""
+        if handler.poll is None:
+            return False
         try:
             if not handler.poll():
                 return False
         except Exception as error:
             self._context.failed(error, f"poll handler of descriptor {handler.fd}")
-        self.found = handler
+        self.found.append(handler)
         return True
 
     def _stop_asking(self, handler: Handler) -> None:

@@ -119,7 +119,7 @@ class _ObservedHandlers(Handlers):
         return super().dispatch(events)
 
     def serve_found(self) -> bool:
-        if (handler := self.found) is not None and handler.poll_ready is not None:
+        for handler in self.found:
             _Mark.put(self._context, HANDLER, f"of descriptor {handler.fd}", handler, "poll_ready")
         return super().serve_found()
 

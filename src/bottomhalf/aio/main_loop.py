@@ -25,10 +25,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bottomhalf.aio.context import AioContext
-from bottomhalf.aio.coroutine import current, suspend
+from bottomhalf.aio.coroutine import Coroutine, Waitable, current, suspend
 from bottomhalf.aio.timer import Timer, TimerList
 from bottomhalf.aio.wait import needs_outer_loop
 from bottomhalf.host.protocol import Host
+
+
+class _OuterTimer(Waitable):
+    """A timer of the main loop, to be waited for."""
+
+    __slots__ = ("_timer",)
+
+    outer = "the main loop"
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+
+    @property
+    def what(self) -> str:
+        return "a timer of the main loop"
+
+    def take_back(self, waiter: Coroutine) -> bool:
+        was_armed = self._timer.armed
+        self._timer.cancel()
+        return was_armed
 
 
 class MainLoop:
@@ -70,7 +90,7 @@ class MainLoop:
         timer = self.timer(lambda: context.wake(me), clock, name="sleep in the main loop")
         timer.arm_ns(context.now_ns(clock) + duration_ns)
         try:
-            await suspend(f"a timer of the main loop, {duration_ns} ns of the {clock} clock")
+            await suspend(_OuterTimer(timer))
         finally:
             timer.cancel()
 

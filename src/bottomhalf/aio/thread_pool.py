@@ -133,7 +133,7 @@ class ThreadPool:
         self._done: deque[PoolRequest] = deque()  # and not told yet
         self._outstanding = 0
         self._completed = 0
-        self._completions = context.bottom_half(self._complete, name="thread pool completions")
+        self.completions = context.bottom_half(self._complete, name="thread pool completions")
 
     @property
     def outstanding(self) -> int:
@@ -191,7 +191,7 @@ class ThreadPool:
             self._queue.remove(request)
             request.cancelled()
         self._done.append(request)
-        self._completions.schedule()
+        self.completions.schedule()
         return True
 
     def set_limits(self, min_threads: int, max_threads: int) -> None:
@@ -231,12 +231,12 @@ class ThreadPool:
         for worker in workers:
             assert worker.thread is not None
             worker.thread.join()
-        self._completions.delete()
+        self.completions.delete()
 
     # -- telling owners -----------------------------------------------------------------------------------------
 
     def _complete(self) -> None:
-        done, completions = self._done, self._completions
+        done, completions = self._done, self.completions
         with deferred():
             while True:
                 while done:
@@ -272,7 +272,7 @@ class ThreadPool:
         while (request := self._next(worker)) is not None:
             request.run()
             self._done.append(request)
-            self._completions.schedule()
+            self.completions.schedule()
 
     def _next(self, worker: _Worker) -> PoolRequest | None:
         """The next request for a worker, which may wait for it; None: leave."""

@@ -9,16 +9,18 @@ afterwards. Inside a coroutine waiting would starve the very loop that has to wa
 
 A nested poll serves one context. What only a loop around it delivers (the main loop's own timers, the callbacks of
 an asyncio loop) cannot come while it waits. Whoever would suspend a coroutine for such a thing calls
-``needs_outer_loop()`` first, and gets an error that says so instead of a hang.
+``needs_outer_loop()`` first, and gets an error that says so instead of a hang; so does plain code that would wait for
+a coroutine which already waits for such a thing (``Waitable.outer``).
 
 Each wait is registered with what it waits for while it waits; ``explain`` makes sentences of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio.errors import WrongContext
 from bottomhalf.aio.thread import own
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
     from bottomhalf.aio.coroutine import Waitable
 
 
-@dataclass(frozen=True, eq=False)
+CHAIN_MAX: Final = 32  # links of "who waits for whom" that are followed
+
+
+@dataclass(eq=False)
 class Wait:
     """A wait of plain code that is going on."""
 
@@ -60,21 +65,36 @@ def wait_while(
     sentence "X waits for ...", ``on`` is the coroutine or lock whose end ends the wait, if it is one."""
     if not condition():
         return False
-    polling = _who_polls(context, what)
-    state = own.state
-    wait = Wait(what, polling, polling.host.monotonic_ns(), on)
-    _waits.append(wait)
-    state.waits.append(wait)
-    try:
+    polling = who_polls(context, what)
+    with waiting(polling, what, on):
         while condition():  # once more: a kick before the wait was registered went nowhere
             polling.poll(True)
-    finally:
-        state.waits.remove(wait)
-        _waits.remove(wait)
     return True
 
 
-def _who_polls(context: AioContext | None, what: str) -> AioContext:
+@contextmanager
+def waiting(polling: AioContext, what: str, on: Waitable | None) -> Iterator[Wait]:
+    """Register a wait of this thread while it lasts. WrongContext if ``on`` waits for what it cannot get meanwhile."""
+    link: Waitable | None = on
+    for _ in range(CHAIN_MAX):
+        if link is None:
+            break
+        if link.outer:
+            asked = f"{polling.name} would wait for {what}, and that for {link.what}"
+            raise WrongContext(_not_served(asked, link.outer))
+        link = next(iter(link.blockers()), None)
+    wait = Wait(what, polling, polling.host.monotonic_ns(), on)
+    state = own.state
+    _waits.append(wait)
+    state.waits.append(wait)
+    try:
+        yield wait
+    finally:
+        state.waits.remove(wait)
+        _waits.remove(wait)
+
+
+def who_polls(context: AioContext | None, what: str) -> AioContext:
     """The context that the calling thread polls while it waits for ``what`` in ``context``; WrongContext if it may
     not wait."""
     state = own.state
@@ -97,13 +117,16 @@ def _who_polls(context: AioContext | None, what: str) -> AioContext:
 def needs_outer_loop(what: str, deliverer: str) -> None:
     """WrongContext if plain code of this thread is waiting: its nested polls do not serve ``deliverer``, so whoever
     suspended for ``what`` now could wait for ever."""
-    waiting = own.state.waits
-    if waiting:
-        raise WrongContext(
-            f"{what} comes from {deliverer}, which a nested poll does not serve, and {waiting[-1]}; "
-            "wait for it outside of that, or use what the context itself delivers (its own timers, handlers and "
-            "bottom halves)"
-        )
+    going_on = own.state.waits
+    if going_on:
+        raise WrongContext(_not_served(f"{going_on[-1]}, and meanwhile {what} is asked for", deliverer))
+
+
+def _not_served(what: str, deliverer: str) -> str:
+    return (
+        f"{what}; but that is for {deliverer} to deliver, which a nested poll does not serve, so it would never come. "
+        "Wait for it outside, or use what the context itself delivers (its own timers, handlers and bottom halves)"
+    )
 
 
 def run_in(context: AioContext, callback: Callable[[], object], what: str = "") -> None:
@@ -115,7 +138,7 @@ def run_in(context: AioContext, callback: Callable[[], object], what: str = "") 
         callback()
         return
     what = what or f"a bottom half in {context.name}"
-    _who_polls(context, what)
+    who_polls(context, what)
     done = False
     failure: BaseException | None = None
 
