@@ -51,7 +51,8 @@ NAMES: Final = frozenset(
 
 # Bridges to other worlds: file below the package, and what it may import because bridging is its purpose.
 BRIDGES: Final = {
-    "aio/asyncio_bridge.py": {"asyncio", "selectors", "threading"},
+    "aio/asyncio_bridge.py": {"asyncio"},
+    "aio/asyncio_loop.py": {"asyncio", "selectors"},
     "library.py": {"asyncio", "threading"},
 }
 

@@ -278,12 +278,23 @@ class AioContext(Entering):
         """Whether this is the context's own thread."""
         return self._thread_id() == self._home
 
+    def adopt(self) -> None:
+        """Make the calling thread the context's home. AioError while another thread polls it, or sleeps in it; what
+        belongs to threads, as requests to worker threads do, must not be outstanding."""
+        if self.notify_me or self._slices or self._scheduled_slices:
+            raise AioError(f"{self.name} is being polled and cannot get another home")
+        self._state.remove_context(self)
+        self._home = self._thread_id()
+        self._state = own.state
+        self._state.add_context(self)
+
     def poll(self, blocking: bool) -> bool:
         """One iteration; whether there was progress (notifications and idle bottom halves are none).
 
         Home thread only, never inside a coroutine. A blocking poll returns after something happened, which may
         be only a notification."""
-        if self._thread_id() != self._home:
+        thread_id = self._thread_id
+        if thread_id() != self._home:
             raise WrongContext(f"{self.name} is polled by a thread that is not its home")
         state = self._state
         if state.coroutine is not None:
@@ -300,7 +311,8 @@ class AioContext(Entering):
         else:
             if handlers.started:
                 handlers.stop()
-            events = self._wait(0)
+            wait = self._wait
+            events = wait(0)
         self.notified = False
         progress = False
         if self.idle_halves:
@@ -337,7 +349,7 @@ class AioContext(Entering):
             # Something that never ends has to leave the descriptors their turn, though not every time.
             self._looks += 1
             return self._wait(0) if self._looks % LOOK_EVERY == 0 or not (queue or scheduled) else []
-        handlers = self._handlers
+        handlers, wait = self._handlers, self._wait
         started_ns = 0
         if self.poll_max_ns:
             started_ns = self._monotonic_ns()
@@ -361,7 +373,7 @@ class AioContext(Entering):
                 timeout_ns = 0
             elif self.idle_halves and not 0 <= timeout_ns <= IDLE_NS:
                 timeout_ns = IDLE_NS  # a signal handler has scheduled something idle
-            events = self._wait(timeout_ns)
+            events = wait(timeout_ns)
         finally:
             self.notify_me -= 1
         if started_ns:
@@ -374,9 +386,10 @@ class AioContext(Entering):
         """How long a poll may sleep: 0 not at all, -1 without end."""
         if self._queue or self._scheduled or self._failures or self._handlers.found:
             return 0
-        for left in (*self._slices, *self._scheduled_slices):
-            if length_hint(left):
-                return 0
+        if self._slices or self._scheduled_slices:
+            for left in (*self._slices, *self._scheduled_slices):
+                if length_hint(left):
+                    return 0
         timeout_ns = IDLE_NS if self.idle_halves else -1
         for timers in self._timers:
             deadline_ns = timers.deadline_ns() if timers.heap or timers.inbox else -1

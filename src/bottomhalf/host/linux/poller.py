@@ -49,7 +49,8 @@ class LinuxPoller:
 
     def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
         if timeout_ns <= 0:
-            return self._poll(0 if timeout_ns == 0 else None, MAX_EVENTS)
+            poll = self._poll
+            return poll(None if timeout_ns else 0, MAX_EVENTS)
         if timeout_ns < _EXACT_BELOW_NS and self._exact:
             return self._wait_exactly(timeout_ns)
         return self._poll(min(timeout_ns, WAIT_NS_MAX) / 1e9, MAX_EVENTS)
