@@ -349,10 +349,10 @@ def test_run_in_another_thread_than_made() -> None:
 
 def test_a_context_in_use_gets_no_other_home() -> None:
     context = AioContext(LinuxHost())
-    context.notify_me += 1
+    context.embed()
     with pytest.raises(AioError, match="being polled"):
         context.adopt()
-    context.notify_me -= 1
+    context.release()
     context.close()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A context inside a loop that is not ours, as QEMU's contexts are GLib sources.
 
-The loop here does what AioContext.fileno() asks of one: it keeps ``notify_me`` up except while it polls the context,
-asks timeout_ns() after raising it, and sleeps on the context's descriptor. ``iterate(may_block)`` is one turn of it.
+The loop here does what AioContext.fileno() asks of one: it embeds the context while it sleeps on its descriptor, asks
+timeout_ns() after that, and releases it while it polls. ``iterate(may_block)`` is one turn of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OuterLoop:
         self.context = context
         self._poller = host.poller()
         self._poller.register(context.fileno(), IN)
-        context.notify_me += 1
+        context.embed()
 
     def iterate(self, may_block: bool) -> bool:
         timeout_ns = self.context.timeout_ns()
@@ -37,11 +37,11 @@ class OuterLoop:
         return self.check()
 
     def check(self) -> bool:
-        self.context.notify_me -= 1
+        self.context.release()
         try:
             return self.context.poll(False)
         finally:
-            self.context.notify_me += 1
+            self.context.embed()
 
     def drain(self) -> None:
         """Some waits of the simulated host leave ready things for later."""
@@ -50,7 +50,7 @@ class OuterLoop:
             idle = 0 if self.iterate(False) else idle + 1
 
     def close(self) -> None:
-        self.context.notify_me -= 1
+        self.context.release()
         self._poller.close()
 
 
@@ -218,11 +218,29 @@ def test_prepared_without_a_check(outer: OuterLoop) -> None:
     assert outer.context.timeout_ns() == 0
     outer.close()  # the context is polled by itself now
     assert outer.context.poll(True) is True and counted.count == 1
-    outer.context.notify_me += 1
+    outer.context.embed()
     outer._poller = outer.context.host.poller()
     counted.schedule()  # writes the event, for somebody seems to sleep
-    outer.context.notify_me -= 1
+    outer.context.release()
     assert outer.context.poll(True) is True and counted.count == 2
     outer.context.poll(False)
     assert outer.context.timeout_ns() == -1
-    outer.context.notify_me += 1
+    outer.context.embed()
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_polled_by_hand_while_embedded(outer: OuterLoop, blocking: bool) -> None:
+    """A callback of the outer loop polls the context itself, and takes the wake-up that was meant for the outer loop.
+    That one sleeps again afterwards, and later schedulers have to wake it."""
+    context = outer.context
+    first, second = Counted(context), Counted(context)
+    first.schedule()
+    assert not context.notify_me, "the announcement is taken; the event is written"
+    while not first.count:
+        context.poll(blocking)
+    context.poll(False)
+    context.poll(False)
+    second.schedule()
+    assert outer._poller.wait(0) or outer._poller.wait(0), "the outer loop is woken"
+    outer.drain()
+    assert second.count == 1

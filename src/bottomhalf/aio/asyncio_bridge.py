@@ -57,7 +57,7 @@ class Embedded:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Embedded:
-        self._context.notify_me += 1
+        self._context.embed()
         self.loop.add_reader(self._context.fileno(), self._poll)
         bridges[self._context] = self
         return self
@@ -67,18 +67,18 @@ class Embedded:
     ) -> None:
         del bridges[self._context]
         self.loop.remove_reader(self._context.fileno())
-        self._context.notify_me -= 1
+        self._context.release()
         if self._timer is not None:
             self._timer.cancel()
 
     def _poll(self) -> None:
-        self._context.notify_me -= 1  # it is awake
+        self._context.release()
         try:
             for _ in range(POLLS_PER_TURN_MAX):
                 if not self._context.poll(False):
                     break
         finally:
-            self._context.notify_me += 1
+            self._context.embed()
             self.arrange()
 
     def arrange(self) -> None:

@@ -5,9 +5,10 @@ One ``poll`` waits for readiness if there is nothing to do, then runs bottom hal
 this order. Facts that shape it:
 
 * **Sleeping and waking.** Writing an eventfd costs a microsecond, scheduling a bottom half a tenth. So a
-  scheduler sets ``notified`` and writes only if ``notify_me`` says that the loop sleeps or is about to. The loop
-  announces itself (``notify_me``), then looks at ``notified`` once more, sleeps, takes the announcement back,
-  clears ``notified``, and only then looks at what there is to do: in any other order a wake-up can be lost.
+  scheduler puts it into the list and writes only if ``notify_me`` says that the loop sleeps or is about to. The loop
+  announces itself (``notify_me``), then looks at the lists once more, sleeps, takes the announcement back, and only
+  then looks at what there is to do: in any other order a wake-up can be lost. Who finds the announcement takes it
+  down and writes; those behind him need not. ``notified`` stands for what is in no list.
 * **Nesting.** A callback may poll. A poll takes everything that is scheduled into a slice of its own and first
   continues the slices of the polls around it, through the very same iterators: nothing runs twice, and what an
   inner poll waits for cannot hide in an outer batch. Readiness is level-triggered, so when an inner poll has
@@ -96,6 +97,7 @@ class AioContext(Entering):
         "append_scheduled",
         "clocks",
         "closed",
+        "embedded",
         "ended_coroutines",
         "exception_handler",
         "host",
@@ -107,7 +109,6 @@ class AioContext(Entering):
         "poll_grow",
         "poll_max_ns",
         "poll_shrink",
-        "wake_up",
     )
 
     def __init__(
@@ -126,7 +127,8 @@ class AioContext(Entering):
         self.poll_grow = 2
         self.poll_shrink = 0
         self.notified = False  # something happened since the loop last looked, beside what stands in the lists
-        self.notify_me = 0  # above 0: somebody sleeps, or is about to, and has to be woken by the event
+        self.notify_me = False  # somebody sleeps, or is about to, and has to be woken by the event
+        self.embedded = False  # an outer loop sleeps for this context
         self._home = host.thread_id()
         self._state = own.state
         self._thread_id = host.thread_id
@@ -136,7 +138,6 @@ class AioContext(Entering):
         self._event = host.event()
         self._poller.register(self._event.fileno(), IN)
         self._handlers = Handlers(self, self._poller, self._event)
-        self.wake_up = self._event.set
         # Bottom halves, and scheduled coroutines: the list that others append to, and the batches being run.
         self._queue: list[BottomHalf] = []
         self.append_half = self._queue.append
@@ -265,6 +266,19 @@ class AioContext(Entering):
 
     # -- waking -------------------------------------------------------------------------------------------------
 
+    def wake_up(self) -> None:
+        """Somebody has found ``notify_me``: end the sleep."""
+        self.notify_me = False  # those who come before the sleeper is up need not write as well
+        self._event.set()
+
+    def take_event(self) -> None:
+        """The event was ready: what it stood for is in the lists. An outer loop that sleeps again needs another."""
+        self._event.clear()
+        if self.embedded:
+            self.notify_me = True
+            if self._queue or self._scheduled or self.notified:
+                self.wake_up()
+
     def notify(self) -> None:
         """Make the loop look again at what there is to do. From any thread and from signal handlers."""
         self.notified = True
@@ -281,7 +295,7 @@ class AioContext(Entering):
     def adopt(self) -> None:
         """Make the calling thread the context's home. AioError while another thread polls it, or sleeps in it; what
         belongs to threads, as requests to worker threads do, must not be outstanding."""
-        if self.notify_me or self._slices or self._scheduled_slices:
+        if self.notify_me or self.embedded or self._slices or self._scheduled_slices:
             raise AioError(f"{self.name} is being polled and cannot get another home")
         self._state.remove_context(self)
         self._home = self._thread_id()
@@ -366,7 +380,7 @@ class AioContext(Entering):
             handlers.stop()
             if handlers.found:
                 timeout_ns = 0
-        self.notify_me += 1
+        self.notify_me = True
         try:
             # What was scheduled from elsewhere before the announcement may not have woken anybody.
             if self.notified or queue or scheduled:
@@ -375,7 +389,7 @@ class AioContext(Entering):
                 timeout_ns = IDLE_NS  # a signal handler has scheduled something idle
             events = wait(timeout_ns)
         finally:
-            self.notify_me -= 1
+            self.notify_me = self.embedded
         if started_ns:
             blocked_ns = self._monotonic_ns() - started_ns
             if handlers.noticed(events, blocked_ns) or (not events and blocked_ns > self.poll_max_ns):
@@ -458,9 +472,17 @@ class AioContext(Entering):
     def fileno(self) -> int:
         """A descriptor that is readable when poll(False) would find a ready handler; for a loop around this one.
 
-        That loop keeps ``notify_me`` up except while it polls, and after raising it asks timeout_ns() how long
-        it may sleep."""
+        That loop calls embed() before it sleeps, then asks timeout_ns() how long it may, and calls release() before it
+        polls this context, or does so no more."""
         return self._poller.fileno()
+
+    def embed(self) -> None:
+        """An outer loop is about to sleep for this context: whoever schedules from now on wakes it. Home thread."""
+        self.embedded = self.notify_me = True
+
+    def release(self) -> None:
+        """The outer loop is awake. Home thread."""
+        self.embedded = self.notify_me = False
 
     def statistics(self) -> ContextStatistics:
         """What it is doing, in figures. From any thread."""
@@ -468,7 +490,7 @@ class AioContext(Entering):
         return ContextStatistics(
             name=self.name,
             poller=self._poller.name,
-            sleeping=self.notify_me > 0,
+            sleeping=self.notify_me or self.embedded,
             polls=self._polls,
             bottom_halves_run=self._halves_run,
             bottom_halves_queued=len(self._queue) + sum(length_hint(left) for left in tuple(self._slices)),

@@ -80,7 +80,6 @@ class Handlers:
     __slots__ = (
         "_by_fd",
         "_context",
-        "_event",
         "_event_fd",
         "_poller",
         "_token",
@@ -93,8 +92,7 @@ class Handlers:
     def __init__(self, context: AioContext, poller: Poller, event: Event) -> None:
         self._context = context
         self._poller = poller
-        self._event = event  # the context's own; ready, it only has to be cleared
-        self._event_fd = event.fileno()
+        self._event_fd = event.fileno()  # the context's own
         self._by_fd: dict[int, Handler] = {}
         self._token = object()  # of the dispatch whose list of events is good
         self.asked: list[Handler] = []  # those that busy polling asks
@@ -150,7 +148,7 @@ class Handlers:
             handler = handlers.get(fd)
             if handler is None:
                 if fd == self._event_fd:
-                    self._event.clear()
+                    self._context.take_event()
                 continue
             progress = True
             on_read, on_write = handler.on_read, handler.on_write

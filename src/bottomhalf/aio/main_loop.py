@@ -57,7 +57,7 @@ class MainLoop:
     def __init__(self, host: Host | None = None) -> None:
         self.main = AioContext(host, "main")
         self.iohandler = AioContext(self.main.host, "iohandler", is_main=False)
-        self.iohandler.notify_me += 1  # whoever schedules there wakes the wait that contains it
+        self.iohandler.embed()  # whoever schedules there wakes the wait that contains it
         self._timers: dict[str, TimerList] = {}
         self._deadline = self.main.timer(self._note, name="timers of the main loop")
         self._ready = False
@@ -105,11 +105,11 @@ class MainLoop:
         self.main.poll(not self._ready)
         if self._ready:
             self._ready = False
-            self.iohandler.notify_me -= 1  # it is awake
+            self.iohandler.release()
             try:
                 self.iohandler.poll(False)
             finally:
-                self.iohandler.notify_me += 1
+                self.iohandler.embed()
                 if not self._looking:
                     self._look()
         for timers in tuple(self._timers.values()):
