@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import system
+from benchmarks import interpreters, system
+from benchmarks.event_core import ROWS as EVENT_CORE_ROWS
 from benchmarks.load import choose
 from benchmarks.report import Line, lines, table
 from benchmarks.rows import ROWS, LoadRow, Row, Sample, Settings
 from benchmarks.servers import OURS, SERVERS, Unavailable
 
+EVENT_CORE_ROUNDS: Final = 8  # rounds of the event core, which are short, for one of the servers
 CACHE_DEFAULT: Final = Path(os.environ.get("TMPDIR") or "/var/tmp") / "bottomhalf-bench"
 
 
@@ -54,21 +56,43 @@ def main(arguments: Sequence[str]) -> int:
     """Measure the chosen rows and print the table."""
     options = parse(arguments)
     rows = [row for row in ROWS if not options.only or any(name in row.name for name in options.only)]
-    if not rows:
+    wanted = options.only or [interpreters.PREFIX]
+    loop_rows = [name for name in interpreters.names() if any(word in name for word in wanted)]
+    if not rows and not loop_rows:
         say(f"no row's name contains {' or '.join(options.only)}; --list names them")
         return 2
     if options.list:
         for row in rows:
             goals = ", ".join(f"{peer} {goal or '-'}" for peer, goal in row.peers.items())
             print(f"{row.name:28} {row.about}\n{'':28} beside (goal): {goals}")
+        for name, core in zip(interpreters.names(), EVENT_CORE_ROWS, strict=False):
+            goals = ", ".join(f"{peer} {core.goals.get(peer, '-')}" for peer in core.peers)
+            print(f"{name:28} {core.about}\n{'':28} beside (goal): {goals}")
         return 0
     # A signal ends the servers like any other way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    result: list[Line] = []
+    if loop_rows:
+        options.dir.mkdir(parents=True, exist_ok=True)
+        for line in interpreters.measure(options.rounds * EVENT_CORE_ROUNDS, options.dir, say):
+            if any(line.name.startswith(name) for name in loop_rows):
+                result.append(line)
+        if options.json:
+            write_json(options.json, result)
+    if rows:
+        result += measure_servers(rows, options, result)
+    if result:
+        print(table(result, options.ours))
+    return 0 if result else 1
+
+
+def measure_servers(rows: Sequence[Row], options: argparse.Namespace, before: Sequence[Line]) -> list[Line]:
+    """Run the rows of servers."""
     try:
         SERVERS[options.ours].find()
     except Unavailable as missing:
         say(f"{options.ours} {missing}")
-        return 1
+        return []
     say(f"image of {options.image_mib} MiB in {options.dir}")
     settings = Settings(
         image=system.make_image(options.dir, options.image_mib),
@@ -81,10 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     for row in rows:
         result += measure(row, options.ours, settings, options.rounds)
         if options.json:
-            write_json(options.json, result)
-    if result:
-        print(table(result, options.ours))
-    return 0 if result else 1
+            write_json(options.json, [*before, *result])
+    return result
 
 
 def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:

@@ -45,7 +45,7 @@ from bottomhalf.aio.thread import ThreadState, own
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
 
-ENDED_MAX: Final = 1024  # coroutines of a context that have ended and may be used again
+ENDED_MAX: Final = 4096  # coroutines of a context that have ended and may be used again
 RUNNERS_IDLE_MAX: Final = 256  # kept for the next coroutines (QEMU's pool holds two batches of 128 per thread)
 
 _ENDED: Final = "it has ended"

@@ -55,10 +55,10 @@ class Entering:
         thread_id = self._thread_id
         body: Any = coroutine
         try:
-            is_new = not body.cr_suspended
+            goes_on = body.cr_suspended
         except AttributeError:  # a Coroutine that goes on, or nothing for us
-            is_new = False
-        if not is_new or state.coroutine is not None or thread_id() != self._home:
+            goes_on = True
+        if goes_on or state.coroutine is not None or thread_id() != self._home:
             return self._enter(coroutine)
         idle = self._idle_coroutines
         entered = idle.pop() if idle else self._idle_coroutine()
