@@ -330,7 +330,12 @@ class Row:
 ROWS: Final = (
     Row("half", "half", "schedule and run a bottom half; call_soon", {"asyncio": 4, "uvloop": 2}),
     Row("oneshot", "oneshot", "schedule and run a one-shot bottom half; call_soon"),
-    Row("from-thread", "from_thread", f"from another thread, {FROM_THREAD} in a row, the loop asleep", {"asyncio": 10, "uvloop": 2}),
+    Row(
+        "from-thread",
+        "from_thread",
+        f"from another thread, {FROM_THREAD} in a row, the loop asleep",
+        {"asyncio": 10, "uvloop": 2},
+    ),
     Row("timer-again", "timer_again", "arm a timer that is there, and run it", {"asyncio": 2}),
     Row("timer-made", "timer_made", "make, arm and run a timer", {"asyncio": 2}),
     Row("timer-cancelled", "timer_cancelled", "arm and cancel"),

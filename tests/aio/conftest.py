@@ -29,14 +29,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def host(request: pytest.FixtureRequest) -> Host:
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     name: str = request.param
-    return LinuxHost() if name == "linux" else SimHost(int(name.removeprefix("sim")))
+    if name == "linux":
+        yield LinuxHost()
+    else:
+        made = SimHost(int(name.removeprefix("sim")))
+        yield made
+        made.end_threads()
 
 
 @pytest.fixture
-def sim(request: pytest.FixtureRequest) -> SimHost:
-    return SimHost(int(request.param.removeprefix("sim")))
+def sim(request: pytest.FixtureRequest) -> Iterator[SimHost]:
+    made = SimHost(int(request.param.removeprefix("sim")))
+    yield made
+    made.end_threads()
 
 
 @pytest.fixture

@@ -3,29 +3,13 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from functools import partial
 
 import pytest
 
-from bottomhalf.aio import AioContext, Coroutine, IOThread, WrongContext, current, sleep_ns, suspend
+from bottomhalf.aio import AioContext, IOThread, WrongContext, sleep_ns
 from bottomhalf.host.linux import LinuxHost
 from tests.aio.helpers import until
-
-
-def test_lifecycle() -> None:
-    """/aio/multi/lifecycle: five threads, a function in each, and an end."""
-    host = LinuxHost()
-    threads = [IOThread(f"io{n}", host) for n in range(5)]
-    ids: list[int] = []
-    for thread in threads:
-        thread.context.schedule_oneshot(lambda: ids.append(threading.get_ident()))
-        assert not thread.context.is_home and thread.context.name == thread.name
-    for thread in threads:
-        thread.stop()
-        thread.stop()
-    assert len(set(ids)) == 5 and threading.get_ident() not in ids
 
 
 def test_stop_runs_what_was_scheduled() -> None:
@@ -138,63 +122,4 @@ def test_work_from_elsewhere(poll_max_ns: int) -> None:
     context.set_fd_handler(event.fileno())
     event.close()
     thread.stop()
-    main.close()
-
-
-def test_coroutines_wake_each_other_across_threads() -> None:
-    """/aio/multi/schedule: coroutines in five threads take each other out of mailboxes and wake each other."""
-    host = LinuxHost()
-    main = AioContext(host)
-    threads = [IOThread(f"io{n}", host, poll_max_ns=0) for n in range(5)]
-    mailboxes: list[Coroutine | None] = [None] * len(threads)
-    guard = threading.Lock()
-    rounds = 300
-    woken = [0] * len(threads)
-    stopped = 0
-    ended: list[int] = []
-
-    def take(n: int) -> Coroutine | None:
-        with guard:
-            found, mailboxes[n] = mailboxes[n], None
-            return found
-
-    async def body(me: int) -> None:
-        chance = random.Random(me)
-        while not stopped:
-            other = take(chance.randrange(len(threads)))
-            if other is not None and other is not current():
-                other.context.wake(other)
-            mailboxes[me] = current()
-            await suspend("my mailbox")
-            assert mailboxes[me] is None
-            woken[me] += 1
-            if sum(woken) % 64 == 0:
-                main.notify()
-        ended.append(me)
-        main.notify()
-
-    def empty(n: int) -> None:
-        mine = take(n)
-        if mine is not None:
-            mine.context.wake(mine)
-
-    def stir() -> None:
-        """Everybody may sit in a mailbox: wake one."""
-        for n, thread in enumerate(threads):
-            thread.context.schedule_oneshot(partial(empty, n))
-
-    for n, thread in enumerate(threads):
-        thread.context.enter(body(n))
-    while sum(woken) < rounds:
-        stir()
-        main.timer(lambda: None).arm_ns(main.now_ns() + 100_000)
-        main.poll(True)
-    stopped = 1
-    while len(ended) < len(threads):
-        stir()
-        main.timer(lambda: None).arm_ns(main.now_ns() + 100_000)
-        main.poll(True)
-    for thread in threads:
-        thread.stop()
-    assert mailboxes == [None] * len(threads)
     main.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bottomhalf.aio import AioContext, AioError, CoMutex, CoQueue, IOThread, WrongContext, current, suspend
-from bottomhalf.host.linux import LinuxHost
+from bottomhalf.aio import AioContext, AioError, CoMutex, CoQueue, WrongContext, current, suspend
 from tests.aio.helpers import drain
 
 
@@ -107,39 +106,6 @@ def test_woken_without_the_lock(context: AioContext) -> None:
     with pytest.raises(AssertionError, match="did not hand the lock over"):
         context.enter(second)
     del first, second
-
-
-@pytest.mark.parametrize("threads_count", [2, 5])
-def test_mutex_between_threads(threads_count: int) -> None:
-    """/aio/multi/mutex/contended, /aio/multi/mutex/handoff, T57: plain counting under the lock stays exact."""
-    host = LinuxHost()
-    main = AioContext(host)
-    mutex = CoMutex()
-    rounds = 500
-    counter = 0
-    ended = 0
-
-    async def body() -> None:
-        nonlocal counter, ended
-        for _ in range(rounds):
-            async with mutex:
-                before = counter
-                for _ in range(10):
-                    pass
-                counter = before + 1
-        async with mutex:
-            ended += 1
-        main.notify()
-
-    threads = [IOThread(f"io{n}", host, poll_max_ns=0) for n in range(threads_count)]
-    for thread in threads:
-        thread.context.enter(body())
-    while ended < threads_count:
-        main.poll(True)
-    for thread in threads:
-        thread.stop()
-    assert counter == rounds * threads_count and not mutex.locked
-    main.close()
 
 
 def test_queue(context: AioContext) -> None:

@@ -301,7 +301,7 @@ def test_idle_threads_leave(context: AioContext, monkeypatch: pytest.MonkeyPatch
 def test_no_thread_to_be_had(context: AioContext, pool: ThreadPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first thread cannot be made: the caller hears of it and nothing is left. A later one: the others do it."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, daemon: bool) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:

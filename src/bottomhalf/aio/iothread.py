@@ -20,7 +20,6 @@ from bottomhalf.aio.context import POLL_MAX_NS, AioContext
 from bottomhalf.aio.errors import AioError, WrongContext
 from bottomhalf.aio.statistics import ContextStatistics
 from bottomhalf.host.protocol import IN, Host
-from bottomhalf.host.threads import Lock
 
 LAST_POLLS_MAX: Final = 1000  # for what was scheduled before the stop, and what that schedules
 
@@ -37,7 +36,7 @@ class IOThread:
         self._host = host
         self._poll_params = (poll_max_ns, poll_grow, poll_shrink)
         self._running = True
-        self._stopping = Lock()  # held until stop() has no more use for the context
+        self._stopping = host.lock()  # held until stop() has no more use for the context
         self._started = host.event()
         self._failure: BaseException | None = None
         waiter = host.poller()

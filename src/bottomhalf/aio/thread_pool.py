@@ -260,7 +260,7 @@ class ThreadPool:
             self._made += 1
         name = f"{self.context.name}-worker-{self._made}"
         try:
-            worker.thread = self._host.start_thread(lambda: self._work(worker), name)
+            worker.thread = self._host.start_thread(lambda: self._work(worker), name, daemon=True)
         except BaseException:
             with self._guard:
                 self._workers.discard(worker)

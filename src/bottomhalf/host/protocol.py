@@ -284,7 +284,8 @@ class Host(Protocol):
 
     def thread_id(self) -> int: ...
 
-    def start_thread(self, target: Callable[[], None], name: str) -> Thread: ...
+    def start_thread(self, target: Callable[[], None], name: str, *, daemon: bool = False) -> Thread:
+        """A daemon thread does not keep the program from ending."""
 
     def lock(self) -> Lock:
         """A lock that threads may wait for. (What is held for a few instructions takes ``host.threads.Lock``.)"""

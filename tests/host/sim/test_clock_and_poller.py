@@ -11,7 +11,7 @@ import pytest
 
 from bottomhalf.host.protocol import IN, OUT
 from bottomhalf.host.request import READ, Request
-from bottomhalf.host.sim import Deadlock, Odds, SimHost, Unsupported
+from bottomhalf.host.sim import Deadlock, Odds, SimHost
 
 
 def test_time_stands_still_unless_the_program_waits() -> None:
@@ -271,8 +271,6 @@ def test_threads_are_pretended() -> None:
         with pytest.raises(RuntimeError, match="belongs to thread 1, used from thread 2"):
             poller.wait(0)
     assert host.thread_id() == 1
-    with pytest.raises(Unsupported, match="one thread"):
-        host.start_thread(lambda: None, "worker")
 
 
 def test_random_bytes_and_shuffle_come_from_the_seed() -> None:

@@ -55,8 +55,10 @@ class LinuxHost:
     random_bytes = staticmethod(os.urandom)
     thread_id = staticmethod(threading.get_ident)
 
-    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        thread = threading.Thread(target=target, name=name)
+    def start_thread(
+        self, target: Callable[[], None], name: str, *, daemon: bool = False
+    ) -> threading.Thread:
+        thread = threading.Thread(target=target, name=name, daemon=daemon)
         thread.start()
         return thread
 

@@ -3,14 +3,13 @@
 
 from bottomhalf.host.sim.faults import ACCEPT, CONNECT, OPEN, TRUNCATE, Fault, Latency
 from bottomhalf.host.sim.host import SimHost
-from bottomhalf.host.sim.world import Deadlock, Odds, Unsupported
+from bottomhalf.host.sim.world import Deadlock, Odds
 
 __all__ = [
     "SimHost",
     "Odds",
     "Latency",
     "Deadlock",
-    "Unsupported",
     "Fault",
     "OPEN",
     "TRUNCATE",

@@ -88,6 +88,7 @@ class SimEngine(Descriptor):
         self._prepared.append(job)
 
     def enter(self) -> None:
+        self.world.threads.preempt()
         self.check_open()
         self.check_home()
         started, self._prepared = self._prepared, []
@@ -106,6 +107,7 @@ class SimEngine(Descriptor):
         self._is_entering = False
 
     def reap(self) -> list[Request]:
+        self.world.threads.preempt()
         self.check_open()
         self.check_home()
         done, self._done = self._done, []

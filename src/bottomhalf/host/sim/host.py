@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno as errno_module
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from bottomhalf.host.protocol import Address, Host
 from bottomhalf.host.sim.arena import SimArena
@@ -31,7 +31,8 @@ from bottomhalf.host.sim.network import Network, SimListener
 from bottomhalf.host.sim.poller import SimEvent, SimPoller, SimSignalSource
 from bottomhalf.host.sim.sockets import SimSocket
 from bottomhalf.host.sim.store import Store
-from bottomhalf.host.sim.world import Odds, Scheduled, Unsupported, World, failure
+from bottomhalf.host.sim.threads import SimThread, Threads
+from bottomhalf.host.sim.world import Odds, Scheduled, World, failure
 
 ENGINE_KINDS: Final = ("io_uring", "threads")
 CACHED: Final = ("always", "never", "random", "explicit")
@@ -56,6 +57,8 @@ class SimHost:
         trace: bool = False,
     ) -> None:
         self.world = World(seed, odds, trace)
+        self.world.threads = Threads(self.world)
+        self.world.reports.append(self.world.threads.explain)
         self.faults = Faults()
         self.world.reports.append(self.faults.explain)
         self.latency = Latency() if latency is None else latency
@@ -73,6 +76,7 @@ class SimHost:
     # host.protocol.Host
 
     def monotonic_ns(self) -> int:
+        self.world.threads.preempt()
         self.world.count_look()
         self.world.now_ns += self.tick_ns
         return self.world.now_ns
@@ -84,13 +88,19 @@ class SimHost:
         return self._random.randbytes(count)
 
     def thread_id(self) -> int:
+        self.world.threads.preempt()
         return self.world.thread_id
 
-    def start_thread(self, target: Callable[[], None], name: str) -> NoReturn:
-        raise Unsupported(
-            f"thread {name!r}: the simulated host has one thread, so that a seed decides every order; "
-            "use host.as_thread() to act as another one, or host.at() to act later"
-        )
+    def start_thread(self, target: Callable[[], None], name: str, *, daemon: bool = False) -> SimThread:
+        return self.world.threads.start(target, name)
+
+    def preempt(self) -> None:
+        """A place of a test's own where another thread may run."""
+        self.world.threads.preempt()
+
+    def end_threads(self) -> None:
+        """End all threads but the calling one where they stand. For tests that are done with them."""
+        self.world.threads.end_all()
 
     def lock(self) -> SimLock:
         return SimLock(self.world)
@@ -331,6 +341,7 @@ class SimHost:
 
     def _drop_everything(self, reboot: bool) -> None:
         self.world.note("crash" if reboot else "kill")
+        self.world.threads.end_all()
         for fault in self.faults.rules:
             fault.drop_held()
         self.network.drop_everything(reboot)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock of the simulated host, which has one thread: to wait for it is to wait for ever."""
+"""Locks of the simulated host. Who gets one of those that wait for it is drawn from the seed."""
 
 from __future__ import annotations
 
-from bottomhalf.host.sim.world import Deadlock, World
+from bottomhalf.host.sim.world import World
 
 
 class SimLock:
@@ -11,21 +11,26 @@ class SimLock:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._held = False
+        self._holder: int | None = None  # number of the thread
 
     def acquire(self, timeout_ns: int = -1) -> bool:
-        if self._held:
-            if timeout_ns < 0:
-                raise Deadlock(self._world.explained("a lock is held, and there is no other thread to release it"))
-            self._world.advance(timeout_ns)
-            return False
-        self._held = True
+        world = self._world
+        world.threads.preempt()
+        if self._holder is not None:
+            deadline_ns = None if timeout_ns < 0 else world.now_ns + timeout_ns
+            what = f"a lock that thread {self._holder} holds"
+            if not world.threads.block(lambda: self._holder is None, deadline_ns, what):
+                if timeout_ns == 0:
+                    world.threads.looked_in_vain()
+                return False
+        self._holder = world.thread_id
         return True
 
     def release(self) -> None:
-        if not self._held:
+        if self._holder is None:
             raise RuntimeError("release unlocked lock")
-        self._held = False
+        self._holder = None
+        self._world.threads.preempt()
 
     def __enter__(self) -> None:
         self.acquire()

@@ -37,10 +37,12 @@ class SimEvent(Descriptor):
         return IN if self._is_set else 0
 
     def set(self) -> None:
+        self.world.threads.preempt()
         self.check_open()
         self._is_set = True
 
     def clear(self) -> bool:
+        self.world.threads.preempt()
         self.check_open()
         was_set, self._is_set = self._is_set, False
         return was_set
@@ -123,6 +125,8 @@ class SimPoller(Descriptor):
         if timeout_ns != 0 and world.odds.empty_wait and world.order.random() < world.odds.empty_wait:
             world.note("wait", self._fd, "early")
             return []
+        if world.threads.many and timeout_ns:
+            return self._wait_among_threads(deadline_ns)
         while True:
             world.count_spin()
             world.run_due()
@@ -141,6 +145,14 @@ class SimPoller(Descriptor):
                 world.now_ns = max(world.now_ns, next_ns)
             else:
                 raise Deadlock(world.explained(self._stuck()))
+
+    def _wait_among_threads(self, deadline_ns: int | None) -> list[tuple[int, int]]:
+        self.world.count_spin()
+        names = ", ".join(repr(self.world.descriptors[fd]) for fd in self._masks)
+        if self.world.threads.block(self._collect, deadline_ns, f"{names or 'nothing'} in {self!r}"):
+            return self._choose(self._collect())
+        self.world.note("wait", self._fd)
+        return []
 
     def _choose(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
         world = self.world
@@ -167,6 +179,7 @@ class SimPoller(Descriptor):
         return [descriptor for descriptor in found if isinstance(descriptor, SimPoller)]
 
     def _check(self, fd: int) -> None:
+        self.world.threads.preempt()
         self.check_open()
         if fd < 0:
             raise ValueError(f"file descriptor cannot be a negative integer ({fd})")

@@ -23,7 +23,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from heapq import heappop, heappush
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+if TYPE_CHECKING:
+    from bottomhalf.host.sim.threads import Threads
 
 START_NS: Final = 1_000_000_000_000  # a machine that has been up for a quarter of an hour
 EPOCH_NS: Final = 1_700_000_000_000_000_000  # the wall clock when the simulation starts
@@ -37,10 +40,6 @@ LOOKS_PER_SPIN: Final = 10  # looks at the clock count less: a program may look 
 
 class Deadlock(RuntimeError):
     """A wait without end that nothing can end, or a loop that turns for ever without time passing."""
-
-
-class Unsupported(NotImplementedError):
-    """What the simulated host does not do, with the reason."""
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Odds:
         0.1  # a request is finished when enter() returns; ``pending`` tells, ``fileno()`` does not
     )
     slow: float = 0.03  # a request takes a hundred times as long as usual
+    switch: float = 0.05  # a call of the host lets another thread run first
 
     @classmethod
     def calm(cls) -> Odds:
@@ -134,6 +134,8 @@ class World:
         self.now_ns = START_NS
         self.realtime_offset_ns = EPOCH_NS - START_NS
         self.thread_id = 1
+        self.threads: Threads
+        self.acting = False  # something happens by itself; no thread takes part in it
         self.descriptors: dict[int, Descriptor] = {}
         self.explain: Callable[[], str] | None = None  # the program's own words about who waits for what
         self.reports: list[Callable[[], str]] = []  # the same of parts of this host
@@ -214,6 +216,7 @@ class World:
         call, so that a chain of such things cannot keep this one for ever."""
         last_sequence = self._sequence
         later: list[tuple[int, float, int, Scheduled]] = []
+        acting, self.acting = self.acting, True
         try:
             while self._schedule and self._schedule[0][0] <= self.now_ns:
                 entry = heappop(self._schedule)
@@ -224,6 +227,7 @@ class World:
                 if action is not None:
                     action()
         finally:
+            self.acting = acting
             for entry in later:
                 heappush(self._schedule, entry)
 
@@ -268,6 +272,7 @@ class World:
     def idle_look(self) -> None:
         """The program looked for work without waiting and found none. One that does so again and again is
         polling busily until some time has passed; then each look takes a little time."""
+        self.threads.looked_in_vain()
         self._notice_time()
         self._idle += 1
         if self._idle > IDLE_LOOKS_FREE:
@@ -294,10 +299,14 @@ class World:
     def explained(self, sentence: str) -> str:
         """The sentence, what else is known, and the seed."""
         parts = [sentence]
-        parts += [text for descriptor in self.descriptors.values() if (text := descriptor.explain())]
-        parts += [text for report in self.reports if (text := report())]
-        if self.explain is not None:
-            parts.append(self.explain())
+        acting, self.acting = self.acting, True  # whoever explains is not interrupted
+        try:
+            parts += [text for descriptor in self.descriptors.values() if (text := descriptor.explain())]
+            parts += [text for report in self.reports if (text := report())]
+            if self.explain is not None:
+                parts.append(self.explain())
+        finally:
+            self.acting = acting
         parts.append(f"seed {self.seed}")
         return "; ".join(parts)
 
