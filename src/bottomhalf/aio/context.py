@@ -133,7 +133,7 @@ class AioContext(Entering):
         self._state = own.state
         self._thread_id = host.thread_id
         self._monotonic_ns = host.monotonic_ns
-        self._poller = host.poller()
+        self._poller = host.poller(poller)
         self._wait = self._poller.wait
         self._event = host.event()
         self._poller.register(self._event.fileno(), IN)

@@ -294,7 +294,9 @@ class Host(Protocol):
         """Reorder, in place, things whose order means nothing. The real host leaves them alone; the simulated
         one shuffles by its seed, so that no test can depend on the order."""
 
-    def poller(self) -> Poller: ...
+    def poller(self, kind: str = "auto") -> Poller:
+        """A poller for the calling thread: "epoll", "poll", "io_uring", or "auto" for what is fastest of those that
+        are to be had; its ``name`` tells which. OSError if a named one is not."""
 
     def event(self) -> Event: ...
 

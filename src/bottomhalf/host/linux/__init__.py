@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket, LinuxStdio
 
 __all__ = ["LinuxHost"]
+
+
+REFUSED: Final = (errno.ENOSYS, errno.EPERM, errno.EACCES)  # how kernels and sandboxes say that there is no such call
 
 
 class LinuxLock:
@@ -68,8 +72,22 @@ class LinuxHost:
     def shuffle(self, items: list[Any]) -> None:
         pass
 
-    def poller(self) -> LinuxPoller:
-        return LinuxPoller()
+    def poller(self, kind: str = "auto") -> protocol.Poller:
+        if kind not in ("auto", "epoll", "poll", "io_uring"):
+            raise ValueError(f"a poller is auto, epoll, poll or io_uring, not {kind!r}")
+        if kind == "io_uring":
+            from bottomhalf.host.linux.uring_poller import UringPoller
+
+            return UringPoller()
+        if kind != "poll":
+            try:
+                return LinuxPoller()
+            except OSError as failure:
+                if kind == "epoll" or failure.errno not in REFUSED:
+                    raise
+        from bottomhalf.host.linux.poll_poller import PollPoller
+
+        return PollPoller()
 
     def event(self) -> LinuxEvent:
         return LinuxEvent()

@@ -46,6 +46,11 @@ FALLOC_PUNCH_HOLE: Final = 2
 FALLOC_ZERO_RANGE: Final = 16
 
 
+_ppoll = _libc.ppoll
+_ppoll.argtypes = [_ptr, ctypes.c_ulong, _ptr, _ptr]
+_ppoll.restype = ctypes.c_int
+
+
 def error(number: int) -> OSError:
     """The OSError (of the fitting subclass) for an errno."""
     return OSError(number, os.strerror(number))
@@ -73,6 +78,18 @@ def io_uring_enter(fd: int, to_submit: int, min_complete: int, flags: int) -> in
         result = _syscall_released(_SYS_IO_URING_ENTER, fd, to_submit, min_complete, flags, None, 0)
         return int(result) if result >= 0 else -ctypes.get_errno()
     result = _syscall_kept(_SYS_IO_URING_ENTER, fd, to_submit, None, flags, None, 0)
+    return int(result) if result >= 0 else -ctypes.get_errno()
+
+
+def io_uring_enter_until(fd: int, to_submit: int, min_complete: int, flags: int, argument: int, size: int) -> int:
+    """io_uring_enter(2) with IORING_ENTER_EXT_ARG: ``argument`` is the address of a struct io_uring_getevents_arg."""
+    result = _syscall_released(_SYS_IO_URING_ENTER, fd, to_submit, min_complete, flags, argument, size)
+    return int(result) if result >= 0 else -ctypes.get_errno()
+
+
+def ppoll(pollfds: int, count: int, timespec: int) -> int:
+    """ppoll(2): how many descriptors are ready, or a negative errno."""
+    result = _ppoll(pollfds, count, timespec, None)
     return int(result) if result >= 0 else -ctypes.get_errno()
 
 

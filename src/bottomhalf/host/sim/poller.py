@@ -72,10 +72,9 @@ class SimSignalSource(Descriptor):
 class SimPoller(Descriptor):
     """A host.protocol.Poller."""
 
-    name = "sim"
-
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, name: str = "sim") -> None:
         super().__init__(world)
+        self.name = name
         self._masks: dict[int, int] = {}
 
     def register(self, fd: int, mask: int) -> None:
