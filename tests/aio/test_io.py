@@ -9,11 +9,13 @@ the first owner waited for the second in a nested poll, and nothing was left any
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
-from bottomhalf.aio import AioContext, AioError, WrongContext, defer_call, deferred, suspend, wait_while
+from bottomhalf.aio import AioContext, AioError, WrongContext, current, defer_call, deferred, suspend, wait_while
 from bottomhalf.aio.io import SUBMIT_AT, ContextEngine
 from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import File, Host
@@ -126,13 +128,52 @@ def test_first_waits_for_second(sim: SimHost, tmp_path: object, reaper: str) -> 
     a.then, b.then = disk.wait_for(b), disk.wait_for(a)
     disk.submit(a, b)
     if reaper == "naive":
-        with pytest.raises(Deadlock):
+        with pytest.raises(Deadlock, match=r"main waits for [AB] "):
             until(context, lambda: order)
         return
     until(context, lambda: len(order) == 2)
     assert (a.told, b.told) == (1, 1)
     assert disk.engine.in_flight == 0 and not disk.engine.completions.scheduled
     assert context.poll(False) is False
+    context.close()
+
+
+@pytest.mark.parametrize("reaper", ["naive", "ours"])
+def test_the_mirror_job_of_2014(sim: SimHost, tmp_path: object, reaper: str) -> None:
+    """The same as people met it. A job reads A and B, plain code waits for the job, and what is called when the first
+    has completed waits for the other, which was fetched in the same batch. With the completions on the stack of the
+    handler that is a hang, told with the chain of waits; with the bottom half that goes on with the rest both complete,
+    and the job."""
+    context = AioContext(together(sim))
+    if reaper == "naive":
+        naive(context)
+    disk = make_disk(context, tmp_path)
+    order: list[str] = []
+    a, b = Owner("request A", order), Owner("request B", order)
+
+    async def mirror() -> None:
+        me = current()
+
+        def told(other: Owner) -> None:
+            disk.wait_for(other)()
+            context.schedule_oneshot(lambda: len(order) == 2 and not me.done and context.wake(me))
+
+        a.then, b.then = partial(told, b), partial(told, a)
+        disk.submit(a, b)
+        await suspend("its requests A and B")
+        order.append("job")
+
+    if reaper == "naive":
+        with pytest.raises(Deadlock) as failure:
+            context.run(mirror(), "the end of the mirror job")
+        told = str(failure.value)
+        assert "main waits for the end of the mirror job" in told and "mirror waits for its requests A and B" in told
+        assert re.search("main waits for request [AB]", told) and f"seed {sim.seed}" in told
+        return
+    context.run(mirror(), "the end of the mirror job")
+    assert order[2:] == ["job"] and {*order[:2]} == {"request A", "request B"}
+    assert (a.told, b.told) == (1, 1) and disk.engine.in_flight == 0
+    drain(context)
     context.close()
 
 
