@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seeds", type=int, default=SEEDS_DEFAULT, metavar="N", help="run seeded tests with N seeds"
     )
     group.addoption("--seed", type=int, default=None, metavar="S", help="run seeded tests with one seed")
+    group.addoption("--behaviours", action="store_true", help="of tests/aio, only those of QEMU's behaviours")
     group.addoption("--soak", action="store_true", help="run the long tests too (marked soak)")
 
 

@@ -4,6 +4,7 @@ readiness and completions."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,20 @@ from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import Host
 from bottomhalf.host.sim import SimHost
 
+BEHAVIOUR = re.compile(r"/(aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll)\b")
 SEEDS_PER_TEST = 4  # one in so many of --seeds: these tests are many, and few of them leave much to chance
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--behaviours: only tests that carry the name of one of QEMU's."""
+    if config.getoption("--behaviours"):
+        chosen = {item for item in items if BEHAVIOUR.search(_docstring(item))}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def _docstring(item: pytest.Item) -> str:
+    return getattr(getattr(item, "function", None), "__doc__", None) or ""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

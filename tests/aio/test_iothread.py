@@ -80,7 +80,7 @@ def test_fails_to_start() -> None:
     class NoPoller(LinuxHost):
         count = 0
 
-        def poller(self):  # type: ignore[no-untyped-def]
+        def poller(self, kind: str = "auto"):  # type: ignore[no-untyped-def]
             self.count += 1
             if self.count > 1:
                 raise OSError("too many open files")
