@@ -16,6 +16,7 @@ from bottomhalf.aio import (
     current,
     explain,
     gather,
+    give_way,
     sleep_ns,
     suspend,
     wait_while,
@@ -161,6 +162,31 @@ def test_everything_has_a_name(context: AioContext) -> None:
     for coroutine in suspended():
         if not coroutine.done:  # by the end of another
             context.wake(coroutine)
+
+
+def test_what_was_waited_for_is_not_told(context: AioContext) -> None:
+    """One that waited for a lock and has given way since waits for nothing; nor does one that is used again."""
+    mutex = CoMutex("the tables")
+
+    async def body() -> None:
+        async with mutex:
+            pass
+        await give_way()
+        await give_way()
+
+    async def holder() -> None:
+        async with mutex:
+            await suspend("the test")
+
+    holding = context.enter(holder())
+    waiting = context.enter(body())
+    assert "the tables" in chain(waiting)
+    context.wake(holding)
+    assert chain(waiting).endswith("is about to go on") and waiting.blockers() == ()
+    assert "about to go on" in repr(waiting)
+    for _ in range(3):
+        context.poll(False)
+    assert waiting.done
 
 
 def test_nothing_waits(context: AioContext) -> None:

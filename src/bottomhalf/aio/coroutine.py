@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 ENDED_MAX: Final = 4096  # coroutines of a context that have ended and may be used again
 RUNNERS_IDLE_MAX: Final = 256  # kept for the next coroutines (QEMU's pool holds two batches of 128 per thread)
 
+ASLEEP: Final = "it sleeps, and only its timer may wake it"  # in ``queued``
 _ENDED: Final = "it has ended"
 
 _Body = AbstractCoroutine[Any, Any, Any]
@@ -169,10 +170,15 @@ class Coroutine(Waitable):
     def what(self) -> str:
         return f"the end of {self.name}"
 
+    def waits_now_for(self) -> str | Waitable | None:
+        """What it waits for; None if it has not started, is about to go on, or has ended. (``waits_for`` is what it
+        waited for last: forgetting it at every step would cost as much as the step's bookkeeping.)"""
+        return self.waits_for if self.queued is None or self.queued is ASLEEP else None
+
     @property
     def waiting_for(self) -> str | None:
-        """What it waits for, in words; None before its first wait and after its end."""
-        waits_for = self.waits_for
+        """What it waits for, in words; None if it does not."""
+        waits_for = self.waits_now_for()
         return waits_for.what if isinstance(waits_for, Waitable) else waits_for
 
     @property
@@ -205,8 +211,8 @@ class Coroutine(Waitable):
         return self.result()
 
     def blockers(self) -> tuple[Waitable, ...]:
-        waits_for = self.waits_for
-        return (waits_for,) if isinstance(waits_for, Waitable) and not self.done else ()
+        waits_for = self.waits_now_for()
+        return (waits_for,) if isinstance(waits_for, Waitable) else ()
 
     def take_back(self, waiter: Coroutine) -> bool:
         waiters = self._waiters
@@ -230,7 +236,7 @@ class Coroutine(Waitable):
         if self._cancellation is None:
             self._cancellation = _Cancellation()
         self._cancellation.requested = True
-        waits_for = self.waits_for
+        waits_for = self.waits_now_for()
         if own.state.coroutine is self or not isinstance(waits_for, Waitable) or self._cancellation.shields:
             return
         if waits_for.take_back(self):
@@ -244,8 +250,10 @@ class Coroutine(Waitable):
             state = "ended"
         elif getattr(self._body, "cr_running", False):
             state = "running"
+        elif waiting_for:
+            state = f"waits for {waiting_for}"
         else:
-            state = f"waits for {waiting_for}" if waiting_for else "not started"
+            state = "about to go on" if self.queued is not None and self.first is None else "not started"
         return f"<Coroutine {self.name} {state}>"
 
     # -- its life, as seen by ``entering`` ----------------------------------------------------------------------

@@ -92,7 +92,7 @@ def _of_coroutine(coroutine: Coroutine, first: bool) -> str:
     if getattr(coroutine._body, "cr_running", False):
         return f"{subject} is running"
     if coroutine.waiting_for is None:
-        return f"{subject} has not started"
+        return f"{subject} {'has not started' if coroutine.first is not None else 'is about to go on'}"
     return f"{subject} waits for {coroutine.waiting_for}"
 
 

@@ -10,12 +10,8 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from bottomhalf.aio.coroutine import Coroutine, Waitable, current, suspend
+from bottomhalf.aio.coroutine import ASLEEP, Coroutine, Waitable, current, suspend
 from bottomhalf.aio.timer import Timer
-
-_ASLEEP: Final = "it sleeps, and only its timer may wake it"
 
 
 class Sleep(Waitable):
@@ -47,7 +43,7 @@ class Sleep(Waitable):
         self._sleeper = me
         self._timer = timer = context.timer(self.wake, self._clock, name="sleep")
         timer.arm_ns(context.now_ns(self._clock) + duration_ns)
-        me.queued = _ASLEEP
+        me.queued = ASLEEP
         try:
             await suspend(self)
         finally:
@@ -57,19 +53,19 @@ class Sleep(Waitable):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if sleeper.queued is _ASLEEP:
+        if sleeper.queued is ASLEEP:
             sleeper.queued = None
         self._sleeper = None
 
     def wake(self) -> None:
         """End the sleep; nothing happens if nobody sleeps. Home thread of the sleeper only."""
         sleeper = self._sleeper
-        if sleeper is not None and sleeper.queued is _ASLEEP:
+        if sleeper is not None and sleeper.queued is ASLEEP:
             self._end(sleeper)
             sleeper.context.wake(sleeper)
 
     def take_back(self, waiter: Coroutine) -> bool:
-        if waiter is not self._sleeper or waiter.queued is not _ASLEEP:
+        if waiter is not self._sleeper or waiter.queued is not ASLEEP:
             return False
         self._end(waiter)
         return True
