@@ -13,7 +13,7 @@ from bottomhalf.host.protocol import IN, Engine, Event, File, Host, Poller, Sock
 from bottomhalf.host.request import Request
 from bottomhalf.host.sim import Odds, SimHost
 
-HOSTS = ("sim", "sim-calm", "linux", "linux-threads")
+HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-uring")  # the rest with epoll
 WAIT_NS = 10_000_000_000  # longer than anything here takes; a wait never lasts so long
 
 
@@ -24,6 +24,7 @@ class Place:
         self.host: Host
         self._directory = directory
         self._sim: SimHost | None = None
+        self.poller_kind = {"linux-poll": "poll", "linux-uring": "io_uring"}.get(name, "auto")
         self._engine_kind = "threads" if name == "linux-threads" else "auto"
         self._opened: list[Engine | Event | File | Poller | Socket] = []
         if name.startswith("sim"):
@@ -52,7 +53,7 @@ class Place:
         return self._keep(self.host.engine(self._engine_kind))
 
     def poller(self) -> Poller:
-        return self._keep(self.host.poller())
+        return self._keep(self.host.poller(self.poller_kind))
 
     def event(self) -> Event:
         return self._keep(self.host.event())
@@ -70,7 +71,7 @@ class Place:
 
     def until_ready(self, fd: int, mask: int = IN) -> int:
         """Wait for one descriptor; its mask."""
-        poller = self.host.poller()
+        poller = self.host.poller(self.poller_kind)
         try:
             poller.register(fd, mask)
             ready = poller.wait(WAIT_NS)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
-from bottomhalf.host.linux.poller import LinuxEvent, LinuxPoller
+from bottomhalf.host.linux.poller import make_poller
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
@@ -40,8 +41,8 @@ class LinuxHost:
     def shuffle(self, items: list[Any]) -> None:
         pass
 
-    def poller(self) -> LinuxPoller:
-        return LinuxPoller()
+    def poller(self, kind: str = "auto") -> protocol.Poller:
+        return make_poller(kind)
 
     def event(self) -> LinuxEvent:
         return LinuxEvent()

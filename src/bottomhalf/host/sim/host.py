@@ -33,6 +33,7 @@ from bottomhalf.host.sim.store import Store
 from bottomhalf.host.sim.world import Odds, Scheduled, Unsupported, World, failure
 
 ENGINE_KINDS: Final = ("io_uring", "threads")
+POLLER_KINDS: Final = ("epoll", "poll", "io_uring")
 CACHED: Final = ("always", "never", "random", "explicit")
 
 
@@ -62,6 +63,7 @@ class SimHost:
         self.network = Network(self.world, self.faults, self.disk)
         self.tick_ns = 0  # by which every look at the clock moves it; 0: only waiting does
         self.engine_kinds = set(ENGINE_KINDS)  # those that can be had by name
+        self.poller_kinds = set(POLLER_KINDS)
         self._random = self.world.chance("random bytes")
         self._survival = self.world.chance("survival")
         self._stdio: tuple[SimSocket, SimSocket] | None = None
@@ -94,8 +96,12 @@ class SimHost:
     def shuffle(self, items: list[Any]) -> None:
         self.world.order.shuffle(items)
 
-    def poller(self) -> SimPoller:
-        return SimPoller(self.world)
+    def poller(self, kind: str = "auto") -> SimPoller:
+        if kind not in ("auto", *POLLER_KINDS):
+            raise ValueError(f"a poller is auto, {' or '.join(POLLER_KINDS)}, not {kind!r}")
+        if kind != "auto" and kind not in self.poller_kinds:
+            raise failure(errno_module.ENOSYS)
+        return SimPoller(self.world, "sim" if kind == "auto" else kind)
 
     def event(self) -> SimEvent:
         return SimEvent(self.world)

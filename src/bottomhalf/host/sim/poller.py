@@ -68,10 +68,11 @@ class SimSignalSource(Descriptor):
 
 
 class SimPoller(Descriptor):
-    """A host.protocol.Poller."""
+    """A host.protocol.Poller. All kinds behave alike here; ``name`` is the one that was asked for."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, name: str = "sim") -> None:
         super().__init__(world)
+        self.name = name
         self._masks: dict[int, int] = {}
 
     def register(self, fd: int, mask: int) -> None:

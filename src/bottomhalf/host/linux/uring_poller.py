@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readiness by io_uring: POLL_ADD requests on a ring, changes and waiting in one system call.
+
+What the kernel does, as seen on Linux 6.18, and what follows:
+
+* **One-shot.** A POLL_ADD completes once; who wants level-triggered readiness adds it again, and a descriptor that is
+  ready then completes inside the same enter. (Level-triggered multishot is refused with EINVAL; edge-triggered would
+  have to be asked again after each report just so.)
+* **An armed poll that fires tells about the past.** The kernel passes on what the waker said and does not look again:
+  an event set and cleared since is reported as readable. So only what completes in the very enter that submitted it
+  is believed; any other completion is a hint, upon which the poll is submitted again before the wait returns.
+* **RDHUP always counts.** A POLL_ADD for OUT, or for nothing, completes at once on a stream whose peer has shut down
+  its side, and again each time. Such a poll is turned into a multishot one, whose first completion is the state now
+  and whose others are hints.
+* **Removal is a request too.** The completion of what was removed comes later. A completion carries the number of a
+  registration, not of a descriptor, and numbers are not used twice: the removed one's says nothing to the new one.
+* **An armed poll holds its file.** A socket that is closed while it is armed stays open for its peer, a listener's
+  address stays in use. So unregister() in the home thread does not return before the kernel has let go. From another
+  thread it happens when the loop wakes.
+* **Another thread's change** is queued and works from the next wait on: whoever makes it wakes the sleeper
+  afterwards, as AioContext does. (SINGLE_ISSUER lets only the home thread enter.)
+* **Embedding.** With DEFER_TASKRUN the ring's own descriptor never wakes an epoll, a registered eventfd does.
+  fileno() is that: readable while wait(0) would return something, and sometimes when it would not; wait(0) then makes
+  it unreadable.
+* **Closed descriptors.** One that is closed without unregister() keeps its file open, as above, and is reported once
+  more if it becomes ready; then it is forgotten.
+* A wait(0) with nothing to submit makes no system call: two words of shared memory tell that there is nothing.
+
+Each event costs a submission of 64 bytes filled by Python, so this is slower than epoll wherever something is ready;
+``poller`` has the figures. No register() from signal handlers.
+
+    poller = UringPoller()
+    poller.register(fd, IN)
+    poller.wait(-1)  # [(fd, IN)]
+    poller.close()
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from itertools import count
+from typing import Final
+
+from bottomhalf.host.linux.poll_ring import (
+    CQE_F_MORE,
+    NOBODY,
+    OP_POLL_ADD,
+    OP_POLL_REMOVE,
+    POLL_ADD_MULTI,
+    PollRing,
+)
+from bottomhalf.host.linux.pollable import check_pollable
+from bottomhalf.host.linux.syscalls import error
+from bottomhalf.host.protocol import ERR, HUP
+
+ENTRIES: Final = 256  # changes per system call
+ROUNDS_MAX: Final = 1000  # hints that turn out to be nothing, after which a wait that should not wait gives up
+_ALWAYS: Final = ERR | HUP  # reported without being asked for
+
+_REFUSED: Final = {
+    errno.EPERM: "refused by a seccomp profile or the sysctl kernel.io_uring_disabled",
+    errno.ENOSYS: "this kernel has none, or a seccomp profile hides it",
+    errno.ENOMEM: "no memory; before Linux 5.12 the limit is RLIMIT_MEMLOCK",
+}
+
+
+class _Registration:
+    """One register() or modify(): never changed, only replaced."""
+
+    __slots__ = ("alive", "armed", "fd", "mask", "multi", "name", "turn")
+
+    def __init__(self, fd: int, mask: int, name: int) -> None:
+        self.fd = fd
+        self.mask = mask
+        self.name = name  # in user_data
+        self.alive = True
+        self.armed = False  # the kernel has it, or will with the next enter
+        self.multi = False
+        self.turn = 0  # in which it was submitted
+
+
+class UringPoller:
+    """A host.protocol.Poller."""
+
+    __slots__ = (
+        "_by_fd",
+        "_changes",
+        "_closed",
+        "_embedded",
+        "_home",
+        "_in_kernel",
+        "_names",
+        "_ring",
+        "_todo",
+        "_turn",
+    )
+
+    name = "io_uring"
+
+    def __init__(self) -> None:
+        """OSError: ENOSYS (no such call), EPERM (seccomp, the sysctl), ENOMEM, EMFILE."""
+        try:
+            self._ring = PollRing(ENTRIES)
+            try:
+                self._ring.enter_named(0)
+            except BaseException:
+                self._ring.close()
+                raise
+        except OSError as refused:
+            why = _REFUSED.get(refused.errno or 0, refused.strerror)
+            raise OSError(refused.errno, f"no io_uring to poll with: {why}") from refused
+        self._home = threading.get_ident()
+        self._names = count(NOBODY + 1)
+        self._by_fd: dict[int, _Registration] = {}
+        self._changes: list[_Registration] = []  # appended to by any thread
+        # The rest is the home thread's. Each registration is in _changes, in _todo or armed, at any time, whatever
+        # exception comes out of a signal handler: doing a part of a list twice does no harm.
+        self._todo: list[_Registration] = []  # to be armed or, dead, removed
+        self._in_kernel: dict[int, _Registration] = {}
+        self._turn = 0
+        self._embedded = False
+        self._closed = False
+
+    def fileno(self) -> int:
+        """As in the protocol, and see above. Home thread only, the first time."""
+        self._check_open()
+        if not self._embedded:
+            self._embedded = True
+            self._ring.enable_event()
+            self._submit_now()
+        return self._ring.fileno()
+
+    def register(self, fd: int, mask: int) -> None:
+        self._check_open()
+        check_pollable(fd)
+        if fd == self._ring.fileno():
+            raise error(errno.EINVAL)
+        new = _Registration(fd, mask, next(self._names))
+        if self._by_fd.setdefault(fd, new) is not new:
+            raise error(errno.EEXIST)
+        try:
+            self._change(new)
+        except BaseException:
+            self._by_fd.pop(fd, None)
+            new.alive = False
+            raise
+
+    def modify(self, fd: int, mask: int) -> None:
+        self._check_open()
+        old = self._by_fd.get(fd)
+        if old is None:
+            raise error(errno.ENOENT)
+        new = _Registration(fd, mask, next(self._names))
+        self._by_fd[fd] = new
+        old.alive = False
+        self._changes.append(old)
+        self._change(new)
+
+    def unregister(self, fd: int) -> None:
+        self._check_open()
+        old = self._by_fd.pop(fd, None)
+        if old is None:
+            raise error(errno.ENOENT)
+        old.alive = False
+        self._changes.append(old)
+        if threading.get_ident() != self._home:
+            self._tell_embedder()
+        elif old.armed:
+            self._let_go([old])
+
+    def _change(self, new: _Registration) -> None:
+        self._changes.append(new)
+        if self._embedded:
+            if threading.get_ident() == self._home:
+                self._submit_now()
+            else:
+                self._tell_embedder()
+
+    def _tell_embedder(self) -> None:
+        if self._embedded:
+            self._ring.set_event()
+
+    def _submit_now(self) -> None:
+        """For a loop around this one, which looks at fileno(): what is ready, or could not be submitted, shows
+        there."""
+        self._ring.check_process()
+        self._push_todo()
+        self._ring.enter_named(0)
+        self._show_work()
+
+    def _let_go(self, removed: list[_Registration]) -> None:
+        """Have the kernel forget armed registrations before we return. What it refuses is left to the next wait."""
+        ring = self._ring
+        try:
+            ring.check_process()
+            for old in removed:
+                for _ in range(ROUNDS_MAX):
+                    if old.name not in self._in_kernel:
+                        break
+                    self._push_todo()
+                    ring.enter_named(0)
+                    self._turn += 1  # so that what is ready now is a hint, and left to the next wait
+                    self._take([])
+        except (OSError, RuntimeError):
+            return
+        self._show_work()
+
+    def _show_work(self) -> None:
+        """For a loop around this one: it is to call wait() if there is something to do."""
+        ring = self._ring
+        if self._embedded and (self._todo or self._changes or ring.pending or ring.unsubmitted):
+            ring.set_event()
+
+    def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
+        self._check_open()
+        ring = self._ring
+        ring.check_process()
+        if timeout_ns == 0 and ring.quiet and not (self._todo or self._changes or self._embedded):
+            return []
+        end_ns = time.monotonic_ns() + timeout_ns if timeout_ns > 0 else 0
+        ready: list[tuple[int, int]] = []
+        for rounds in count(1):
+            self._turn += 1
+            self._push_todo()
+            unfinished = bool(self._todo)  # more changes than the ring has room for
+            all_taken = ring.enter_named(0 if unfinished else timeout_ns)
+            unfinished |= self._take(ready)
+            if ready or not all_taken:
+                break
+            if timeout_ns > 0:
+                timeout_ns = max(end_ns - time.monotonic_ns(), 0)
+            if timeout_ns == 0 and (not unfinished or rounds == ROUNDS_MAX):
+                break
+        if self._embedded:
+            ring.clear_event()
+            self._show_work()
+        return ready
+
+    def _push_todo(self) -> None:
+        """Fill the ring with what there is to change, as far as there is room."""
+        ring, todo, changes = self._ring, self._todo, self._changes
+        if changes:
+            number = len(changes)
+            todo += changes[:number]
+            del changes[:number]
+        room = (ring.free - 1) // 2  # two entries for each, and one for a timeout
+        batch = todo[:room]
+        turn, in_kernel, push = self._turn, self._in_kernel, ring.push_named
+        for one in batch:
+            if one.alive and not one.armed:
+                one.turn = turn
+                in_kernel[one.name] = one
+                push(one.name, OP_POLL_ADD, one.fd, 0, POLL_ADD_MULTI if one.multi else 0, one.mask)
+                one.armed = True
+            elif not one.alive:
+                if one.armed:
+                    push(NOBODY, OP_POLL_REMOVE, -1, one.name, 0, 0)
+            elif one.multi and one.turn != turn:
+                push(NOBODY, OP_POLL_REMOVE, -1, one.name, 0, 0)
+                in_kernel.pop(one.name, None)
+                one.name = next(self._names)
+                one.turn = turn
+                in_kernel[one.name] = one
+                push(one.name, OP_POLL_ADD, one.fd, 0, POLL_ADD_MULTI, one.mask)
+        del todo[: len(batch)]
+
+    def _take(self, ready: list[tuple[int, int]]) -> bool:
+        """Sort the completions: into ``ready`` what is so now; what has to be armed again into _todo. Whether there
+        was something to look into."""
+        completions = self._ring.reap()
+        if not completions:
+            return False
+        turn, in_kernel, todo = self._turn, self._in_kernel, self._todo
+        hints = False
+        for name, value in completions:
+            one = in_kernel.get(name)
+            if one is None:
+                continue
+            if one.multi:
+                hints |= self._take_multi(one, value, ready)
+                continue
+            todo.append(one)
+            one.armed = False
+            del in_kernel[name]
+            if not one.alive:
+                continue
+            result = value & 0xFFFFFFFF
+            if one.turn != turn:
+                hints = True
+            elif result & 0x80000000:
+                self._failed(one, 0x100000000 - result, ready)
+            else:
+                found = result & (one.mask | _ALWAYS)
+                if found:
+                    ready.append((one.fd, found))
+                else:
+                    one.multi = True  # the peer's shutdown, for which nobody asked
+                    hints = True
+        self._ring.reaped()
+        return hints
+
+    def _take_multi(self, one: _Registration, value: int, ready: list[tuple[int, int]]) -> bool:
+        goes_on = value >> 32 & CQE_F_MORE
+        if not goes_on:
+            self._todo.append(one)
+            one.armed = False
+            del self._in_kernel[one.name]
+        if not one.alive:
+            return False
+        result = value & 0xFFFFFFFF
+        if result & 0x80000000:
+            self._failed(one, 0x100000000 - result, ready)
+            return False
+        if one.turn != self._turn:
+            self._todo.append(one)
+            return True
+        found = result & (one.mask | _ALWAYS)
+        if found:
+            self._todo.append(one)
+            if (one.fd, found) not in ready:
+                ready.append((one.fd, found))
+        return False
+
+    def _failed(self, one: _Registration, number: int, ready: list[tuple[int, int]]) -> None:
+        """The kernel could not poll."""
+        if number == errno.EBADF:  # closed: forgotten, as epoll forgets it
+            one.alive = False
+            if self._by_fd.get(one.fd) is one:
+                del self._by_fd[one.fd]
+        elif number not in (errno.EAGAIN, errno.ENOMEM, errno.ECANCELED, errno.EINTR):
+            ready.append((one.fd, ERR))  # its owner finds out what is wrong with it, or with us
+
+    def close(self) -> None:
+        """As in the protocol. In the home thread the files that were polled are let go at once, else soon."""
+        if self._closed:
+            return
+        if threading.get_ident() == self._home:
+            armed = list(self._in_kernel.values())
+            for one in armed:
+                one.alive = False
+            self._todo[:] = armed
+            self._changes.clear()
+            self._let_go(armed)
+        self._by_fd.clear()
+        self._closed = True
+        self._ring.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("I/O operation on closed poller")
