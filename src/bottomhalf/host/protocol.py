@@ -84,8 +84,8 @@ class Poller(Protocol):
     name: str  # the kind that it is: "epoll", "poll", "io_uring", or "sim"
 
     def fileno(self) -> int:
-        """A descriptor that is readable while wait(0) would return something (for embedding). It may be readable
-        when wait(0) returns nothing; it is not afterwards. OSError if this kind has none here."""
+        """A descriptor that is readable while wait(0) would return something (for embedding). OSError if this kind
+        has none here."""
 
     def register(self, fd: int, mask: int) -> None:
         """Report ``fd`` from now on when something of ``mask`` is so; ERR and HUP need not be asked for. OSError:

@@ -13,8 +13,17 @@ from bottomhalf.host.protocol import IN, Engine, Event, File, Host, Poller, Sock
 from bottomhalf.host.request import Request
 from bottomhalf.host.sim import Odds, SimHost
 
-HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-uring")  # the rest with epoll
+HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-uring", "linux-uring-old")
 WAIT_NS = 10_000_000_000  # longer than anything here takes; a wait never lasts so long
+
+
+def forget_new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An io_uring as before Linux 5.11: completions are posted at any time, and a wait has no limit of its own."""
+    from bottomhalf.host.linux import poll_ring, ring
+
+    for flag in ("SINGLE_ISSUER", "DEFER_TASKRUN", "TASKRUN_FLAG"):
+        monkeypatch.setattr(ring, f"_SETUP_{flag}", 0)
+    monkeypatch.setattr(poll_ring, "_FEAT_EXT_ARG", 0)
 
 
 class Place:
@@ -24,7 +33,7 @@ class Place:
         self.host: Host
         self._directory = directory
         self._sim: SimHost | None = None
-        self.poller_kind = {"linux-poll": "poll", "linux-uring": "io_uring"}.get(name, "auto")
+        self.poller_kind = "poll" if name == "linux-poll" else "io_uring" if "uring" in name else "auto"
         self._engine_kind = "threads" if name == "linux-threads" else "auto"
         self._opened: list[Engine | Event | File | Poller | Socket] = []
         if name.startswith("sim"):
@@ -99,7 +108,11 @@ class Place:
 
 
 @pytest.fixture(params=HOSTS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    if request.param == "linux-uring-old":
+        forget_new_kernels(monkeypatch)
     made = Place(request.param, tmp_path)
     yield made
     made.close()

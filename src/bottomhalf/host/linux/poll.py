@@ -5,8 +5,8 @@ poll(2) keeps nothing in the kernel. Each wait hands over all descriptors and lo
 more there are, ready or not. It exists everywhere, no profile forbids it, and it needs no descriptor.
 
 * **A descriptor to embed.** There is none that is readable while poll(2) would return something. So the first
-  fileno() makes an epoll that is kept equal from then on and does nothing but be readable. Where epoll is refused,
-  fileno() says so: such a context can run, but not inside another loop.
+  fileno() makes an epoll, see ``mirror``. Where epoll is refused, fileno() says so: such a context can run, but not
+  inside another loop.
 * **Nanoseconds.** ``select.poll`` counts milliseconds, rounded up here. Short finite timeouts take ppoll(2) through
   ctypes, which only tells that something is ready; what it is, poll(2) says. Neither returns early.
 * **Other threads.** A change does not reach a poll(2) that sleeps; it works from the next wait on, so who makes it
@@ -29,6 +29,7 @@ import select
 import time
 from typing import TYPE_CHECKING, Final
 
+from bottomhalf.host.linux.mirror import Mirror
 from bottomhalf.host.linux.pollable import check_pollable
 from bottomhalf.host.linux.syscalls import error
 
@@ -44,7 +45,7 @@ _NVAL: Final = select.POLLNVAL
 class PollPoller:
     """A host.protocol.Poller."""
 
-    __slots__ = ("_array", "_array_is_old", "_changed", "_closed", "_exact", "_inner", "_masks", "_poll")
+    __slots__ = ("_array", "_array_is_old", "_changed", "_closed", "_exact", "_masks", "_mirror", "_poll")
 
     name = "poll"
 
@@ -54,7 +55,7 @@ class PollPoller:
         self._poll.poll(0)
         self._masks: dict[int, int] = {}
         self._changed: set[int] = set()  # since the wait that sleeps has begun
-        self._inner: select.epoll | None = None
+        self._mirror: Mirror | None = None
         self._exact = True
         self._array: PollArray | None = None
         self._array_is_old = True
@@ -62,36 +63,24 @@ class PollPoller:
 
     def fileno(self) -> int:
         """As in the protocol. OSError where epoll is refused: poll(2) has no descriptor of its own."""
-        if self._inner is None:
-            self._inner = self._make_inner()
-        return self._inner.fileno()
-
-    def _make_inner(self) -> select.epoll:
         self._check_open()
-        try:
-            inner = select.epoll()
-        except OSError as refused:
-            text = f"poll(2) cannot be embedded in another loop, and epoll, which could, is refused: {refused}"
-            raise OSError(refused.errno, text) from refused
-        try:
-            for fd, mask in list(self._masks.items()):
-                try:
-                    inner.register(fd, mask)
-                except OSError as gone:
-                    if gone.errno != errno.EBADF:  # closed: the next wait forgets it
-                        raise
-        except BaseException:
-            inner.close()
-            raise
-        return inner
+        if self._mirror is None:
+            self._mirror = Mirror("a poller by poll(2)")
+            try:
+                self._mirror.follow(list(self._masks.items()))
+            except BaseException:
+                self._mirror.close()
+                self._mirror = None
+                raise
+        return self._mirror.fileno()
 
     def register(self, fd: int, mask: int) -> None:
         self._check_open()
         check_pollable(fd)
         if fd in self._masks:
             raise error(errno.EEXIST)
-        if self._inner is not None:
-            self._inner.register(fd, mask)
+        if self._mirror is not None:
+            self._mirror.register(fd, mask)
         self._poll.register(fd, mask)
         self._note(fd, mask)
 
@@ -99,11 +88,8 @@ class PollPoller:
         self._check_open()
         if fd not in self._masks:
             raise error(errno.ENOENT)
-        if self._inner is not None:
-            try:
-                self._inner.modify(fd, mask)
-            except FileNotFoundError:  # closed and opened again: epoll has forgotten the old file, we have not
-                self._inner.register(fd, mask)
+        if self._mirror is not None:
+            self._mirror.modify(fd, mask)
         self._poll.modify(fd, mask)
         self._note(fd, mask)
 
@@ -122,11 +108,8 @@ class PollPoller:
         self._array_is_old = True
         self._changed.add(fd)
         self._poll.unregister(fd)
-        if self._inner is not None:
-            try:
-                self._inner.unregister(fd)
-            except OSError:
-                pass  # closed: forgotten already
+        if self._mirror is not None:
+            self._mirror.unregister(fd)
 
     def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
         self._check_open()
@@ -187,9 +170,9 @@ class PollPoller:
     def close(self) -> None:
         self._closed = True
         self._masks.clear()
-        if self._inner is not None:
-            self._inner.close()
-            self._inner = None
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -18,7 +18,15 @@ import struct
 from typing import Final
 
 from bottomhalf.host.linux import syscalls
-from bottomhalf.host.linux.ring import _CQ_EVENTFD_DISABLED, _ENTER_GETEVENTS, _ENTRY, _ENTRY_SIZE, Ring
+from bottomhalf.host.linux.ring import (
+    _ENTER_GETEVENTS,
+    _ENTRY,
+    _ENTRY_SIZE,
+    _SETUP_TASKRUN_FLAG,
+    _SQ_CQ_OVERFLOW,
+    _SQ_TASKRUN,
+    Ring,
+)
 
 OP_POLL_ADD: Final = 6
 OP_POLL_REMOVE: Final = 7
@@ -30,7 +38,6 @@ NOBODY: Final = 0  # the name of an entry whose completion interests nobody
 WAIT_NS_MAX: Final = 86_400_000_000_000  # per system call: a day
 _ENTER_EXT_ARG: Final = 1 << 3
 _FEAT_EXT_ARG: Final = 1 << 8
-_SETUP_TASKRUN_FLAG: Final = 1 << 9
 
 _EXPLAINED: Final = {
     errno.EBADF: "its descriptor was closed by somebody else",
@@ -41,6 +48,8 @@ _EXPLAINED: Final = {
 
 class PollRing(Ring):
     """One io_uring for waiting. Belongs to the thread that made it."""
+
+    has_event = False
 
     def _map(self, params: bytes) -> None:
         super()._map(params)
@@ -53,18 +62,6 @@ class PollRing(Ring):
         self._limits_waits = bool(features & _FEAT_EXT_ARG)
         self._tells_work = bool(setup_flags & _SETUP_TASKRUN_FLAG)
         self._timeout = syscalls.EnterTimeout()
-        self._words[self._cq_flags_word] = _CQ_EVENTFD_DISABLED
-
-    def enable_event(self) -> None:
-        """From now on fileno() becomes readable when a completion can be collected."""
-        self._words[self._cq_flags_word] = 0
-
-    def set_event(self) -> None:
-        """Make fileno() readable. From any thread."""
-        try:
-            os.eventfd_write(self._eventfd, 1)
-        except BlockingIOError:
-            pass  # the counter is full: it is readable already
 
     @property
     def unsubmitted(self) -> int:
@@ -80,7 +77,13 @@ class PollRing(Ring):
     @property
     def quiet(self) -> bool:
         """Whether enter_named(0) would bring nothing. Never on kernels before 5.19, which do not tell."""
-        return self._tells_work and not self.unsubmitted and not self.pending
+        words = self._words
+        return (
+            self._tells_work
+            and words[self._cq_head_word] == words[self._cq_tail_word]
+            and words[self._sq_head_word] == self._tail
+            and not words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW)
+        )
 
     def check_process(self) -> None:
         """RuntimeError in a child: the ring goes on working for the parent."""
@@ -114,7 +117,7 @@ class PollRing(Ring):
                 if self._limits_waits:
                     flags |= _ENTER_EXT_ARG
                 else:
-                    self._push(NOBODY, OP_TIMEOUT, -1, 1, timeout.timespec_address, 1, 0)
+                    self._push(NOBODY, OP_TIMEOUT, -1, 1, timeout.timespec_address, 1, 0)  # or 1 completion
         while True:
             unsubmitted = self.unsubmitted
             if flags & _ENTER_EXT_ARG:

@@ -62,14 +62,17 @@ _ENTRY_SIZE: Final = 64
 class Ring:
     """One io_uring. Belongs to the thread that made it."""
 
+    has_event = True  # whether there is a descriptor that completions make readable
+
     def __init__(self, entries: int = ENTRIES) -> None:
         """OSError: ENOSYS (no such call), EPERM (seccomp, the sysctl kernel.io_uring_disabled), ENOMEM."""
         self._fd, params = _setup(entries)
         self._pid = os.getpid()
         self._eventfd = -1
         try:
-            self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            io_uring_register_eventfd(self._fd, self._eventfd)
+            if self.has_event:
+                self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                io_uring_register_eventfd(self._fd, self._eventfd)
             self._map(params)
         except BaseException:
             os.close(self._fd)
@@ -188,7 +191,8 @@ class Ring:
         self._rings.close()  # the mappings hold descriptors of their own
         self._sqes.close()
         os.close(self._fd)
-        os.close(self._eventfd)
+        if self._eventfd >= 0:
+            os.close(self._eventfd)
         self._fd = -1
 
 

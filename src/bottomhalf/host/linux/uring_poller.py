@@ -19,9 +19,7 @@ What the kernel does, as seen on Linux 6.18, and what follows:
   thread it happens when the loop wakes.
 * **Another thread's change** is queued and works from the next wait on: whoever makes it wakes the sleeper
   afterwards, as AioContext does. (SINGLE_ISSUER lets only the home thread enter.)
-* **Embedding.** With DEFER_TASKRUN the ring's own descriptor never wakes an epoll, a registered eventfd does.
-  fileno() is that: readable while wait(0) would return something, and sometimes when it would not; wait(0) then makes
-  it unreadable.
+* **Embedding.** No descriptor of the ring will do; the first fileno() makes an epoll, see ``mirror``.
 * **Closed descriptors.** One that is closed without unregister() keeps its file open, as above, and is reported once
   more if it becomes ready; then it is forgotten.
 * A wait(0) with nothing to submit makes no system call: two words of shared memory tell that there is nothing.
@@ -43,6 +41,7 @@ import time
 from itertools import count
 from typing import Final
 
+from bottomhalf.host.linux.mirror import Mirror
 from bottomhalf.host.linux.poll_ring import (
     CQE_F_MORE,
     NOBODY,
@@ -88,9 +87,9 @@ class UringPoller:
         "_by_fd",
         "_changes",
         "_closed",
-        "_embedded",
         "_home",
         "_in_kernel",
+        "_mirror",
         "_names",
         "_ring",
         "_todo",
@@ -120,75 +119,54 @@ class UringPoller:
         self._todo: list[_Registration] = []  # to be armed or, dead, removed
         self._in_kernel: dict[int, _Registration] = {}
         self._turn = 0
-        self._embedded = False
+        self._mirror: Mirror | None = None
         self._closed = False
 
     def fileno(self) -> int:
-        """As in the protocol, and see above. Home thread only, the first time."""
+        """As in the protocol. OSError where epoll is refused."""
         self._check_open()
-        if not self._embedded:
-            self._embedded = True
-            self._ring.enable_event()
-            self._submit_now()
-        return self._ring.fileno()
+        if self._mirror is None:
+            self._mirror = Mirror("a poller by io_uring")
+            try:
+                self._mirror.follow([(one.fd, one.mask) for one in list(self._by_fd.values())])
+            except BaseException:
+                self._mirror.close()
+                self._mirror = None
+                raise
+        return self._mirror.fileno()
 
     def register(self, fd: int, mask: int) -> None:
         self._check_open()
         check_pollable(fd)
-        if fd == self._ring.fileno():
-            raise error(errno.EINVAL)
-        new = _Registration(fd, mask, next(self._names))
-        if self._by_fd.setdefault(fd, new) is not new:
+        if fd in self._by_fd:
             raise error(errno.EEXIST)
-        try:
-            self._change(new)
-        except BaseException:
-            self._by_fd.pop(fd, None)
-            new.alive = False
-            raise
+        if self._mirror is not None:
+            self._mirror.register(fd, mask)
+        new = self._by_fd[fd] = _Registration(fd, mask, next(self._names))
+        self._changes.append(new)
 
     def modify(self, fd: int, mask: int) -> None:
         self._check_open()
         old = self._by_fd.get(fd)
         if old is None:
             raise error(errno.ENOENT)
-        new = _Registration(fd, mask, next(self._names))
-        self._by_fd[fd] = new
+        if self._mirror is not None:
+            self._mirror.modify(fd, mask)
+        new = self._by_fd[fd] = _Registration(fd, mask, next(self._names))
         old.alive = False
-        self._changes.append(old)
-        self._change(new)
+        self._changes += (old, new)
 
     def unregister(self, fd: int) -> None:
         self._check_open()
         old = self._by_fd.pop(fd, None)
         if old is None:
             raise error(errno.ENOENT)
+        if self._mirror is not None:
+            self._mirror.unregister(fd)
         old.alive = False
         self._changes.append(old)
-        if threading.get_ident() != self._home:
-            self._tell_embedder()
-        elif old.armed:
+        if old.armed and threading.get_ident() == self._home:
             self._let_go([old])
-
-    def _change(self, new: _Registration) -> None:
-        self._changes.append(new)
-        if self._embedded:
-            if threading.get_ident() == self._home:
-                self._submit_now()
-            else:
-                self._tell_embedder()
-
-    def _tell_embedder(self) -> None:
-        if self._embedded:
-            self._ring.set_event()
-
-    def _submit_now(self) -> None:
-        """For a loop around this one, which looks at fileno(): what is ready, or could not be submitted, shows
-        there."""
-        self._ring.check_process()
-        self._push_todo()
-        self._ring.enter_named(0)
-        self._show_work()
 
     def _let_go(self, removed: list[_Registration]) -> None:
         """Have the kernel forget armed registrations before we return. What it refuses is left to the next wait."""
@@ -204,20 +182,13 @@ class UringPoller:
                     self._turn += 1  # so that what is ready now is a hint, and left to the next wait
                     self._take([])
         except (OSError, RuntimeError):
-            return
-        self._show_work()
-
-    def _show_work(self) -> None:
-        """For a loop around this one: it is to call wait() if there is something to do."""
-        ring = self._ring
-        if self._embedded and (self._todo or self._changes or ring.pending or ring.unsubmitted):
-            ring.set_event()
+            pass  # the ring is lost, or another process's: the next wait says so
 
     def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
         self._check_open()
         ring = self._ring
         ring.check_process()
-        if timeout_ns == 0 and ring.quiet and not (self._todo or self._changes or self._embedded):
+        if timeout_ns == 0 and ring.quiet and not (self._todo or self._changes):
             return []
         end_ns = time.monotonic_ns() + timeout_ns if timeout_ns > 0 else 0
         ready: list[tuple[int, int]] = []
@@ -233,9 +204,6 @@ class UringPoller:
                 timeout_ns = max(end_ns - time.monotonic_ns(), 0)
             if timeout_ns == 0 and (not unfinished or rounds == ROUNDS_MAX):
                 break
-        if self._embedded:
-            ring.clear_event()
-            self._show_work()
         return ready
 
     def _push_todo(self) -> None:
@@ -343,6 +311,8 @@ class UringPoller:
             self._todo[:] = armed
             self._changes.clear()
             self._let_go(armed)
+        if self._mirror is not None:
+            self._mirror.close()
         self._by_fd.clear()
         self._closed = True
         self._ring.close()
