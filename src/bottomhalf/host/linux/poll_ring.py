@@ -35,6 +35,8 @@ POLL_ADD_MULTI: Final = 1  # in the length of POLL_ADD; Linux 5.13
 CQE_F_MORE: Final = 1 << 1  # this request goes on
 NOBODY: Final = 0  # the name of an entry whose completion interests nobody
 
+_NAME: Final = struct.Struct("<Q")  # user_data in an entry
+_NAME_OFFSET: Final = 32
 WAIT_NS_MAX: Final = 86_400_000_000_000  # per system call: a day
 _ENTER_EXT_ARG: Final = 1 << 3
 _FEAT_EXT_ARG: Final = 1 << 8
@@ -85,6 +87,12 @@ class PollRing(Ring):
             and not words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW)
         )
 
+    def unsubmitted_names(self) -> list[int]:
+        """Of the entries that the kernel has not taken yet."""
+        first: int = self._words[self._sq_head_word]
+        places = [(first + n) & self._sq_mask for n in range(self.unsubmitted)]
+        return [_NAME.unpack_from(self._sqes, place * _ENTRY_SIZE + _NAME_OFFSET)[0] for place in places]
+
     def check_process(self) -> None:
         """RuntimeError in a child: the ring goes on working for the parent."""
         if os.getpid() != self._pid:
@@ -103,7 +111,7 @@ class PollRing(Ring):
             self._sqes, index * _ENTRY_SIZE, opcode, 0, 0, fd, offset, address, length, op_flags, name
         )
         words[self._sq_array_word + index] = index
-        self._tail = words[self._sq_tail_word] = (tail + 1) & 0xFFFFFFFF
+        self._tail = (tail + 1) & 0xFFFFFFFF
 
     def enter_named(self, timeout_ns: int) -> bool:
         """Submit what was pushed; then return at once (0), with the first completion (-1), or with it or after so
@@ -118,6 +126,7 @@ class PollRing(Ring):
                     flags |= _ENTER_EXT_ARG
                 else:
                     self._push(NOBODY, OP_TIMEOUT, -1, 1, timeout.timespec_address, 1, 0)  # or 1 completion
+        self._words[self._sq_tail_word] = self._tail
         while True:
             unsubmitted = self.unsubmitted
             if flags & _ENTER_EXT_ARG:

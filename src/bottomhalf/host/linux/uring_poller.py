@@ -12,16 +12,16 @@ What the kernel does, as seen on Linux 6.18, and what follows:
 * **RDHUP always counts.** A POLL_ADD for OUT, or for nothing, completes at once on a stream whose peer has shut down
   its side, and again each time. Such a poll is turned into a multishot one, whose first completion is the state now
   and whose others are hints.
-* **Removal is a request too.** The completion of what was removed comes later. A completion carries the number of a
-  registration, not of a descriptor, and numbers are not used twice: the removed one's says nothing to the new one.
+* **Removal is a request too.** The completion of what was removed comes later. A completion carries a name that each
+  submission gets anew, not the descriptor's number: what was removed says nothing to who has its number now.
 * **An armed poll holds its file.** A socket that is closed while it is armed stays open for its peer, a listener's
   address stays in use. So unregister() in the home thread does not return before the kernel has let go. From another
   thread it happens when the loop wakes.
 * **Another thread's change** is queued and works from the next wait on: whoever makes it wakes the sleeper
   afterwards, as AioContext does. (SINGLE_ISSUER lets only the home thread enter.)
 * **Embedding.** No descriptor of the ring will do; the first fileno() makes an epoll, see ``mirror``.
-* **Closed descriptors.** One that is closed without unregister() keeps its file open, as above, and is reported once
-  more if it becomes ready; then it is forgotten.
+* **Closed descriptors.** One that is closed without unregister() keeps its file open, as above, until it would have
+  been reported; then it is forgotten, or, if its number was opened again meanwhile, that file is polled.
 * A wait(0) with nothing to submit makes no system call: two words of shared memory tell that there is nothing.
 
 Each event costs a submission of 64 bytes filled by Python, so this is slower than epoll wherever something is ready;
@@ -70,10 +70,10 @@ class _Registration:
 
     __slots__ = ("alive", "armed", "fd", "mask", "multi", "name", "turn")
 
-    def __init__(self, fd: int, mask: int, name: int) -> None:
+    def __init__(self, fd: int, mask: int) -> None:
         self.fd = fd
         self.mask = mask
-        self.name = name  # in user_data
+        self.name = NOBODY  # in user_data: another one each time it is armed
         self.alive = True
         self.armed = False  # the kernel has it, or will with the next enter
         self.multi = False
@@ -142,7 +142,7 @@ class UringPoller:
             raise error(errno.EEXIST)
         if self._mirror is not None:
             self._mirror.register(fd, mask)
-        new = self._by_fd[fd] = _Registration(fd, mask, next(self._names))
+        new = self._by_fd[fd] = _Registration(fd, mask)
         self._changes.append(new)
 
     def modify(self, fd: int, mask: int) -> None:
@@ -152,7 +152,7 @@ class UringPoller:
             raise error(errno.ENOENT)
         if self._mirror is not None:
             self._mirror.modify(fd, mask)
-        new = self._by_fd[fd] = _Registration(fd, mask, next(self._names))
+        new = self._by_fd[fd] = _Registration(fd, mask)
         old.alive = False
         self._changes += (old, new)
 
@@ -213,25 +213,28 @@ class UringPoller:
             number = len(changes)
             todo += changes[:number]
             del changes[:number]
-        room = (ring.free - 1) // 2  # two entries for each, and one for a timeout
-        batch = todo[:room]
         turn, in_kernel, push = self._turn, self._in_kernel, ring.push_named
+        if ring.unsubmitted:  # memory was short, or a signal handler has raised: these go now
+            for name in ring.unsubmitted_names():
+                if name in in_kernel:
+                    in_kernel[name].turn = turn
+                    in_kernel[name].armed = True
+        room = max(ring.free - 1, 0) // 2  # two entries for each, and one for a timeout
+        batch = todo[:room]
         for one in batch:
-            if one.alive and not one.armed:
-                one.turn = turn
-                in_kernel[one.name] = one
-                push(one.name, OP_POLL_ADD, one.fd, 0, POLL_ADD_MULTI if one.multi else 0, one.mask)
-                one.armed = True
-            elif not one.alive:
+            if one.alive:
                 if one.armed:
+                    if not one.multi or one.turn == turn:
+                        continue
                     push(NOBODY, OP_POLL_REMOVE, -1, one.name, 0, 0)
-            elif one.multi and one.turn != turn:
-                push(NOBODY, OP_POLL_REMOVE, -1, one.name, 0, 0)
                 in_kernel.pop(one.name, None)
-                one.name = next(self._names)
+                one.name = name = next(self._names)
                 one.turn = turn
-                in_kernel[one.name] = one
-                push(one.name, OP_POLL_ADD, one.fd, 0, POLL_ADD_MULTI, one.mask)
+                in_kernel[name] = one
+                push(name, OP_POLL_ADD, one.fd, 0, POLL_ADD_MULTI if one.multi else 0, one.mask)
+                one.armed = True
+            elif one.armed:
+                push(NOBODY, OP_POLL_REMOVE, -1, one.name, 0, 0)
         del todo[: len(batch)]
 
     def _take(self, ready: list[tuple[int, int]]) -> bool:
@@ -245,6 +248,9 @@ class UringPoller:
         for name, value in completions:
             one = in_kernel.get(name)
             if one is None:
+                continue
+            if one.name != name:  # half dealt with when a signal handler raised
+                del in_kernel[name]
                 continue
             if one.multi:
                 hints |= self._take_multi(one, value, ready)
