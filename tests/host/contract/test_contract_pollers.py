@@ -106,7 +106,7 @@ def test_removed_and_added_again_without_a_wait(place: Place) -> None:
 
 
 def test_closing_a_socket_reaches_its_peer(place: Place) -> None:
-    """A poller does not hold on to what was unregistered, nor to anything once it is closed."""
+    """At once: a poller does not hold on to what was unregistered, nor to anything once it is closed."""
     buffer = bytearray(1)
     for closes in (False, True):
         near, far = place.sockets()
@@ -119,7 +119,8 @@ def test_closing_a_socket_reaches_its_peer(place: Place) -> None:
             poller.close()
             poller.close()
         near.close()
-        place.until_ready(far.fileno())
+        if place.host.name == "sim":
+            place.until_ready(far.fileno())  # its connections take time
         assert far.recv_into(buffer) == 0
         poller.close()
 

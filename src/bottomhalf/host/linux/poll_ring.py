@@ -3,9 +3,10 @@
 
 The engines' ring keeps an entry for as long as its request is in flight. A poller has thousands of requests in flight,
 so here an entry is free again as soon as the kernel has taken it, and the completion carries the name that was given.
-The kernel limits a wait itself since Linux 5.11 (IORING_ENTER_EXT_ARG); before, a TIMEOUT entry does, which ends with
-the first completion. What was pushed and not taken, because memory was short, stays in the ring and goes with the next
-enter(); the kernel's own head says how much that is.
+The kernel limits a wait itself (IORING_ENTER_EXT_ARG, Linux 5.11), so there are no TIMEOUT entries to take back; a
+kernel without it is refused, for the poller needs multishot polls anyway (Linux 5.13). What was pushed and not taken,
+because memory was short, stays in the ring and goes with the next enter_named(); the kernel's own head says how much
+that is.
 
 What must live here: entries, entering, completions. What they mean is the poller's business.
 """
@@ -30,7 +31,6 @@ from bottomhalf.host.linux.ring import (
 
 OP_POLL_ADD: Final = 6
 OP_POLL_REMOVE: Final = 7
-OP_TIMEOUT: Final = 11
 POLL_ADD_MULTI: Final = 1  # in the length of POLL_ADD; Linux 5.13
 CQE_F_MORE: Final = 1 << 1  # this request goes on
 NOBODY: Final = 0  # the name of an entry whose completion interests nobody
@@ -39,7 +39,7 @@ _NAME: Final = struct.Struct("<Q")  # user_data in an entry
 _NAME_OFFSET: Final = 32
 WAIT_NS_MAX: Final = 86_400_000_000_000  # per system call: a day
 _ENTER_EXT_ARG: Final = 1 << 3
-_FEAT_EXT_ARG: Final = 1 << 8
+_FEAT_RSRC_TAGS: Final = 1 << 10  # came together with multishot polls (Linux 5.13)
 
 _EXPLAINED: Final = {
     errno.EBADF: "its descriptor was closed by somebody else",
@@ -54,14 +54,15 @@ class PollRing(Ring):
     has_event = False
 
     def _map(self, params: bytes) -> None:
-        super()._map(params)
         (features,) = struct.unpack_from("<I", params, 20)
+        if not features & _FEAT_RSRC_TAGS:
+            raise syscalls.error(errno.ENOSYS)
+        super()._map(params)
         (setup_flags,) = struct.unpack_from("<I", params, 8)
         (sq_head,) = struct.unpack_from("<I", params, 40)
         (cqes,) = struct.unpack_from("<I", params, 100)
         self._sq_head_word = sq_head // 4
         self._pairs = memoryview(self._rings)[cqes : cqes + self._cq_entries * 16].cast("Q")
-        self._limits_waits = bool(features & _FEAT_EXT_ARG)
         self._tells_work = bool(setup_flags & _SETUP_TASKRUN_FLAG)
         self._timeout = syscalls.EnterTimeout()
 
@@ -100,32 +101,22 @@ class PollRing(Ring):
 
     def push_named(self, name: int, opcode: int, fd: int, address: int, length: int, op_flags: int) -> None:
         """Queue an entry; there is to be a ``free`` one. Its completion will carry ``name``."""
-        self._push(name, opcode, fd, 0, address, length, op_flags)
-
-    def _push(
-        self, name: int, opcode: int, fd: int, offset: int, address: int, length: int, op_flags: int
-    ) -> None:
-        words, tail = self._words, self._tail
+        tail = self._tail
         index = tail & self._sq_mask
-        _ENTRY.pack_into(
-            self._sqes, index * _ENTRY_SIZE, opcode, 0, 0, fd, offset, address, length, op_flags, name
-        )
-        words[self._sq_array_word + index] = index
-        self._tail = (tail + 1) & 0xFFFFFFFF
+        _ENTRY.pack_into(self._sqes, index * _ENTRY_SIZE, opcode, 0, 0, fd, 0, address, length, op_flags, name)
+        self._words[self._sq_array_word + index] = index
+        self._tail = (tail + 1) & 0xFFFFFFFF  # enter_named() shows it to the kernel
 
     def enter_named(self, timeout_ns: int) -> bool:
         """Submit what was pushed; then return at once (0), with the first completion (-1), or with it or after so
         long. May return early. False if the kernel has no memory for all of it now: the rest stays queued."""
         timeout = self._timeout
         wait_for, flags = 0, _ENTER_GETEVENTS
-        if timeout_ns and self.free:
+        if timeout_ns:
             wait_for = 1
             if timeout_ns > 0:
                 timeout.set(min(timeout_ns, WAIT_NS_MAX))
-                if self._limits_waits:
-                    flags |= _ENTER_EXT_ARG
-                else:
-                    self._push(NOBODY, OP_TIMEOUT, -1, 1, timeout.timespec_address, 1, 0)  # or 1 completion
+                flags |= _ENTER_EXT_ARG
         self._words[self._sq_tail_word] = self._tail
         while True:
             unsubmitted = self.unsubmitted

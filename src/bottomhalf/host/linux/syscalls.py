@@ -83,13 +83,13 @@ def io_uring_enter(fd: int, to_submit: int, min_complete: int, flags: int) -> in
 class EnterTimeout:
     """What IORING_ENTER_EXT_ARG (Linux 5.11) points at: a wait inside io_uring_enter(2) with a limit."""
 
-    __slots__ = ("_argument", "_argument_address", "_timespec", "timespec_address")
+    __slots__ = ("_argument", "_argument_address", "_timespec")
 
     def __init__(self) -> None:
         self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
-        self.timespec_address = ctypes.addressof(self._timespec)
+        timespec_address = ctypes.addressof(self._timespec)
         # sigmask u64, its size u32, padding u32, address of the timespec u64
-        self._argument = ctypes.create_string_buffer(struct.pack("<QIIQ", 0, 0, 0, self.timespec_address), 24)
+        self._argument = ctypes.create_string_buffer(struct.pack("<QIIQ", 0, 0, 0, timespec_address), 24)
         self._argument_address = ctypes.addressof(self._argument)
 
     def set(self, timeout_ns: int) -> None:

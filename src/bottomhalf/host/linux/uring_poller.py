@@ -60,7 +60,7 @@ _ALWAYS: Final = ERR | HUP  # reported without being asked for
 
 _REFUSED: Final = {
     errno.EPERM: "refused by a seccomp profile or the sysctl kernel.io_uring_disabled",
-    errno.ENOSYS: "this kernel has none, or a seccomp profile hides it",
+    errno.ENOSYS: "this kernel has none or is older than 5.13, or a seccomp profile hides it",
     errno.ENOMEM: "no memory; before Linux 5.12 the limit is RLIMIT_MEMLOCK",
 }
 
@@ -219,7 +219,7 @@ class UringPoller:
                 if name in in_kernel:
                     in_kernel[name].turn = turn
                     in_kernel[name].armed = True
-        room = max(ring.free - 1, 0) // 2  # two entries for each, and one for a timeout
+        room = ring.free // 2  # two entries for each
         batch = todo[:room]
         for one in batch:
             if one.alive:
