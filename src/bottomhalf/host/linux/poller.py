@@ -7,14 +7,14 @@ CPython 3.11 on Linux 6.18, two cores of a virtual machine:
     ==================================  =====  =====  ========
     what                                epoll   poll  io_uring
     ==================================  =====  =====  ========
-    wait(0), 1 of 1 ready                 446    536      4963
-    wait(0), 1 of 32 ready                434   1296      4941
-    wait(0), 32 of 32 ready              3070   2668     30637
-    wait(0), 1 of 1000 ready              420  26187      5074
-    wait(0), none of 1000 ready           282  25892       425
-    event, wait, read; 1000 watched      1003  34824     10696
-    remove, add, wait(0)                 1169   1752     12455
-    ping-pong of two threads, one core   5110   5257     16637
+    wait(0), 1 of 1 ready                 449    533      5124
+    wait(0), 1 of 32 ready                450   1315      5078
+    wait(0), 32 of 32 ready              3107   2682     32428
+    wait(0), 1 of 1000 ready              412  24780      4482
+    wait(0), none of 1000 ready           292  26559       434
+    event, wait, read; 1000 watched      1006  34868     10301
+    remove, add, wait(0)                 1150   1840     12337
+    ping-pong of two threads, one core   4854   5046     16276
     ==================================  =====  =====  ========
 
 * epoll is the fastest wherever a descriptor is ready, or many are watched. "auto" takes it.

@@ -22,7 +22,7 @@ What the kernel does, as seen on Linux 6.18, and what follows:
 * **Embedding.** No descriptor of the ring will do; the first fileno() makes an epoll, see ``mirror``.
 * **Closed descriptors.** One that is closed without unregister() keeps its file open, as above, until it would have
   been reported; then it is forgotten, or, if its number was opened again meanwhile, that file is polled.
-* A wait(0) with nothing to submit makes no system call: two words of shared memory tell that there is nothing.
+* A wait(0) with nothing to submit makes no system call: a few words of shared memory tell that there is nothing.
 
 Each event costs a submission of 64 bytes filled by Python, so this is slower than epoll wherever something is ready;
 ``poller`` has the figures. No register() from signal handlers.
@@ -61,7 +61,6 @@ _ALWAYS: Final = ERR | HUP  # reported without being asked for
 _REFUSED: Final = {
     errno.EPERM: "refused by a seccomp profile or the sysctl kernel.io_uring_disabled",
     errno.ENOSYS: "this kernel has none or is older than 5.13, or a seccomp profile hides it",
-    errno.ENOMEM: "no memory; before Linux 5.12 the limit is RLIMIT_MEMLOCK",
 }
 
 
