@@ -77,18 +77,25 @@ class Event(Protocol):
 
 
 class Poller(Protocol):
-    """Level-triggered readiness of many descriptors (epoll). Belongs to one thread."""
+    """Level-triggered readiness of many descriptors. Belongs to the thread that made it: the others may call
+    register(), modify() and unregister(), and wake it afterwards, since some kinds see a change only in the next
+    wait. Unregister a descriptor before closing it; what each kind does otherwise stands in its file."""
 
-    name: str
+    name: str  # the kind that it is: "epoll", "poll", "io_uring", or "sim"
 
     def fileno(self) -> int:
-        """A descriptor that is readable while wait(0) would return something (for embedding)."""
+        """A descriptor that is readable while wait(0) would return something (for embedding). OSError if this kind
+        has none here."""
 
-    def register(self, fd: int, mask: int) -> None: ...
+    def register(self, fd: int, mask: int) -> None:
+        """Report ``fd`` from now on when something of ``mask`` is so; ERR and HUP need not be asked for. OSError:
+        EEXIST, EBADF, EPERM for what cannot be polled, ENOSPC, ENOMEM; nothing has changed then."""
 
-    def modify(self, fd: int, mask: int) -> None: ...
+    def modify(self, fd: int, mask: int) -> None:
+        """The mask is another one. OSError: ENOENT, EBADF; nothing has changed then."""
 
-    def unregister(self, fd: int) -> None: ...
+    def unregister(self, fd: int) -> None:
+        """Never report ``fd`` again. OSError: ENOENT, EBADF."""
 
     def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
         """Ready descriptors as (fd, mask). 0 does not wait, -1 waits without end, else at least ``timeout_ns``
@@ -295,8 +302,8 @@ class Host(Protocol):
         one shuffles by its seed, so that no test can depend on the order."""
 
     def poller(self, kind: str = "auto") -> Poller:
-        """A poller for the calling thread: "epoll", "poll", "io_uring", or "auto" for what is fastest of those that
-        are to be had; its ``name`` tells which. OSError if a named one is not."""
+        """Make a poller: "epoll", "poll", "io_uring", or "auto" for the fastest that works here (its ``name`` tells
+        which). Belongs to the calling thread. OSError if the named one is not to be had."""
 
     def event(self) -> Event: ...
 

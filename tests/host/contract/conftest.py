@@ -13,9 +13,16 @@ from bottomhalf.host.protocol import IN, Engine, Event, File, Host, Poller, Sock
 from bottomhalf.host.request import Request
 from bottomhalf.host.sim import Odds, SimHost
 
-HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-io_uring")
-POLLERS = {"linux-poll": "poll", "linux-io_uring": "io_uring"}  # of those hosts; "auto" of the others
+HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-uring", "linux-uring-old")
 WAIT_NS = 10_000_000_000  # longer than anything here takes; a wait never lasts so long
+
+
+def forget_new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An io_uring as before Linux 5.19: completions are posted at any time, and nothing tells of those to come."""
+    from bottomhalf.host.linux import ring
+
+    for flag in ("SINGLE_ISSUER", "DEFER_TASKRUN", "TASKRUN_FLAG"):
+        monkeypatch.setattr(ring, f"_SETUP_{flag}", 0)
 
 
 class Place:
@@ -25,7 +32,7 @@ class Place:
         self.host: Host
         self._directory = directory
         self._sim: SimHost | None = None
-        self.poller_kind = POLLERS.get(name, "auto")
+        self.poller_kind = "poll" if name == "linux-poll" else "io_uring" if "uring" in name else "auto"
         self._engine_kind = "threads" if name == "linux-threads" else "auto"
         self._opened: list[Engine | Event | File | Poller | Socket] = []
         if name.startswith("sim"):
@@ -100,7 +107,11 @@ class Place:
 
 
 @pytest.fixture(params=HOSTS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    if request.param == "linux-uring-old":
+        forget_new_kernels(monkeypatch)
     made = Place(request.param, tmp_path)
     yield made
     made.close()

@@ -1,338 +1,342 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three monitors of descriptors, beyond the contract: limits, signals, threads, refusals, reused numbers."""
+"""The kinds of pollers on this machine: signals, threads, forks, descriptors that are gone."""
 
 from __future__ import annotations
 
 import errno
 import os
-import resource
-import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.linux import poller as epoll_module
-from bottomhalf.host.linux import ring as ring_module
-from bottomhalf.host.linux.poll_poller import PollPoller
+from bottomhalf.host.linux.event import LinuxEvent
+from bottomhalf.host.linux.poll import PollPoller
+from bottomhalf.host.linux.poller import POLLER_KINDS, make_poller
 from bottomhalf.host.linux.uring_poller import UringPoller
-from bottomhalf.host.protocol import HUP, IN, OUT, Poller
+from bottomhalf.host.protocol import IN, Poller
+from tests.host.contract.conftest import forget_new_kernels
 
-KINDS = ("epoll", "poll", "io_uring")
+MS = 1_000_000
+WAIT_NS = 10_000 * MS
 
 
-@pytest.fixture(params=KINDS)
-def poller(request: pytest.FixtureRequest) -> Iterator[Poller]:
-    made = LinuxHost().poller(request.param)
-    assert made.name == request.param
+@pytest.fixture(params=[*POLLER_KINDS, "io_uring, old"])
+def poller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Poller]:
+    if request.param == "io_uring, old":
+        forget_new_kernels(monkeypatch)
+    made = make_poller(request.param.split(",")[0])
     yield made
     made.close()
 
 
-def test_many_descriptors(poller: Poller) -> None:
-    """A thousand, all ready, then one; more than a ring has entries, more than a wait takes at once."""
-    wanted = 1000
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(wanted)]
-    try:
-        for fd in fds:
-            poller.register(fd, IN)
-        seen: set[int] = set()
-        while len(seen) < wanted:
-            for fd, mask in poller.wait(-1):
-                assert mask == IN
-                seen.add(fd)
-                os.eventfd_read(fd)
-        assert seen == set(fds) and poller.wait(0) == []
-        os.eventfd_write(fds[777], 1)
-        assert poller.wait(-1) == [(fds[777], IN)]
-        assert poller.wait(-1) == [(fds[777], IN)], "level-triggered"
-        for fd in fds:
-            poller.unregister(fd)
-        assert poller.wait(0) == []
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def test_a_number_is_used_again(poller: Poller) -> None:
-    """T31: removed and registered anew at once, with the old one's event under way: nothing of the old is told."""
-    for _ in range(100):
-        old = os.eventfd(0, os.EFD_NONBLOCK)
-        poller.register(old, IN)
-        poller.wait(0)
-        os.eventfd_write(old, 1)
-        poller.unregister(old)
-        os.close(old)
-        new = os.eventfd(0, os.EFD_NONBLOCK)
-        assert new == old
-        poller.register(new, IN)
-        assert poller.wait(0) == []
-        os.eventfd_write(new, 1)
-        assert poller.wait(-1) == [(new, IN)]
-        poller.unregister(new)
-        os.close(new)
-
-
-def test_modified_while_ready(poller: Poller) -> None:
-    one, two = socket.socketpair()
-    two.send(b"x")
-    poller.register(one.fileno(), IN)
-    assert poller.wait(-1) == [(one.fileno(), IN)]
-    poller.modify(one.fileno(), OUT)
-    assert poller.wait(-1) == [(one.fileno(), OUT)]
-    poller.modify(one.fileno(), IN | OUT)
-    assert poller.wait(-1) == [(one.fileno(), IN | OUT)]
-    two.close()
-    found = poller.wait(-1)
-    assert found[0][1] & HUP
-    poller.modify(one.fileno(), 0)
-    assert poller.wait(-1)[0][1] & HUP, "told whether asked for or not"
-    poller.unregister(one.fileno())
-    one.close()
-
-
-@pytest.mark.parametrize("timeout_ns", [1, 50_000, 1_000_001, 19_999_999, 21_000_000])
-def test_never_early(poller: Poller, timeout_ns: int) -> None:
-    """T34: rounded up, to the nanosecond or the millisecond."""
-    fd = os.eventfd(0)
-    poller.register(fd, IN)
-    for _ in range(3):
-        begin = time.monotonic_ns()
-        assert poller.wait(timeout_ns) == []
-        assert time.monotonic_ns() - begin >= timeout_ns
-    poller.unregister(fd)
-    os.close(fd)
-
-
-@pytest.mark.parametrize("timeout_ns", [2**31 * 10**6, 2**62, 2**63 - 1])
-def test_huge_timeouts(poller: Poller, timeout_ns: int) -> None:
-    """T34: they do not become negative, or an error."""
-    fd = os.eventfd(1)
-    poller.register(fd, IN)
-    assert poller.wait(timeout_ns) == [(fd, IN)]
-    poller.unregister(fd)
-    os.close(fd)
-
-
-def test_registered_by_another_thread(poller: Poller) -> None:
-    """T13: while the home thread sleeps; it takes effect at the latest when the event, as a context has one, wakes
-    the sleeper."""
-    wake_up, fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(1, os.EFD_NONBLOCK)
-    poller.register(wake_up, IN)
-
-    def elsewhere() -> None:
-        poller.register(fd, IN)
-        os.eventfd_write(wake_up, 1)
-
-    for _ in range(20):
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        seen: set[int] = set()
-        while fd not in seen:
-            seen |= {ready for ready, _ in poller.wait(-1)}
-            if wake_up in seen:
-                try:
-                    os.eventfd_read(wake_up)
-                except BlockingIOError:
-                    pass
-        thread.join()
-        poller.unregister(fd)
-        poller.wait(0)
-    poller.unregister(wake_up)
-    for open_fd in (wake_up, fd):
-        os.close(open_fd)
-
-
-def test_signals_during_a_wait(poller: Poller) -> None:
-    """T33: handlers run; the wait goes on or returns nothing, and never fails."""
-    got: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, _: got.append(number))
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    poller.register(fd, IN)
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    try:
-        end = time.monotonic_ns() + 30_000_000
-        while time.monotonic_ns() < end:
-            assert poller.wait(5_000_000) == []
-        threading.Timer(0.01, os.eventfd_write, (fd, 1)).start()
-        while not (found := poller.wait(-1)):
-            pass
-        assert found == [(fd, IN)] and got
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        poller.unregister(fd)
-        os.close(fd)
-
-
-def test_misuse_changes_nothing(poller: Poller) -> None:
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    poller.register(fd, IN)
-    with pytest.raises(FileExistsError):
-        poller.register(fd, OUT)
-    with pytest.raises(ValueError, match="negative"):
-        poller.register(-1, IN)
-    stranger = os.eventfd(0)
-    with pytest.raises(FileNotFoundError):
-        poller.modify(stranger, IN)
-    os.close(stranger)
-    with pytest.raises(OSError) as failure:
-        poller.register(999_999, IN)
-    assert failure.value.errno == errno.EBADF
-    assert poller.wait(0) == []
-    os.eventfd_write(fd, 1)
-    assert poller.wait(-1) == [(fd, IN)]
-    poller.unregister(fd)
-    with pytest.raises(FileNotFoundError):
-        poller.unregister(fd)
-    os.close(fd)
-
-
-def test_in_another_loop(poller: Poller) -> None:
-    """fileno() is readable while a wait would return something; also for what was ready and told before."""
-    outer = select.epoll()
-    first, second = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
-    poller.register(first, IN)
-    outer.register(poller.fileno(), IN)
-    poller.register(second, IN)
-
-    def readable() -> bool:
-        return bool(outer.poll(0))
-
-    poller.wait(0)
-    assert not readable()
-    for fd in (first, second):
-        os.eventfd_write(fd, 1)
-        assert outer.poll(10) and readable()
-        assert poller.wait(0) == [(fd, IN)]
-        assert readable(), "it is ready still"
-        os.eventfd_read(fd)
-        assert poller.wait(0) == []
-        assert not readable()
-    poller.unregister(first)
-    poller.unregister(second)
-    os.eventfd_write(first, 1)
-    poller.wait(0)
-    assert poller.wait(0) == [] and not readable()
-    outer.close()
-    for fd in (first, second):
-        os.close(fd)
-
-
-def test_closed_with_registrations(poller: Poller) -> None:
-    """Nothing is left behind; what was watched is as it was."""
-    one, two = socket.socketpair()
-    poller.register(one.fileno(), IN | OUT)
-    poller.wait(0)
-    poller.close()
-    two.send(b"x")
-    assert one.recv(1) == b"x"
-    one.close()
-    two.close()
-
-
-# -- refusals -------------------------------------------------------------------------------------------------------
-
-
-def refusing(number: int) -> object:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EACCES])
-def test_without_epoll(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A sandbox refuses it: "auto" falls back, and its name says so; by name it is an error."""
-    monkeypatch.setattr(epoll_module.select, "epoll", refusing(number))
-    host = LinuxHost()
-    made = host.poller()
-    assert isinstance(made, PollPoller) and made.name == "poll"
-    with pytest.raises(OSError):
-        host.poller("epoll")
-    with pytest.raises(OSError):
-        made.fileno()
+@pytest.fixture
+def event() -> Iterator[LinuxEvent]:
+    made = LinuxEvent()
+    yield made
     made.close()
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_no_descriptor_left_is_no_refusal(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """It is not hidden by a fallback."""
-    monkeypatch.setattr(epoll_module.select, "epoll", refusing(number))
-    with pytest.raises(OSError) as failure:
-        LinuxHost().poller()
-    assert failure.value.errno == number
+@pytest.fixture
+def storm() -> Iterator[list[int]]:
+    """Signals, at least one per millisecond, until the test is over; the list grows by each."""
+    handled: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: handled.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    yield handled
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.ENOMEM, errno.EMFILE])
-def test_without_io_uring(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(ring_module, "io_uring_setup", refusing(number))
-    with pytest.raises(OSError) as failure:
-        LinuxHost().poller("io_uring")
-    assert failure.value.errno == number
-    assert LinuxHost().poller().name == "epoll"
+def test_signal_storm(poller: Poller, event: LinuxEvent, storm: list[int]) -> None:
+    """T33: a wait goes on, neither early nor for ever, its handlers run meanwhile, and no descriptor is lost."""
+    poller.register(event.fileno(), IN)
+    for timeout_ns in (15 * MS, 25 * MS):
+        del storm[:]
+        begin_ns = time.monotonic_ns()
+        assert poller.wait(timeout_ns) == []
+        assert time.monotonic_ns() - begin_ns >= timeout_ns
+        assert len(storm) > 2
+    del storm[:]
+    thread = threading.Thread(target=lambda: (wait_for(lambda: len(storm) > 10), event.set()))
+    thread.start()
+    assert poller.wait(-1) == [(event.fileno(), IN)]
+    thread.join()
+    assert len(storm) > 10
+    event.clear()
+    assert poller.wait(0) == []
 
 
-def test_too_old_for_time_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "_FEAT_EXT_ARG", 1 << 31)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError) as failure:
-        UringPoller()
-    assert failure.value.errno == errno.ENOSYS and len(os.listdir("/proc/self/fd")) == before
+def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        os.sched_yield()
 
 
-def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="not 'kqueue'"):
-        LinuxHost().poller("kqueue")
+def test_handler_that_wakes(poller: Poller, event: LinuxEvent) -> None:
+    """What a signal handler makes ready ends the wait that it interrupts."""
+    poller.register(event.fileno(), IN)
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: event.set())
+    try:
+        for timeout_ns in (WAIT_NS, -1):
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            assert poller.wait(timeout_ns) == [(event.fileno(), IN)]
+            event.clear()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EBUSY, errno.EINTR])
-def test_enter_refuses_for_a_while(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The kernel takes nothing now: no registration is lost."""
-    poller = UringPoller()
-    fd = os.eventfd(1, os.EFD_NONBLOCK)
+def test_handler_that_raises(poller: Poller, event: LinuxEvent) -> None:
+    """An exception goes out of the wait, wherever in it the signal comes, and every registration stays."""
+    events = [event, LinuxEvent(), LinuxEvent()]
+    for one in events:
+        poller.register(one.fileno(), IN)
+
+    class Interrupted(Exception):
+        pass
+
+    raises = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal raises
+        if raises:
+            raises = False
+            raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for turn in range(150):
+            ready = events[turn % 3]
+            ready.set()
+            raises = True
+            with pytest.raises(Interrupted):
+                # Again and again: the first may come just before a wait goes to sleep.
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + turn % 50), 0.001)
+                for _ in range(3):
+                    poller.wait(0)
+                ready.clear()
+                poller.wait(-1)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            ready.clear()
+            for one in events:
+                one.set()
+                assert poller.wait(WAIT_NS) == [(one.fileno(), IN)]
+                one.clear()
+            assert poller.wait(0) == []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        for one in events[1:]:
+            one.close()
+
+
+class Sleeper:
+    """A thread that makes a poller, and waits in it for a wake-up and for what others register."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.wake = LinuxEvent()
+        self.seen: list[int] = []
+        self.ready = threading.Event()
+        self.turns = 0
+        self.running = True
+        self.thread = threading.Thread(target=self.work)
+        self.thread.start()
+        self.ready.wait()
+
+    def work(self) -> None:
+        self.poller = make_poller(self.kind)
+        self.poller.register(self.wake.fileno(), IN)
+        self.poller.wait(0)
+        self.ready.set()
+        while self.running:
+            for fd, _ in self.poller.wait(-1):
+                if fd == self.wake.fileno():
+                    self.wake.clear()
+                else:
+                    self.seen.append(fd)
+            self.turns += 1
+        self.poller.close()
+
+    def notify(self) -> None:
+        """Wake it, and come back when it has gone through a wait that began afterwards."""
+        turns = self.turns + 2
+        while self.turns < turns:
+            self.wake.set()
+            os.sched_yield()
+
+    def close(self) -> None:
+        self.running = False
+        self.wake.set()
+        self.thread.join()
+        self.wake.close()
+
+
+@pytest.mark.parametrize("kind", POLLER_KINDS)
+def test_changes_from_another_thread(kind: str) -> None:
+    """They work at the latest when the sleeper is woken afterwards, and what was removed may be closed and its number
+    used again."""
+    sleeper = Sleeper(kind)
+    try:
+        for _ in range(30):
+            near, far = socket.socketpair()
+            with near, far:
+                far.send(b"x")
+                sleeper.poller.register(near.fileno(), 0)
+                sleeper.notify()
+                assert near.fileno() not in sleeper.seen
+                sleeper.poller.modify(near.fileno(), IN)
+                while near.fileno() not in sleeper.seen:
+                    sleeper.wake.set()
+                    os.sched_yield()
+                sleeper.poller.unregister(near.fileno())
+                sleeper.notify()
+                sleeper.seen.clear()
+                sleeper.notify()
+                assert sleeper.seen == []
+                near.close()
+                far.setblocking(False)
+                with pytest.raises(ConnectionResetError):  # of unread data: the file is really closed
+                    far.recv(1)
+            fresh = os.eventfd(0)
+            sleeper.poller.register(fresh, IN)
+            sleeper.notify()
+            assert sleeper.seen == []
+            sleeper.poller.unregister(fresh)
+            os.close(fresh)
+    finally:
+        sleeper.close()
+
+
+def test_poll_drops_what_changed_meanwhile(event: LinuxEvent) -> None:
+    """What a sleeping poll(2) comes back with may be about the file that had the number before."""
+    poller, fd = PollPoller(), event.fileno()
     poller.register(fd, IN)
-    real, refusals = ring_module.io_uring_enter, [number] * 3
+    real: Any = poller._poll
+    changes = [lambda: poller.modify(fd, IN), lambda: (poller.unregister(fd), poller.register(fd, IN))]
 
-    def enter(*arguments: int) -> int:
-        return -refusals.pop() if refusals else real(*arguments)
+    class Sleeping:
+        """select.poll() during whose system call another thread makes a change."""
 
-    monkeypatch.setattr(ring_module, "io_uring_enter", enter)
-    found: list[tuple[int, int]] = []
-    for _ in range(5):
-        found = found or poller.wait(0)
-    assert found == [(fd, IN)]
-    poller.close()
-    os.close(fd)
+        register, unregister, modify = real.register, real.unregister, real.modify
 
+        def poll(self, *timeout: int) -> list[tuple[int, int]]:
+            found: list[tuple[int, int]] = real.poll(*timeout)
+            if changes:
+                changes.pop()()
+            return found
 
-def test_enter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An errno that will not go away is an error, not a loop."""
-    poller = UringPoller()
-    monkeypatch.setattr(ring_module, "io_uring_enter", lambda *_: -errno.EBADFD)
-    monkeypatch.setattr(ring_module, "io_uring_enter_until", lambda *_: -errno.EBADFD)
-    for timeout_ns in (0, -1):
-        with pytest.raises(OSError) as failure:
-            poller.wait(timeout_ns)
-        assert failure.value.errno == errno.EBADFD
+    poller._poll = Sleeping()  # type: ignore[assignment]
+    event.set()
+    assert poller.wait(0) == []
+    assert poller.wait(0) == []
+    assert poller.wait(0) == [(fd, IN)]
     poller.close()
 
 
-def test_ring_of_another_process() -> None:
-    """After fork(2) the child has no ring; it is told so."""
+@pytest.mark.parametrize("kind", POLLER_KINDS)
+def test_closed_without_unregister(kind: str) -> None:
+    """No kind reports it, is stuck on it, or knows it in the end. A ring holds the file until it is ready."""
+    poller, other = make_poller(kind), LinuxEvent()
+    poller.register(other.fileno(), IN)
+    near, far = socket.socketpair()
+    fd = near.fileno()
+    poller.register(fd, IN)
+    assert poller.wait(0) == []
+    near.close()
+    if kind == "io_uring":
+        far.send(b"x")
+    assert poller.wait(0) == []
+    other.set()
+    for _ in range(3):
+        assert poller.wait(-1) == [(other.fileno(), IN)]
+    with pytest.raises(OSError) as caught:
+        poller.unregister(fd)
+    assert caught.value.errno in (errno.ENOENT, errno.EBADF)
+    far.close()
+    fresh = os.eventfd(1)
+    poller.register(fresh, IN)
+    assert sorted(poller.wait(0)) == sorted([(fresh, IN), (other.fileno(), IN)])
+    poller.close()
+    os.close(fresh)
+    other.close()
+
+
+def test_a_ring_does_not_spin_on_a_shutdown() -> None:
+    """Of the peer, when nobody asked for input: the request that would complete at once for ever is left armed."""
     poller = UringPoller()
+    near, far = socket.socketpair()
+    with near, far:
+        far.shutdown(socket.SHUT_WR)
+        poller.register(near.fileno(), 0)
+        assert poller.wait(0) == []
+        assert [one.multi and one.armed for one in poller._in_kernel.values()] == [True]
+        assert not poller._todo
+        poller.unregister(near.fileno())
+        assert not poller._in_kernel
+    poller.close()
+
+
+def test_another_process(event: LinuxEvent) -> None:
+    """A forked child is told that the ring is not its own, does not disturb it, and can close it."""
+    poller = make_poller("io_uring")
+    poller.register(event.fileno(), IN)
+    assert poller.wait(0) == []
     child = os.fork()
     if child == 0:
+        status = 1
+        try:
+            try:
+                poller.wait(0)
+            except RuntimeError as told:
+                status = 0 if "after fork" in str(told) else 2
+            poller.unregister(event.fileno())
+            poller.close()
+        except BaseException:
+            status = 3
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    event.set()
+    assert poller.wait(WAIT_NS) == [(event.fileno(), IN)]
+    poller.close()
+
+
+def test_another_thread(event: LinuxEvent) -> None:
+    """Only its own may wait with a ring; the others are told so."""
+    poller = make_poller("io_uring")
+    poller.register(event.fileno(), IN)
+    told: list[OSError] = []
+
+    def wait() -> None:
         try:
             poller.wait(0)
-        except RuntimeError:
-            os._exit(0)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        except OSError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    assert told[0].errno == errno.EEXIST and "thread that made it" in str(told[0])
+    event.set()
+    assert poller.wait(0) == [(event.fileno(), IN)]
     poller.close()
+
+
+def test_lost_ring(event: LinuxEvent) -> None:
+    poller = UringPoller()
+    poller.register(event.fileno(), IN)
+    os.close(poller._ring._fd)
+    with pytest.raises(OSError, match="closed by somebody else") as caught:
+        poller.wait(-1)
+    assert caught.value.errno == errno.EBADF
+    poller._ring._fd = os.open("/dev/null", os.O_RDONLY)
+    with pytest.raises(OSError, match="another file"):
+        poller.wait(-1)
+    poller.unregister(event.fileno())
+    poller.close()
+    with pytest.raises(ValueError, match="closed"):
+        poller.wait(0)

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
-from bottomhalf.host.linux.poller import LinuxEvent, LinuxPoller
+from bottomhalf.host.linux.poller import make_poller
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket, LinuxStdio
 
 __all__ = ["LinuxHost"]
-
-
-REFUSED: Final = (errno.ENOSYS, errno.EPERM, errno.EACCES)  # how kernels and sandboxes say that there is no such call
 
 
 class LinuxLock:
@@ -73,21 +70,7 @@ class LinuxHost:
         pass
 
     def poller(self, kind: str = "auto") -> protocol.Poller:
-        if kind not in ("auto", "epoll", "poll", "io_uring"):
-            raise ValueError(f"a poller is auto, epoll, poll or io_uring, not {kind!r}")
-        if kind == "io_uring":
-            from bottomhalf.host.linux.uring_poller import UringPoller
-
-            return UringPoller()
-        if kind != "poll":
-            try:
-                return LinuxPoller()
-            except OSError as failure:
-                if kind == "epoll" or failure.errno not in REFUSED:
-                    raise
-        from bottomhalf.host.linux.poll_poller import PollPoller
-
-        return PollPoller()
+        return make_poller(kind)
 
     def event(self) -> LinuxEvent:
         return LinuxEvent()

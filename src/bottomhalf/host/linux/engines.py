@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from typing import Final
 
-from bottomhalf.host.linux.poller import LinuxEvent
+from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.ring import (
     FSYNC_DATASYNC,
     OP_FALLOCATE,

@@ -1,106 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readiness by epoll, wake-ups by eventfd.
+"""Which monitor waits for descriptors: epoll, and poll(2) where epoll is refused.
 
-epoll(7) tells in one call which of many descriptors are ready and keeps the set in the kernel. Of the three monitors
-here it is the fastest for whatever was measured (``benchmarks.micro_pollers``: a wait that finds one descriptor among
-a thousand takes 0.4 us, with poll(2) 27, with a ring 6), so "auto" takes it where it is allowed. ``select.epoll``
-counts its timeout in whole milliseconds, rounded up, which would turn a timer of 50 us into one of 1 ms;
-epoll_pwait2(2) takes nanoseconds but costs a microsecond more through ctypes. Therefore short finite timeouts
-take the exact call and everything else the cheap one. Neither returns early, except from a wait of over a day.
+All three kinds promise the same (host.protocol.Poller), so speed decides. `benchmarks/micro_pollers.py`, nanoseconds,
+CPython 3.11 on Linux 6.18, two cores of a virtual machine:
+
+    ==================================  =====  =====  ========
+    what                                epoll   poll  io_uring
+    ==================================  =====  =====  ========
+    wait(0), 1 of 1 ready                 449    533      5124
+    wait(0), 1 of 32 ready                450   1315      5078
+    wait(0), 32 of 32 ready              3107   2682     32428
+    wait(0), 1 of 1000 ready              412  24780      4482
+    wait(0), none of 1000 ready           292  26559       434
+    event, wait, read; 1000 watched      1006  34868     10301
+    remove, add, wait(0)                 1150   1840     12337
+    ping-pong of two threads, one core   4854   5046     16276
+    ==================================  =====  =====  ========
+
+* epoll is the fastest wherever a descriptor is ready, or many are watched. "auto" takes it.
+* poll(2) is as good for a handful of descriptors and hopeless for a thousand; but no profile forbids it. "auto" takes
+  it where epoll is refused, which ``name`` then tells.
+* io_uring pays in Python, by bytes stored and parsed, for what epoll does in C: a microsecond per ready descriptor, and
+  one or two calls through ctypes at a microsecond each. Its looks that find nothing need no system call, but one
+  such call takes no longer than the Python that saves it. "auto" never takes it. It is there to be asked for by
+  name, to compare and to test with.
+
+    poller = make_poller("auto")
+    assert poller.name in ("epoll", "poll")
 """
 
 from __future__ import annotations
 
-import os
-import select
-import time
+import errno
 from typing import TYPE_CHECKING, Final
 
+from bottomhalf.host.linux.epoll import EpollPoller
+
 if TYPE_CHECKING:
-    from bottomhalf.host.linux.syscalls import EpollBuffer
+    from bottomhalf.host.protocol import Poller
 
-MAX_EVENTS: Final = 128  # taken per wait, as QEMU's fdmon-epoll; the rest stays ready (level-triggered)
-WAIT_NS_MAX: Final = 86_400_000_000_000  # a day; the C interface counts milliseconds in an int
-EXACT_BELOW_NS: Final = 20_000_000  # milliseconds would be too coarse
+POLLER_KINDS: Final = ("epoll", "poll", "io_uring")
+# How a kernel or a container says that it has no such thing; anything else is a fault that a fallback would hide.
+ABSENT: Final = frozenset((errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL))
 
 
-class LinuxPoller:
-    """A host.protocol.Poller."""
-
-    __slots__ = ("_buffer", "_epoll", "_exact", "_poll")
-
-    name = "epoll"
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._poll = self._epoll.poll
-        self._exact = True
-        self._buffer: EpollBuffer | None = None
-
-    def fileno(self) -> int:
-        return self._epoll.fileno()
-
-    def register(self, fd: int, mask: int) -> None:
-        self._epoll.register(fd, mask)
-
-    def modify(self, fd: int, mask: int) -> None:
-        self._epoll.modify(fd, mask)
-
-    def unregister(self, fd: int) -> None:
-        self._epoll.unregister(fd)
-
-    def wait(self, timeout_ns: int) -> list[tuple[int, int]]:
-        if timeout_ns <= 0:
-            poll = self._poll
-            return poll(None if timeout_ns else 0, MAX_EVENTS)
-        if timeout_ns < EXACT_BELOW_NS and self._exact:
-            return self._wait_exactly(timeout_ns)
-        return self._poll(min(timeout_ns, WAIT_NS_MAX) / 1e9, MAX_EVENTS)
-
-    def _wait_exactly(self, timeout_ns: int) -> list[tuple[int, int]]:
-        if self._buffer is None:
-            from bottomhalf.host.linux.syscalls import EpollBuffer
-
-            self._buffer = EpollBuffer(MAX_EVENTS)
-        end_ns = time.monotonic_ns() + timeout_ns
+def make_poller(kind: str = "auto") -> Poller:
+    """As Host.poller()."""
+    if kind == "auto":
         try:
-            while (ready := self._buffer.wait(self._epoll.fileno(), timeout_ns)) is None:
-                # A signal, whose handler has run by now, or work of a ring: go on, as epoll.poll() does.
-                timeout_ns = max(end_ns - time.monotonic_ns(), 0)
-        except OSError:  # ENOSYS before Linux 5.11, EPERM under a strict seccomp profile
-            self._exact = False
-            return self._poll(timeout_ns / 1e9, MAX_EVENTS)
-        return ready
+            return EpollPoller()
+        except OSError as refused:
+            if refused.errno not in ABSENT:
+                raise
+        kind = "poll"
+    if kind == "epoll":
+        return EpollPoller()
+    if kind == "poll":
+        from bottomhalf.host.linux.poll import PollPoller
 
-    def close(self) -> None:
-        self._epoll.close()
+        return PollPoller()
+    if kind == "io_uring":
+        from bottomhalf.host.linux.uring_poller import UringPoller
 
-
-class LinuxEvent:
-    """A host.protocol.Event: eventfd(2), non-blocking, close-on-exec."""
-
-    __slots__ = ("_fd",)
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def set(self) -> None:
-        try:
-            os.eventfd_write(self._fd, 1)
-        except BlockingIOError:
-            pass  # the counter is full: it is readable already
-
-    def clear(self) -> bool:
-        try:
-            os.eventfd_read(self._fd)
-        except BlockingIOError:
-            return False
-        return True
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        return UringPoller()
+    raise ValueError(f"a poller is auto, {', '.join(POLLER_KINDS[:-1])} or {POLLER_KINDS[-1]}, not {kind!r}")

@@ -28,18 +28,13 @@ from typing import Final
 from bottomhalf.host.linux.syscalls import (
     error,
     io_uring_enter,
-    io_uring_enter_until,
     io_uring_register_eventfd,
     io_uring_setup,
 )
 
 ENTRIES: Final = 256  # requests in flight per ring; more wait in the engine
 
-SECONDS_MAX: Final = 86_400  # of one wait; who waits longer looks again
-
 OP_FSYNC: Final = 3
-OP_POLL_ADD: Final = 6
-OP_POLL_REMOVE: Final = 7
 OP_FALLOCATE: Final = 17
 OP_READ: Final = 22
 OP_WRITE: Final = 23
@@ -51,8 +46,6 @@ _SETUP_TASKRUN_FLAG: Final = 1 << 9
 _SETUP_SINGLE_ISSUER: Final = 1 << 12
 _SETUP_DEFER_TASKRUN: Final = 1 << 13
 _ENTER_GETEVENTS: Final = 1
-_ENTER_EXT_ARG: Final = 1 << 3
-_FEAT_EXT_ARG: Final = 1 << 8
 _SQ_CQ_OVERFLOW: Final = 1 << 1  # flags that the kernel shows in the submission ring
 _SQ_TASKRUN: Final = 1 << 2
 _CQ_EVENTFD_DISABLED: Final = 1  # flag that we show in the completion ring
@@ -69,14 +62,17 @@ _ENTRY_SIZE: Final = 64
 class Ring:
     """One io_uring. Belongs to the thread that made it."""
 
+    has_event = True  # whether there is a descriptor that completions make readable
+
     def __init__(self, entries: int = ENTRIES) -> None:
         """OSError: ENOSYS (no such call), EPERM (seccomp, the sysctl kernel.io_uring_disabled), ENOMEM."""
         self._fd, params = _setup(entries)
         self._pid = os.getpid()
         self._eventfd = -1
         try:
-            self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            io_uring_register_eventfd(self._fd, self._eventfd)
+            if self.has_event:
+                self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                io_uring_register_eventfd(self._fd, self._eventfd)
             self._map(params)
         except BaseException:
             os.close(self._fd)
@@ -84,8 +80,6 @@ class Ring:
                 os.close(self._eventfd)
             raise
         self._unsubmitted = 0
-        self._timespec = ctypes.create_string_buffer(16)
-        self._argument = ctypes.create_string_buffer(24)
 
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries = struct.unpack_from("<II", params, 0)
@@ -94,7 +88,6 @@ class Ring:
             raise error(errno.ENOSYS)  # too old for the operations that we need
         _, sq_tail, sq_mask, _, sq_flags, _, sq_array = struct.unpack_from("<7I", params, 40)
         cq_head, cq_tail, cq_mask, _, _, cqes, cq_flags = struct.unpack_from("<7I", params, 80)
-        self.can_time_out = bool(features & _FEAT_EXT_ARG)  # enter_until() is to be had (Linux 5.11)
         self.entries: int = sq_entries
         length = max(sq_array + sq_entries * 4, cqes + cq_entries * 16)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
@@ -136,58 +129,11 @@ class Ring:
         self._tail = (self._tail + 1) & 0xFFFFFFFF
         self._unsubmitted += 1
 
-    def push_next(self, token: int, opcode: int, fd: int, address: int, op_flags: int) -> None:
-        """Queue an operation without a buffer in whatever entry is next; ``completions()`` names it by ``token``. For
-        rings whose operations outnumber their entries. The kernel is entered when it has no entry left."""
-        if self._unsubmitted >= self.entries:
-            self.enter()
-            if self._unsubmitted >= self.entries:
-                raise error(errno.EBUSY)
-        entry = self._tail & self._sq_mask
-        _ENTRY.pack_into(self._sqes, entry * _ENTRY_SIZE, opcode, 0, 0, fd, 0, address, 0, op_flags, token)
-        self._words[self._sq_array_word + entry] = entry
-        self._tail = (self._tail + 1) & 0xFFFFFFFF
-        self._unsubmitted += 1
-
-    def enter_until(self, timeout_ns: int) -> None:
-        """enter() that waits for one completion, for so long at the most (-1: without end), or until a signal."""
-        self._check_process()
-        words = self._words
-        words[self._sq_tail_word] = self._tail
-        timespec = 0
-        if timeout_ns >= 0:
-            seconds = min(timeout_ns // 1_000_000_000, SECONDS_MAX)
-            struct.pack_into("<qq", self._timespec, 0, seconds, timeout_ns % 1_000_000_000)
-            timespec = ctypes.addressof(self._timespec)
-        # sigmask u64, its size u32, min_wait_usec u32, timespec u64
-        struct.pack_into("<QIIQ", self._argument, 0, 0, 8, 0, timespec)
-        words[self._cq_flags_word] = _CQ_EVENTFD_DISABLED
-        try:
-            taken = io_uring_enter_until(
-                self._fd,
-                self._unsubmitted,
-                1,
-                _ENTER_GETEVENTS | _ENTER_EXT_ARG,
-                ctypes.addressof(self._argument),
-                ctypes.sizeof(self._argument),
-            )
-        finally:
-            words[self._cq_flags_word] = 0
-        if taken >= 0:
-            self._unsubmitted -= taken
-        elif taken in (-errno.ETIME, -errno.EINTR):
-            self._unsubmitted = 0  # all were taken before the wait began
-        elif taken not in (-errno.EAGAIN, -errno.EBUSY):
-            raise error(-taken)
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("this ring was made by another process; make engines after fork")
-
     def enter(self, wait_for: int = 0) -> None:
         """Submit what was pushed and post what finished. Waits for ``wait_for`` completions. What finishes from
         now on makes fileno() readable; look at ``pending`` for what did before."""
-        self._check_process()
+        if os.getpid() != self._pid:
+            raise RuntimeError("this ring was made by another process; make engines after fork")
         words = self._words
         words[self._sq_tail_word] = self._tail
         words[self._cq_flags_word] = _CQ_EVENTFD_DISABLED
@@ -245,7 +191,8 @@ class Ring:
         self._rings.close()  # the mappings hold descriptors of their own
         self._sqes.close()
         os.close(self._fd)
-        os.close(self._eventfd)
+        if self._eventfd >= 0:
+            os.close(self._eventfd)
         self._fd = -1
 
 

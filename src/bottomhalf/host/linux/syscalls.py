@@ -41,14 +41,13 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
 
-FALLOC_KEEP_SIZE: Final = 1
-FALLOC_PUNCH_HOLE: Final = 2
-FALLOC_ZERO_RANGE: Final = 16
-
-
 _ppoll = _libc.ppoll
 _ppoll.argtypes = [_ptr, ctypes.c_ulong, _ptr, _ptr]
 _ppoll.restype = ctypes.c_int
+
+FALLOC_KEEP_SIZE: Final = 1
+FALLOC_PUNCH_HOLE: Final = 2
+FALLOC_ZERO_RANGE: Final = 16
 
 
 def error(number: int) -> OSError:
@@ -81,16 +80,27 @@ def io_uring_enter(fd: int, to_submit: int, min_complete: int, flags: int) -> in
     return int(result) if result >= 0 else -ctypes.get_errno()
 
 
-def io_uring_enter_until(fd: int, to_submit: int, min_complete: int, flags: int, argument: int, size: int) -> int:
-    """io_uring_enter(2) with IORING_ENTER_EXT_ARG: ``argument`` is the address of a struct io_uring_getevents_arg."""
-    result = _syscall_released(_SYS_IO_URING_ENTER, fd, to_submit, min_complete, flags, argument, size)
-    return int(result) if result >= 0 else -ctypes.get_errno()
+class EnterTimeout:
+    """What IORING_ENTER_EXT_ARG (Linux 5.11) points at: a wait inside io_uring_enter(2) with a limit."""
 
+    __slots__ = ("_argument", "_argument_address", "_timespec")
 
-def ppoll(pollfds: int, count: int, timespec: int) -> int:
-    """ppoll(2): how many descriptors are ready, or a negative errno."""
-    result = _ppoll(pollfds, count, timespec, None)
-    return int(result) if result >= 0 else -ctypes.get_errno()
+    def __init__(self) -> None:
+        self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
+        timespec_address = ctypes.addressof(self._timespec)
+        # sigmask u64, its size u32, padding u32, address of the timespec u64
+        self._argument = ctypes.create_string_buffer(struct.pack("<QIIQ", 0, 0, 0, timespec_address), 24)
+        self._argument_address = ctypes.addressof(self._argument)
+
+    def set(self, timeout_ns: int) -> None:
+        _TIMESPEC.pack_into(self._timespec, 0, timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000)
+
+    def enter(self, fd: int, to_submit: int, min_complete: int, flags: int) -> int:
+        """io_uring_enter(2) as below, for as long as set(); ``flags`` are to have IORING_ENTER_EXT_ARG."""
+        result = _syscall_released(
+            _SYS_IO_URING_ENTER, fd, to_submit, min_complete, flags, self._argument_address, 24
+        )
+        return int(result) if result >= 0 else -ctypes.get_errno()
 
 
 def io_uring_register_eventfd(fd: int, eventfd: int) -> None:
@@ -139,6 +149,37 @@ class EpollBuffer:
             mask, ready = unpack(self._events, position)
             events.append((ready, mask))
         return events
+
+
+_POLLFD: Final = struct.Struct("<ihh")
+
+
+class PollArray:
+    """The descriptors that ppoll(2) looks at, kept from call to call."""
+
+    __slots__ = ("_count", "_entries", "_timespec")
+
+    def __init__(self) -> None:
+        self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
+        self.fill([])
+
+    def fill(self, masks: list[tuple[int, int]]) -> None:
+        """Look at these (fd, mask) from now on."""
+        self._count = len(masks)
+        self._entries = ctypes.create_string_buffer(max(_POLLFD.size * len(masks), 1))
+        for position, (fd, mask) in enumerate(masks):
+            _POLLFD.pack_into(self._entries, position * _POLLFD.size, fd, mask, 0)
+
+    def wait(self, timeout_ns: int) -> int:
+        """ppoll(2): how many are ready after at most ``timeout_ns``; 0 also if it was interrupted (EINTR)."""
+        _TIMESPEC.pack_into(self._timespec, 0, timeout_ns // 1_000_000_000, timeout_ns % 1_000_000_000)
+        count = _ppoll(self._entries, self._count, self._timespec, None)
+        if count < 0:
+            number = ctypes.get_errno()
+            if number == errno.EINTR:
+                return 0
+            raise error(number)
+        return int(count)
 
 
 class PageCacheProbe:

@@ -112,7 +112,7 @@ class SimHost:
 
     def poller(self, kind: str = "auto") -> SimPoller:
         if kind not in ("auto", *POLLER_KINDS):
-            raise ValueError(f"a poller is auto, {', '.join(POLLER_KINDS)}, not {kind!r}")
+            raise ValueError(f"a poller is auto, {' or '.join(POLLER_KINDS)}, not {kind!r}")
         if kind != "auto" and kind not in self.poller_kinds:
             raise failure(errno_module.ENOSYS)
         return SimPoller(self.world, "sim" if kind == "auto" else kind)

@@ -70,7 +70,7 @@ class SimSignalSource(Descriptor):
 
 
 class SimPoller(Descriptor):
-    """A host.protocol.Poller."""
+    """A host.protocol.Poller. All kinds behave alike here; ``name`` is the one that was asked for."""
 
     def __init__(self, world: World, name: str = "sim") -> None:
         super().__init__(world)

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from bottomhalf.host.linux import poller as module
-from bottomhalf.host.linux.poller import LinuxEvent, LinuxPoller
+from bottomhalf.host.linux import epoll as module
+from bottomhalf.host.linux.epoll import EpollPoller
+from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.protocol import IN
 
 MS = 1_000_000
@@ -19,7 +20,7 @@ MS = 1_000_000
 @pytest.mark.parametrize("exact", [True, False])
 def test_never_early(timeout_ns: int, exact: bool) -> None:
     """T34: rounded up, in either system call."""
-    poller = LinuxPoller()
+    poller = EpollPoller()
     poller._exact = exact
     begin_ns = time.monotonic_ns()
     assert poller.wait(timeout_ns) == []
@@ -30,7 +31,7 @@ def test_never_early(timeout_ns: int, exact: bool) -> None:
 @pytest.mark.parametrize("timeout_ns", [2**31 * MS, 2**62, 2**63, 2**80])
 def test_huge_timeouts(timeout_ns: int) -> None:
     """T34: they do not become negative, and do not overflow."""
-    poller, event = LinuxPoller(), LinuxEvent()
+    poller, event = EpollPoller(), LinuxEvent()
     poller.register(event.fileno(), IN)
     event.set()
     assert poller.wait(timeout_ns) == [(event.fileno(), IN)]
@@ -50,7 +51,7 @@ def test_without_the_exact_call(monkeypatch: pytest.MonkeyPatch, number: int) ->
         raise OSError(number, "no")
 
     monkeypatch.setattr(syscalls.EpollBuffer, "wait", refuse)
-    poller = LinuxPoller()
+    poller = EpollPoller()
     begin_ns = time.monotonic_ns()
     for _ in range(2):
         assert poller.wait(100_000) == []
@@ -60,7 +61,7 @@ def test_without_the_exact_call(monkeypatch: pytest.MonkeyPatch, number: int) ->
 
 def test_exact_answers() -> None:
     """The buffer of the exact call is read right, for several descriptors and again and again."""
-    poller = LinuxPoller()
+    poller = EpollPoller()
     events = [LinuxEvent() for _ in range(5)]
     for event in events:
         poller.register(event.fileno(), IN)
@@ -77,7 +78,7 @@ def test_exact_answers() -> None:
 
 
 def test_many_are_taken_in_turns() -> None:
-    poller = LinuxPoller()
+    poller = EpollPoller()
     events = [LinuxEvent() for _ in range(2 * module.MAX_EVENTS)]
     for event in events:
         poller.register(event.fileno(), IN)
@@ -112,7 +113,7 @@ def test_interrupted_waits_go_on() -> None:
     import signal
     import threading
 
-    poller, event = LinuxPoller(), LinuxEvent()
+    poller, event = EpollPoller(), LinuxEvent()
     poller.register(event.fileno(), IN)
     handled: list[int] = []
     wakes = False
