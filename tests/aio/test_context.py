@@ -148,7 +148,7 @@ def test_handlers_are_asked_for_errors(sim_context: AioContext, sim: SimHost) ->
 
 
 def test_removed_by_another_handler(context: AioContext, host: Host) -> None:
-    """Of two ready handlers that remove each other one runs."""
+    """T27: Of two ready handlers that remove each other one runs."""
     notifiers = [host.event(), host.event()]
     seen: list[int] = []
 
@@ -168,7 +168,7 @@ def test_removed_by_another_handler(context: AioContext, host: Host) -> None:
 
 
 def test_removes_itself(context: AioContext, host: Host) -> None:
-    """Between its reading and its writing half, too."""
+    """T27: Between its reading and its writing half, too."""
     event = host.event()
     event.set()
     seen: list[str] = []
