@@ -53,7 +53,7 @@ Callback: TypeAlias = Callable[[], object]
 IDLE_NS: Final = 10_000_000  # an idle bottom half runs at least this often (QEMU: 10 ms)
 POLL_FIRST_NS: Final = 4_000  # the first step when busy polling grows (QEMU: 4 us)
 POLL_MAX_NS: Final = 32_768  # what a context that serves requests should use (QEMU's iothreads)
-POLL_NS_LIMIT: Final = 10**9  # more than a second of busy polling is a mistake
+POLL_PARAM_MAX: Final = 2**63 - 1  # what QEMU's options take
 _making_timers: Final = Lock()
 
 LOOK_EVERY: Final = 8  # polls that have bottom halves to run look for readiness every so often
@@ -418,9 +418,9 @@ class AioContext(Entering):
         """Poll busily for up to ``max_ns`` (0: not at all) before sleeping. The time grows by the factor ``grow`` (0:
         two) and shrinks by ``shrink`` (0: to nothing at once). What was learnt is forgotten. From any thread, at any
         time. AioError for what makes no sense."""
-        for name, value, most in (("max", max_ns, POLL_NS_LIMIT), ("grow", grow, 2**31), ("shrink", shrink, 2**31)):
-            if not 0 <= value <= most:
-                raise AioError(f"poll-{name} of {self.name} is {value}, not between 0 and {most}")
+        for name, value in (("max-ns", max_ns), ("grow", grow), ("shrink", shrink)):
+            if not 0 <= value <= POLL_PARAM_MAX:
+                raise AioError(f"poll-{name} of {self.name} is {value}, not between 0 and {POLL_PARAM_MAX}")
         self.poll_max_ns, self.poll_grow, self.poll_shrink = max_ns, grow, shrink
         self._poll_ns = 0
         self._handlers.forget_times()

@@ -92,10 +92,10 @@ class Storage:
             if value is not None and value < 0:
                 raise OptionError(f"{name.replace('_', '-')} value must be in range [0, 9223372036854775807]")
         poll_max_ns = POLL_MAX_NS if properties.poll_max_ns is None else properties.poll_max_ns
-        thread = IOThread(options.id, self.host, poll_max_ns)
+        thread = IOThread(
+            options.id, self.host, poll_max_ns, properties.poll_grow or 0, properties.poll_shrink or 0
+        )
         thread.context.exception_handler = self._callback_failed
-        thread.context.poll_grow = properties.poll_grow or 2
-        thread.context.poll_shrink = properties.poll_shrink or 0
         self.iothreads[options.id] = thread
 
     def add_chardev(self, chardev_id: str, backend: ChardevBackend) -> Chardev:
