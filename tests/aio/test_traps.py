@@ -144,7 +144,6 @@ def test_a_dead_caller_is_not_touched(context: AioContext) -> None:
         inner.append(context.enter(second()))
 
     context.enter(first())
-    gc.collect()
     others = [context.enter(give_way_once()) for _ in range(5)]
     context.wake(inner[0])
     assert inner[0].result() == "went on"
