@@ -7,8 +7,9 @@ import asyncio
 
 import pytest
 
-from bottomhalf.aio import AioContext, sleep_ns
-from bottomhalf.aio.asyncio_bridge import Embedded
+from bottomhalf.aio import AioContext, sleep_ns, wait_while
+from bottomhalf.aio.asyncio_bridge import Embedded, from_asyncio
+from bottomhalf.aio.asyncio_loop import AioEventLoop
 from bottomhalf.host.linux import LinuxHost
 
 
@@ -84,6 +85,73 @@ def test_scheduled_from_the_loops_own_thread() -> None:
                 else:
                     getattr(half, way)()
                 await asyncio.wait_for(ran, 10)
+        context.close()
+
+    asyncio.run(main())
+
+
+def test_what_was_scheduled_before_it_is_embedded() -> None:
+    async def main() -> None:
+        context = AioContext(LinuxHost())
+        ran = asyncio.Event()
+        context.schedule_oneshot(ran.set)
+        with Embedded(context):
+            await asyncio.wait_for(ran.wait(), 10)
+        context.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("outer", ["embedded", "loop"])
+def test_what_a_nested_poll_leaves_is_done_after_it(outer: str) -> None:
+    """A nested poll takes the wake-up of what is scheduled during it, and ends before that runs. Not each poll looks at
+    descriptors: so with any number of polls."""
+
+    async def use(context: AioContext) -> None:
+        for polls in range(1, 20):
+            left = asyncio.Event()
+            ran = 0
+
+            def again() -> None:
+                nonlocal ran
+                ran += 1
+                context.schedule_oneshot(again if ran < polls else left.set)  # noqa: B023
+
+            context.schedule_oneshot(again)
+            wait_while(context, lambda: ran < polls, what="the last")  # noqa: B023
+            await asyncio.wait_for(left.wait(), 10)
+
+    async def embedded() -> None:
+        context = AioContext(LinuxHost())
+        with Embedded(context):
+            await use(context)
+        context.close()
+
+    async def loop() -> None:
+        await use(asyncio.get_running_loop().context)  # type: ignore[attr-defined]
+
+    if outer == "embedded":
+        asyncio.run(embedded())
+        return
+    with asyncio.Runner(loop_factory=AioEventLoop) as runner:
+        runner.run(loop())
+
+
+def test_woken_by_somebody_else_it_goes_on_waiting() -> None:
+    async def main() -> None:
+        context = AioContext(LinuxHost())
+
+        async def coroutine() -> str:
+            return str(await from_asyncio(future))
+
+        with Embedded(context):
+            future = asyncio.get_running_loop().create_future()
+            waiting = context.enter(coroutine())
+            context.wake(waiting)
+            assert not waiting.done
+            future.set_result("the answer")
+            await asyncio.sleep(0)
+            assert waiting.result() == "the answer"
         context.close()
 
     asyncio.run(main())

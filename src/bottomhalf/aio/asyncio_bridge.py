@@ -60,6 +60,7 @@ class Embedded:
         self._context.embed()
         self.loop.add_reader(self._context.fileno(), self._poll)
         bridges[self._context] = self
+        self.arrange()  # for what was scheduled before
         return self
 
     def __exit__(
@@ -184,8 +185,9 @@ async def from_asyncio(awaitable: Awaitable[Any]) -> Any:
     task = asyncio.ensure_future(awaitable, loop=bridge.loop)
     waiting = _AsyncioTask(task, me)
     try:
-        await suspend(waiting)
-    except Cancelled:
+        while not task.done():  # somebody else may have woken it
+            await suspend(waiting)
+    except BaseException:  # cancelled, or thrown away half done
         task.cancel()
         raise
     if task.cancelled():
