@@ -79,6 +79,8 @@ class Entering:
                 append(entered)
                 if self.notify_me:
                     self.wake_up()
+                if not state.woken:
+                    return entered
             elif type(said) is str and state.depth == depth:
                 entered.waits_for = said
                 state.coroutine = None
