@@ -20,8 +20,9 @@ from tests.aio.helpers import drain, until
 HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def test_cancel_from_another_thread_does_not_wait(host: Host) -> None:
-    """T9: the callback may be running. Who needs to know that it is not sends a bottom half after it."""
+@pytest.mark.parametrize("what", ["bottom half", "timer"])
+def test_cancel_from_another_thread_does_not_wait(host: Host, what: str) -> None:
+    """T9, T43: the callback may be running. Who needs to know that it is not sends a bottom half after it."""
     main = AioContext(host)
     thread = IOThread("io0", host)
     gate = host.lock()
@@ -34,43 +35,16 @@ def test_cancel_from_another_thread_does_not_wait(host: Host) -> None:
         with gate:
             ended = True
 
-    half = thread.context.bottom_half(callback)
-    half.schedule()
+    half, timer = thread.context.bottom_half(callback), thread.context.timer(callback)
+    if what == "timer":
+        timer.arm_ns(0)
+    else:
+        half.schedule()
     seen: list[int] = []
     main.set_fd_handler(begun.fileno(), lambda: (begun.clear(), seen.append(1)))
     until(main, lambda: seen)
-    half.cancel()
+    (timer if what == "timer" else half).cancel()
     assert not ended, "it is in the midst of it"
-    gate.release()
-    run_in(thread.context, lambda: None, "the hand-shake")
-    assert ended
-    main.set_fd_handler(begun.fileno())
-    thread.stop()
-    begun.close()
-    main.close()
-
-
-def test_timer_cancel_from_another_thread_does_not_wait(host: Host) -> None:
-    """T43: the same for timers."""
-    main = AioContext(host)
-    thread = IOThread("io0", host)
-    gate = host.lock()
-    gate.acquire()
-    begun, ended = host.event(), False
-
-    def callback() -> None:
-        nonlocal ended
-        begun.set()
-        with gate:
-            ended = True
-
-    timer = thread.context.timer(callback)
-    timer.arm_ns(0)
-    seen: list[int] = []
-    main.set_fd_handler(begun.fileno(), lambda: (begun.clear(), seen.append(1)))
-    until(main, lambda: seen)
-    timer.cancel()
-    assert not ended
     gate.release()
     run_in(thread.context, lambda: None, "the hand-shake")
     assert ended and not timer.armed
