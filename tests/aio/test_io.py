@@ -487,7 +487,7 @@ def test_errors_reach_their_owner(sim: SimHost, tmp_path: object) -> None:
 def test_kernel_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     """T74: EAGAIN with nothing in flight. In QEMU nothing submits again; ours tries in the next poll."""
     from bottomhalf.host.linux import ring
-    from bottomhalf.host.linux.engines import RingEngine
+    from bottomhalf.host.linux.ring_engine import RingEngine
 
     context = AioContext(LinuxHost())
     if not isinstance(context.engine._engine, RingEngine):

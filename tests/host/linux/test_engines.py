@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from bottomhalf.host.linux import LinuxHost, engines
+from bottomhalf.host.linux import LinuxHost, ring_engine, thread_engine
 from bottomhalf.host.linux import ring as ring_module
-from bottomhalf.host.linux.engines import WORKERS_MAX, RingEngine, ThreadEngine
 from bottomhalf.host.linux.file import LinuxFile
+from bottomhalf.host.linux.job import Job
 from bottomhalf.host.linux.ring import ENTRIES
+from bottomhalf.host.linux.ring_engine import RingEngine
+from bottomhalf.host.linux.thread_engine import WORKERS_MAX, ThreadEngine
 from bottomhalf.host.protocol import Engine
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, OP_NAMES, READ, WRITE, WRITE_ZEROES, Request
 from bottomhalf.host.sim import SimHost
@@ -50,9 +52,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     the list of what it would have said."""
     wanted: list[tuple[int, int]] = []
     really: list[int] = []
-    step = engines._Job._step
+    step = Job._step
 
-    def lying_step(job: engines._Job, result: int) -> bool:
+    def lying_step(job: Job, result: int) -> bool:
         for n, (op, instead) in enumerate(wanted):
             if op == job.request.op:
                 really.append(result)
@@ -60,7 +62,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
                 return step(job, instead)
         return step(job, result)
 
-    monkeypatch.setattr(engines._Job, "_step", lying_step)
+    monkeypatch.setattr(Job, "_step", lying_step)
 
     def answer(op: int, *instead: int) -> list[int]:
         wanted.extend((op, one) for one in instead)
@@ -203,11 +205,11 @@ def test_short_transfers_go_on(real: Place, answers: Answers, parts: tuple[int, 
 
 def test_short_transfers_by_the_kernel(real: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same when no more than so many bytes really move at a time."""
-    monkeypatch.setattr(engines, "RING_OPERATION_BYTES_MAX", 700)
+    monkeypatch.setattr(ring_engine, "RING_OPERATION_BYTES_MAX", 700)
     preadv, pwritev = os.preadv, os.pwritev
     if real._engine_kind == "threads":
-        monkeypatch.setattr(engines.os, "preadv", lambda fd, b, offset: preadv(fd, [b[0][:700]], offset))
-        monkeypatch.setattr(engines.os, "pwritev", lambda fd, b, *rest: pwritev(fd, [b[0][:700]], *rest))
+        monkeypatch.setattr(thread_engine.os, "preadv", lambda fd, b, offset: preadv(fd, [b[0][:700]], offset))
+        monkeypatch.setattr(thread_engine.os, "pwritev", lambda fd, b, *rest: pwritev(fd, [b[0][:700]], *rest))
     content = bytes(range(256)) * 16
     path = real.file("a", PAGE)
     carry_out(real, path, Request(WRITE, 0, PAGE, memoryview(content)))

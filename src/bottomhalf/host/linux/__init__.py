@@ -16,9 +16,10 @@ from bottomhalf.host.linux.poller import make_poller
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
-    from bottomhalf.host.linux.engines import RingEngine, ThreadEngine
     from bottomhalf.host.linux.process import LinuxSignals
+    from bottomhalf.host.linux.ring_engine import RingEngine
     from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket, LinuxStdio
+    from bottomhalf.host.linux.thread_engine import ThreadEngine
 
 __all__ = ["LinuxHost"]
 
@@ -89,7 +90,8 @@ class LinuxHost:
         return LinuxFile(path, read_only=read_only, direct=direct, locking=locking)
 
     def engine(self, kind: str = "auto") -> RingEngine | ThreadEngine:
-        from bottomhalf.host.linux.engines import RingEngine, ThreadEngine
+        from bottomhalf.host.linux.ring_engine import RingEngine
+        from bottomhalf.host.linux.thread_engine import ThreadEngine
 
         if kind == "threads":
             return ThreadEngine()

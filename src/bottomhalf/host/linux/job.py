@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request on its way through an engine.
+
+A caller of an engine wants one answer per request: all of the bytes, or an errno. The kernel gives less: reads end
+early at the end of what is cached, writes end early when the disk fills up, either may say EINTR or EAGAIN. So
+all engines share ``Job.step``: given what the kernel said to a part of a request, it says whether the request is
+done or how to go on. The rules are QEMU's: a read beyond the end of the file yields zero bytes, a write that makes
+no progress is ENOSPC.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from bottomhalf.host.linux.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, address_of
+from bottomhalf.host.protocol import File
+from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, READ, WRITE, Request
+
+_PUNCH: Final = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+_RETRY: Final = (-errno.EINTR, -errno.EAGAIN)
+_NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS)
+
+
+class Job:
+    """A request on its way through an engine: with whose descriptor, and its bounce buffer if it needs one."""
+
+    __slots__ = ("address", "bounce", "fd", "file", "mode", "request")
+
+    def __init__(self, file: File, request: Request) -> None:
+        self.file = file
+        self.fd = file.fileno()
+        self.request = request
+        self.bounce: memoryview | None = None
+        self.mode = 0  # of fallocate
+        request.done = 0
+        if request.op <= WRITE:
+            # Found out here, the address is not left in the request: the next buffer lies elsewhere.
+            self.address = request.address
+            if not self.address and request.length and not request.buffer.readonly:
+                self.address = address_of(request.buffer)
+            if not self.address or self.address % file.memory_alignment:
+                self._use_bounce(request)
+        elif request.op == DISCARD or (request.op != FLUSH and request.flags & MAY_UNMAP):
+            self.mode = _PUNCH
+        else:
+            self.mode = FALLOC_ZERO_RANGE
+
+    def _use_bounce(self, request: Request) -> None:
+        from bottomhalf.host.linux.memory import LinuxArena
+
+        arena = LinuxArena(max(request.length, 1))
+        self.bounce = arena.view[: request.length]
+        self.address = arena.address
+        if request.op == WRITE:
+            self.bounce[:] = request.buffer
+
+    @property
+    def buffer(self) -> memoryview:
+        return self.bounce if self.bounce is not None else self.request.buffer
+
+    def step(self, result: int) -> bool:
+        """Take the kernel's answer to the part from ``request.done`` on; True when the request is finished."""
+        try:
+            return self._step(result)
+        except Exception as failure:  # its file or its buffer was closed: it alone suffers
+            self.request.result = -(getattr(failure, "errno", None) or errno.EIO)
+            return True
+
+    def _step(self, result: int) -> bool:
+        request = self.request
+        if result < 0:
+            if result in _RETRY:
+                return False
+            if request.op > FLUSH:
+                return self._fallocate_refused(result)
+            request.result = result
+            return True
+        if request.op > WRITE:
+            request.result = 0
+            return True
+        request.done += result
+        if request.done == request.length:
+            self._succeed()
+            return True
+        if request.op == WRITE:
+            if result == 0:
+                request.result = -errno.ENOSPC
+                return True
+            return False
+        if result == 0 or request.offset + request.done >= self.file.size():
+            self.buffer[request.done :] = bytes(request.length - request.done)
+            self._succeed()
+            return True
+        return False
+
+    def _succeed(self) -> None:
+        if self.bounce is not None and self.request.op == READ:
+            self.request.buffer[:] = self.bounce
+        self.request.result = 0
+
+    def _fallocate_refused(self, result: int) -> bool:
+        """A file system without this mode of fallocate: say ENOTSUP and let the block layer fall back."""
+        self.request.result = -errno.ENOTSUP if result in _NO_SUCH_MODE else result
+        return True
