@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import interpreters, system
-from benchmarks.event_core import ROWS as EVENT_CORE_ROWS
 from benchmarks.load import choose
 from benchmarks.report import Line, lines, table
 from benchmarks.rows import ROWS, LoadRow, Row, Sample, Settings
@@ -65,18 +64,15 @@ def main(arguments: Sequence[str]) -> int:
         for row in rows:
             goals = ", ".join(f"{peer} {goal or '-'}" for peer, goal in row.peers.items())
             print(f"{row.name:28} {row.about}\n{'':28} beside (goal): {goals}")
-        for name, core in zip(interpreters.names(), EVENT_CORE_ROWS, strict=False):
-            goals = ", ".join(f"{peer} {core.goals.get(peer, '-')}" for peer in core.peers)
-            print(f"{name:28} {core.about}\n{'':28} beside (goal): {goals}")
+        for paragraph in interpreters.describe():
+            print(paragraph)
         return 0
     # A signal ends the servers like any other way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result: list[Line] = []
     if loop_rows:
         options.dir.mkdir(parents=True, exist_ok=True)
-        for line in interpreters.measure(options.rounds * EVENT_CORE_ROUNDS, options.dir, say):
-            if any(line.name.startswith(name) for name in loop_rows):
-                result.append(line)
+        result += interpreters.measure(loop_rows, options.rounds * EVENT_CORE_ROUNDS, options.dir, say)
         if options.json:
             write_json(options.json, result)
     if rows:

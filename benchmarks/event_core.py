@@ -3,8 +3,10 @@
 
     PYTHONPATH=src python3 -m benchmarks.event_core [--rounds 41] [--only half] [--json]
 
-Each operation is done COUNT times per round; the rounds of all contenders alternate, so that a noisy machine disturbs
-them alike. Look at the ratio: it is what two machines, or two hours of one machine, have in common. Peers get the form
+Each operation is done COUNT times per round. In a round all contenders take their turn, each round another one first,
+so that a noisy machine disturbs them alike.
+
+Look at the ratio: it is what two machines, or two hours of one machine, have in common. Peers get the form
 that their own documentation recommends. The garbage collector is as it is by default.
 
 ``make bench ONLY=aio`` runs this under every interpreter that it finds and puts the rows into its table.
@@ -29,11 +31,10 @@ from bottomhalf.aio import AioContext, current, give_way, suspend, wait_while
 
 COUNT: Final = 1000
 FROM_THREAD: Final = 10_000  # so many that the one wake-up, tens of microseconds for everybody, does not count
+DELAYS_NS: Final = tuple(5_000_000 + n * 7919 % COUNT * 1_000 for n in range(COUNT))  # no two alike, in no order
 EVENTS: Final = 32
+WAIT_READY: Final = "wait-while-ready"  # a wait for what is so already
 FLAT: Final = (1, 10, 100, 1_000, 10_000, 100_000)
-
-Operation = Callable[[], float]  # one round; seconds
-
 
 def _nothing() -> None:
     pass
@@ -45,6 +46,12 @@ async def _co_nothing() -> None:
 
 async def _co_gives_way() -> None:
     await give_way()
+
+
+def _until_due(begin_ns: int) -> None:
+    """Wait until all that was armed since then is due."""
+    while time.monotonic_ns() < begin_ns + max(DELAYS_NS) + 100_000:
+        pass
 
 
 async def _parent() -> None:
@@ -81,7 +88,7 @@ class Ours:
             schedule(_nothing)
         self.context.poll(False)
 
-    def from_thread(self) -> float:
+    def from_thread(self, count: int) -> float:
         done = False
 
         def end() -> None:
@@ -89,7 +96,7 @@ class Ours:
             done = True
 
         last = self.context.bottom_half(end)
-        many = [self.context.bottom_half(_nothing) for _ in range(FROM_THREAD)]
+        many = [self.context.bottom_half(_nothing) for _ in range(count)]
         begun = 0.0
         go = threading.Event()
 
@@ -108,18 +115,30 @@ class Ours:
             self.context.poll(True)
         ended = time.perf_counter()
         thread.join()
-        return (ended - begun) * COUNT / FROM_THREAD
+        return (ended - begun) * COUNT / count
 
-    def timer_again(self) -> None:
-        for timer in self.timers:
-            timer.arm_ns(0)
-        self.context.poll(False)
+    def timer_again(self) -> float:
+        now_ns = self.context.now_ns()
 
-    def timer_made(self) -> None:
-        make = self.context.timer
-        for _ in range(COUNT):
-            make(_nothing).arm_ns(0)
-        self.context.poll(False)
+        def arm() -> None:
+            for timer, delay_ns in zip(self.timers, DELAYS_NS, strict=True):
+                timer.arm_ns(now_ns + delay_ns)
+
+        armed = _timed(arm)
+        _until_due(now_ns)
+        return armed + _timed(lambda: self.context.poll(False))
+
+    def timer_made(self) -> float:
+        now_ns = self.context.now_ns()
+
+        def arm() -> None:
+            make = self.context.timer
+            for delay_ns in DELAYS_NS:
+                make(_nothing).arm_ns(now_ns + delay_ns)
+
+        armed = _timed(arm)
+        _until_due(now_ns)
+        return armed + _timed(lambda: self.context.poll(False))
 
     def timer_cancelled(self) -> None:
         timer, deadline_ns = self.timers[0], self.context.now_ns() + 10**12
@@ -131,6 +150,10 @@ class Ours:
         enter = self.context.enter
         for _ in range(COUNT):
             enter(_co_gives_way())
+        self.context.poll(False)
+
+    def give_way_together(self) -> None:
+        self.context.enter_all([_co_gives_way() for _ in range(COUNT)])
         self.context.poll(False)
 
     async def _waits(self) -> None:
@@ -223,7 +246,7 @@ class Loop:
 
     oneshot = half
 
-    def from_thread(self) -> float:
+    def from_thread(self, count: int) -> float:
         begun = 0.0
         go = threading.Event()
 
@@ -232,7 +255,7 @@ class Loop:
             go.wait()
             begun = time.perf_counter()
             call = self.loop.call_soon_threadsafe
-            for _ in range(FROM_THREAD):
+            for _ in range(count):
                 call(_nothing)
             call(self.loop.stop)
 
@@ -242,15 +265,22 @@ class Loop:
         self.loop.run_forever()
         ended = time.perf_counter()
         thread.join()
-        return (ended - begun) * COUNT / FROM_THREAD
+        return (ended - begun) * COUNT / count
 
-    def timer_again(self) -> None:
+    def timer_again(self) -> float:
         """There is no timer to be armed again: a new one each time."""
-        call_later = self.loop.call_later
-        for _ in range(COUNT):
-            call_later(0, _nothing)
-        call_later(0, self.loop.stop)
-        self.loop.run_forever()
+        now_ns = time.monotonic_ns()
+        delays = [delay_ns / 1e9 for delay_ns in DELAYS_NS]
+
+        def arm() -> None:
+            now = self.loop.time()
+            call_at = self.loop.call_at
+            for delay in delays:
+                call_at(now + delay, _nothing)
+
+        armed = _timed(arm)
+        _until_due(now_ns)
+        return armed + _timed(self.turn)
 
     timer_made = timer_again
 
@@ -269,6 +299,8 @@ class Loop:
     def gives_way(self) -> None:
         self._tasks(_asyncio_gives_way)
         self.turn()
+
+    give_way_together = gives_way
 
     async def _waits(self) -> None:
         future = self.loop.create_future()
@@ -324,7 +356,7 @@ class Row:
     method: str
     about: str
     goals: dict[str, float] = field(default_factory=dict)
-    peers: tuple[str, ...] = ("asyncio", "uvloop")
+    argument: int | None = None  # of the method
 
 
 ROWS: Final = (
@@ -335,16 +367,23 @@ ROWS: Final = (
         "from_thread",
         f"from another thread, {FROM_THREAD} in a row, the loop asleep",
         {"asyncio": 10, "uvloop": 2},
+        FROM_THREAD,
     ),
+    Row("from-thread-1000", "from_thread", "the same, 1000 in a row", argument=1_000),
+    Row("from-thread-100", "from_thread", "the same, 100 in a row: mostly the wake-up", argument=100),
     Row("timer-again", "timer_again", "arm a timer that is there, and run it", {"asyncio": 2}),
     Row("timer-made", "timer_made", "make, arm and run a timer", {"asyncio": 2}),
     Row("timer-cancelled", "timer_cancelled", "arm and cancel"),
     Row("coroutine-gives-way", "gives_way", "enter, give way once, end; sleep(0)", {"asyncio": 6}),
+    Row("coroutines-together", "give_way_together", "the same, entered as one list", {"asyncio": 6}),
     Row("coroutine-woken", "woken", "enter, wait, be woken by another, end; a future"),
     Row("coroutine-at-once", "ends_at_once", "enter one that does not wait"),
     Row("await", "awaits", "await an async def"),
     Row("ready-32", "ready", "a ready descriptor, 32 at a time"),
 )
+
+
+NAMES: Final = (*(row.name for row in ROWS), "pending-flat", "timers-log", WAIT_READY)
 
 
 def contenders() -> dict[str, Any]:
@@ -363,11 +402,15 @@ def measure(row: Row, all_contenders: dict[str, Any], rounds: int) -> dict[str, 
     for contender in all_contenders.values():
         contender.watch(fds)
     taken: dict[str, list[float]] = {name: [] for name in all_contenders}
+    order = list(all_contenders.items())
+    arguments = () if row.argument is None else (row.argument,)
     for _ in range(rounds):
-        for name, contender in all_contenders.items():
-            method = getattr(contender, row.method)
-            seconds = method() if row.method == "from_thread" else _timed(method)
+        for name, contender in order:
+            begin = time.perf_counter()
+            measured = getattr(contender, row.method)(*arguments)
+            seconds = time.perf_counter() - begin if measured is None else measured
             taken[name].append(seconds / COUNT * 1e9)
+        order.append(order.pop(0))
     for contender in all_contenders.values():
         contender.watch([])
     for fd in fds:
@@ -385,29 +428,32 @@ def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.event_core")
     parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", action="append", choices=NAMES, metavar="NAME", help=" ".join(NAMES))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    wanted = options.only or NAMES
     all_contenders = contenders()
-    rows = [row for row in ROWS if options.only in row.name]
+    rows = [row for row in ROWS if row.name in wanted]
     taken = {row.name: measure(row, all_contenders, options.rounds) for row in rows}
     ours = all_contenders["bottomhalf"]
-    flat = by_pending(ours, "pending", FLAT) if options.only in "pending" else {}
-    timers = by_pending(ours, "armed", FLAT[2:]) if options.only in "timers-armed" else {}
-    ready = statistics.median(_timed(ours.wait_ready) / COUNT * 1e9 for _ in range(options.rounds))
+    flat = by_pending(ours, "pending", FLAT) if "pending-flat" in wanted else {}
+    timers = by_pending(ours, "armed", FLAT[2:]) if "timers-log" in wanted else {}
+    waits = [_timed(ours.wait_ready) / COUNT * 1e9 for _ in range(options.rounds if WAIT_READY in wanted else 0)]
     for contender in all_contenders.values():
         contender.close()
     python = platform.python_version()
     if options.json:
-        print(json.dumps({"python": python, "rows": taken, "pending": flat, "timers": timers, "wait_while": ready}))
+        print(json.dumps({"python": python, "rows": taken, "pending": flat, "timers": timers, "waits": waits}))
         return
     print(f"CPython {python}, ns per operation, medians of {options.rounds} rounds of {COUNT}")
     for row in rows:
         medians = {name: statistics.median(values) for name, values in taken[row.name].items()}
         print(f"{row.name:20} " + "  ".join(f"{name} {value:6.0f}" for name, value in medians.items()))
     for name, figures in (("pending halves", flat), ("armed timers", timers)):
-        print(f"{name:20} " + "  ".join(f"{count}: {value:.0f}" for count, value in figures.items()))
-    print(f"{'wait_while, ready':20} {ready:.0f}")
+        if figures:
+            print(f"{name:20} " + "  ".join(f"{count}: {value:.0f}" for count, value in figures.items()))
+    if waits:
+        print(f"{WAIT_READY:20} {statistics.median(waits):.0f}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def table(result: Sequence[Line], ours: str) -> str:
                 "" if line.goal is None else f"{line.goal:.1f}",
                 _pair(line.ours_cpu_us_per_op, line.peer_cpu_us_per_op),
                 _pair(line.ours_latency_p50_us, line.peer_latency_p50_us),
-                f"{line.foreign_cpus:.2f}{mark}" if line.client else "",
+                f"{line.foreign_cpus:.2f}{mark}" if line.client or line.foreign_cpus else "",
             ]
         )
     left = {0, 1, 2, 5}

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from bottomhalf.aio import AioContext, Timer
+from bottomhalf.aio.timer import SORT_AFTER
 from bottomhalf.host.protocol import Host
 from bottomhalf.host.sim import SimHost
 from tests.aio.helpers import Notifier, drain, until
@@ -135,6 +136,66 @@ def test_nested_poll(context: AioContext) -> None:
     context.timer(partial(ran.append, "due")).arm_ns(1)
     context.poll(True)
     assert sorted(ran[:2]) == ["armed", "due"] and ran[2:] == ["waited"]
+    assert context.poll(False) is False
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("position", [0, SORT_AFTER - 1, SORT_AFTER, 30, 99])
+def test_nested_poll_among_many(context: AioContext, position: int, others: bool) -> None:
+    """One of a hundred that are due waits for all the others, which the pass around it has taken off the heap."""
+    ran: list[int] = []
+    armed = context.timer(partial(ran.append, 100))
+
+    def run(number: int) -> None:
+        if number == position:
+            if others:
+                armed.arm_ns(0)
+            until(context, lambda: len(ran) == 99 + others)
+        ran.append(number)
+
+    for number in range(100):
+        context.timer(partial(run, number)).arm_ns(number)
+    if others:
+        context.timer(partial(ran.append, 101)).arm_ns(context.now_ns() + 3600 * 10**9)
+    context.poll(True)
+    assert ran[99 + others :] == [position]
+    assert [number for number in ran[:-1] if number < 100] == [n for n in range(100) if n != position]
+    assert context.poll(False) is False
+
+
+def test_a_nested_poll_waits_for_one_that_the_pass_leaves_alone(context: AioContext) -> None:
+    """Armed into the past during the pass, it is for the next; a callback behind it waits for it."""
+    ran: list[str] = []
+    past = context.timer(partial(ran.append, "past"))
+
+    def wait() -> None:
+        until(context, lambda: ran)
+        ran.append("waited")
+
+    context.timer(lambda: past.arm_ns(1)).arm_ns(0)
+    context.timer(wait).arm_ns(2)
+    context.poll(True)
+    assert ran == ["past", "waited"]
+
+
+@pytest.mark.parametrize("due", [1, 2 * SORT_AFTER, 1000])
+def test_many_of_which_some_are_due(context: AioContext, due: int) -> None:
+    """In order, those of equal deadline in the order of arming, and what a callback cancels does not run."""
+    ran: list[int] = []
+    last = due // 3 * 2
+    later = context.now_ns() + 3600 * 10**9
+
+    def run(number: int) -> None:
+        ran.append(number)
+        if number == due // 2:
+            timers[last].cancel()
+
+    timers = [context.timer(partial(run, n)) for n in range(1000)]
+    for number, timer in enumerate(timers):
+        timer.arm_ns(number // 4 if number < due else later - number)
+    context.poll(False)
+    assert ran == [n for n in range(due) if n != last or n == due // 2]
+    assert context._timers[0].armed == 1000 - due
     assert context.poll(False) is False
 
 

@@ -69,12 +69,12 @@ class AioContext(Entering):
     # Slots, because an object with more than thirty attributes in a dictionary is slower to look at.
     __slots__ = (
         "__weakref__",
+        "_at_home",
         "_engine",
         "_event",
         "_failures",
         "_halves_run",
         "_handlers",
-        "_home",
         "_idle_coroutines",
         "_instruments",
         "_looks",
@@ -88,7 +88,6 @@ class AioContext(Entering):
         "_shuffle",
         "_slices",
         "_state",
-        "_thread_id",
         "_thread_pool",
         "_timer_lists",
         "_timers",
@@ -129,9 +128,8 @@ class AioContext(Entering):
         self.notified = False  # something happened since the loop last looked, beside what stands in the lists
         self.notify_me = False  # somebody sleeps, or is about to, and has to be woken by the event
         self.embedded = False  # an outer loop sleeps for this context
-        self._home = host.thread_id()
+        self._at_home = host.thread_check()
         self._state = own.state
-        self._thread_id = host.thread_id
         self._monotonic_ns = host.monotonic_ns
         self._poller = host.poller(poller)
         self._wait = self._poller.wait
@@ -290,7 +288,7 @@ class AioContext(Entering):
     @property
     def is_home(self) -> bool:
         """Whether this is the context's own thread."""
-        return self._thread_id() == self._home
+        return self._at_home()
 
     def adopt(self) -> None:
         """Make the calling thread the context's home. AioError while another thread polls it, or sleeps in it; what
@@ -298,7 +296,7 @@ class AioContext(Entering):
         if self.notify_me or self.embedded or self._slices or self._scheduled_slices:
             raise AioError(f"{self.name} is being polled and cannot get another home")
         self._state.remove_context(self)
-        self._home = self._thread_id()
+        self._at_home = self.host.thread_check()
         self._state = own.state
         self._state.add_context(self)
 
@@ -307,8 +305,8 @@ class AioContext(Entering):
 
         Home thread only, never inside a coroutine. A blocking poll returns after something happened, which may
         be only a notification."""
-        thread_id = self._thread_id
-        if thread_id() != self._home:
+        at_home = self._at_home
+        if not at_home():
             raise WrongContext(f"{self.name} is polled by a thread that is not its home")
         state = self._state
         if state.coroutine is not None:
@@ -341,7 +339,7 @@ class AioContext(Entering):
         if handlers.found and handlers.serve_found():
             progress = True
         for timers in self._timers:
-            if (timers.heap or timers.inbox) and timers.run():
+            if (timers.heap or timers.inbox or timers.due) and timers.run():
                 progress = True
         if self._failures:
             raise self._failures.popleft()
@@ -406,7 +404,7 @@ class AioContext(Entering):
                     return 0
         timeout_ns = IDLE_NS if self.idle_halves else -1
         for timers in self._timers:
-            deadline_ns = timers.deadline_ns() if timers.heap or timers.inbox else -1
+            deadline_ns = timers.deadline_ns() if timers.heap or timers.inbox or timers.due else -1
             if deadline_ns >= 0:
                 left_ns = max(deadline_ns - timers.now_ns(), 0)
                 timeout_ns = left_ns if timeout_ns < 0 else min(timeout_ns, left_ns)

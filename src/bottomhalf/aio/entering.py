@@ -25,6 +25,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Coroutine as AbstractCoroutine
+from collections.abc import Iterable
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,13 +53,13 @@ class Entering:
         suspends; from another thread, in the next poll. An exception in it goes to whoever awaits it, else out
         of this call (or to the exception handler when the loop entered it)."""
         state = self._state
-        thread_id = self._thread_id
+        at_home = self._at_home
         body: Any = coroutine
         try:
             goes_on = body.cr_suspended
         except AttributeError:  # a Coroutine that goes on, or nothing for us
             goes_on = True
-        if goes_on or state.coroutine is not None or thread_id() != self._home:
+        if goes_on or state.coroutine is not None or not at_home():
             return self._enter(coroutine)
         idle = self._idle_coroutines
         entered = idle.pop() if idle else self._idle_coroutine()
@@ -94,6 +95,65 @@ class Entering:
             raise failure
         return entered
 
+    def enter_all(self: AioContext, bodies: Iterable[AbstractCoroutine[Any, Any, Any]]) -> list[Coroutine]:
+        """enter() for each, in order, for a fifth less: what a batch of requests that have to wait should take.
+
+        Each runs, and those that it wakes, before the next. If one raises what nobody awaits, the others are entered
+        all the same; then the first exception goes out, and further ones go to the exception handler."""
+        state = self._state
+        at_home = self._at_home
+        left = iter(list(bodies))
+        if state.coroutine is not None or not at_home():
+            return [self._enter(body) for body in left]
+        idle, append, depth = self._idle_coroutines, self.append_scheduled, state.depth
+        entered: list[Coroutine] = []
+        failures: list[tuple[Exception, str]] = []
+        try:
+            for body in left:
+                try:
+                    goes_on = body.cr_suspended  # type: ignore[attr-defined]
+                except AttributeError:
+                    goes_on = True
+                if goes_on:
+                    state.coroutine = None
+                    entered.append(self._enter(body))
+                    continue
+                coroutine = idle.pop() if idle else self._idle_coroutine()
+                entered.append(coroutine)
+                coroutine._body = body
+                state.coroutine = coroutine
+                send = coroutine.send
+                try:
+                    said = send(body)
+                except BaseException as error:
+                    failure = coroutine.failed(error, state)
+                else:
+                    if said is GIVE_WAY and state.depth == depth:
+                        coroutine.queued = _GAVE_WAY
+                        append(coroutine)
+                        if not state.woken:
+                            continue
+                        state.coroutine = failure = None
+                    else:
+                        failure = coroutine.settle(said, state, depth)
+                if state.woken:
+                    run_woken(state)
+                if failure is not None:
+                    failures.append((failure, f"coroutine {coroutine.name}"))
+        except BaseException:
+            for body in left:  # somebody interrupts the program, or one was no coroutine: the others go on
+                self.schedule(body)
+            raise
+        finally:
+            state.coroutine = None
+            if self.notify_me:
+                self.wake_up()
+        for failure, where in failures[1:]:
+            self.report(failure, where)
+        if failures:
+            raise failures[0][0]
+        return entered
+
     def _idle_coroutine(self: AioContext) -> Coroutine:
         """One without a body: used before, if among those that have ended is one that nobody holds any more."""
         idle, ended = self._idle_coroutines, self.ended_coroutines
@@ -111,7 +171,7 @@ class Entering:
         if not isinstance(coroutine, Coroutine):
             coroutine = Coroutine(coroutine, self)
         state = self._state
-        if coroutine.context is not self or self._thread_id() != self._home:
+        if coroutine.context is not self or not self._at_home():
             self.schedule(coroutine)
         elif state.coroutine is None and coroutine.queued is None:
             failure = coroutine.step(state)
@@ -130,8 +190,8 @@ class Entering:
         handler of its context or out of the context's poll, never out of here."""
         context = coroutine.context
         state = context._state
-        thread_id = context._thread_id
-        if thread_id() != context._home:
+        at_home = context._at_home
+        if not at_home():
             context.schedule(coroutine)
         elif state.coroutine is None and coroutine.queued is None:
             if coroutine.first is None:

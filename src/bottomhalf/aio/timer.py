@@ -15,11 +15,15 @@ into the past runs again in the next pass, not for ever in this one, and those d
 timer leaves the heap before its callback runs, so a callback may re-arm, cancel, and poll; a pass inside a pass
 runs all that is due, and the outer one ends.
 
+To take one entry from a large heap costs as much as all the rest of a timer's life. When a pass finds that a good
+part of the heap is due, it sorts the heap (a sorted list is a heap) and takes that part off at once.
+
 A timer is what a sleeping coroutine waits for, so it can be named.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
 
 STALE_MIN: Final = 64  # stale entries that are not worth a search
+SORT_AFTER: Final = 16  # entries taken one by one before a pass thinks of sorting
+SORT_SHARE: Final = 16  # times as many as were taken may be left, lest a large heap is sorted for a few
 
 _Entry: TypeAlias = "tuple[int, int, Timer]"  # deadline, number of the arm, whose
 
@@ -66,7 +72,7 @@ class Timer:
         self.deadline_ns = deadline_ns
         self._entry = number = timers.next_number()
         entry = (deadline_ns, number, self)
-        if context._thread_id() != context._home:
+        if not context._at_home():
             timers.inbox.append(entry)
             context.notify()
             return
@@ -92,10 +98,10 @@ class TimerList:
 
     __slots__ = (
         "__weakref__",
-        "_held",
         "_pass",
         "clock",
         "context",
+        "due",
         "heap",
         "inbox",
         "next_number",
@@ -107,18 +113,18 @@ class TimerList:
         self.context = context
         self.clock = clock
         self.heap: list[_Entry] = []
-        self.inbox: deque[_Entry] = deque()  # what other threads have armed
+        self.inbox: deque[_Entry] = deque()  # what other threads have armed, or the pass that is going on leaves alone
         self.next_number = count(1).__next__
         self.now_ns = clock.now_ns
         self.purge_at = 2 * STALE_MIN
-        self._held: list[_Entry] = []  # due, but armed during the pass that is going on
+        self.due: list[_Entry] = []  # what the pass that is going on has taken off, the first of them last
         self._pass = 0
         clock.add(self)
 
     @property
     def armed(self) -> int:
         """How many timers are armed."""
-        entries = (*self.heap, *self.inbox, *self._held)
+        entries = (*self.heap, *self.inbox, *self.due)
         return sum(timer._entry == number for _, number, timer in entries)
 
     def purge(self) -> None:
@@ -149,14 +155,23 @@ class TimerList:
         self._pass = mine = self._pass + 1
         now_ns, newest = self.now_ns(), self.next_number()
         progress = False
+        due, taken, sort_at = self.due, 0, SORT_AFTER
         try:
-            while heap and heap[0][0] <= now_ns:
-                first = heappop(heap)
+            while due or (heap and heap[0][0] <= now_ns):
+                if due:
+                    first = due.pop()
+                else:
+                    first = heappop(heap)
+                    taken += 1
+                    if taken == sort_at:
+                        sort_at *= 2
+                        if len(heap) <= taken * SORT_SHARE:
+                            self._take_due(now_ns)
                 timer = first[2]
                 if timer._entry != first[1]:
                     continue
                 if first[1] > newest:
-                    self._held.append(first)
+                    self.inbox.append(first)
                     continue
                 timer._entry = 0
                 progress = True
@@ -170,13 +185,27 @@ class TimerList:
             self.take_in()
         return progress
 
+    def _take_due(self, now_ns: int) -> None:
+        """Take off the heap all that is due."""
+        heap = self.heap
+        heap.sort()
+        count = bisect_right(heap, now_ns, key=_deadline_ns)
+        self.due.extend(reversed(heap[:count]))
+        del heap[:count]
+
     def end_pass(self) -> None:
         """The clock was stopped, perhaps by one of its timers: the pass that is going on ends with that one."""
         self._pass += 1
 
     def take_in(self) -> None:
-        """Put into the heap what other threads have armed, and what a pass around this one holds back."""
+        """Put into the heap what other threads have armed, and what a pass around this one has not come to."""
         while self.inbox:
             heappush(self.heap, self.inbox.popleft())
-        while self._held:
-            heappush(self.heap, self._held.pop())
+        if self.due:
+            self.heap += self.due
+            self.due.clear()
+            heapify(self.heap)
+
+
+def _deadline_ns(entry: _Entry) -> int:
+    return entry[0]

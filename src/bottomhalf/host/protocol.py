@@ -291,6 +291,10 @@ class Host(Protocol):
 
     def thread_id(self) -> int: ...
 
+    def thread_check(self) -> Callable[[], bool]:
+        """A function that says whether it is called in the thread that has called this. Cheaper than to compare
+        numbers: whoever belongs to a thread asks on every call."""
+
     def start_thread(self, target: Callable[[], None], name: str, *, daemon: bool = False) -> Thread:
         """A daemon thread does not keep the program from ending."""
 

@@ -57,6 +57,13 @@ class LinuxHost:
     random_bytes = staticmethod(os.urandom)
     thread_id = staticmethod(threading.get_ident)
 
+    @staticmethod
+    def thread_check() -> Callable[[], bool]:
+        lock = threading.RLock()  # taken for ever: whose it is, is the cheapest question about threads that there is
+        lock.acquire()
+        is_mine: Callable[[], bool] = lock._is_owned  # type: ignore[attr-defined]
+        return is_mine
+
     def start_thread(
         self, target: Callable[[], None], name: str, *, daemon: bool = False
     ) -> threading.Thread:

@@ -93,6 +93,10 @@ class SimHost:
         self.world.threads.preempt()
         return self.world.thread_id
 
+    def thread_check(self) -> Callable[[], bool]:
+        home = self.world.thread_id
+        return lambda: self.thread_id() == home
+
     def start_thread(self, target: Callable[[], None], name: str, *, daemon: bool = False) -> SimThread:
         return self.world.threads.start(target, name)
 
