@@ -9,7 +9,7 @@ import pytest
 
 from bottomhalf.aio import wait_while
 from bottomhalf.block import BlockBackend, BlockError
-from bottomhalf.block.node import DEPTH_MAX
+from bottomhalf.block.changes import DEPTH_MAX
 from bottomhalf.drivers.null import NullCoNode
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.protocol import PERM_RESIZE

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, suspend, wait_while
-from bottomhalf.block import permissions
+from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, move_to, suspend, wait_while
+from bottomhalf.block import changes, permissions
+from bottomhalf.block.edge import Edge, Parent
 from bottomhalf.block.errors import BlockError, check
-from bottomhalf.block.node import Edge, Node, Parent
 from bottomhalf.block.queue import BackendStatistics, Queue
+from bottomhalf.block.transaction import Transaction
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, File
 from bottomhalf.host.request import (
     DISCARD,
@@ -36,6 +38,7 @@ from bottomhalf.host.request import (
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
+    from bottomhalf.block.node import Node
 
 
 class BlockBackend(Parent):
@@ -50,20 +53,24 @@ class BlockBackend(Parent):
         shared: int = PERM_ALL,
         writethrough: bool = False,
         allow_context_change: bool = True,
+        context: AioContext | None = None,
     ) -> None:
+        """``context`` is where its requests are to be served, and its node comes there; None: where the node is."""
         self.graph = graph
         self.name = name
         self.held = held
         self.shared = shared
         self.writethrough = writethrough
         self.allow_context_change = allow_context_change
-        self.context: AioContext = graph.context
+        self.context: AioContext = graph.context if context is None else context
+        self._keeps_context = context is not None
         self.root: Edge | None = None
         self.size = 0
         self.in_flight = 0
         self.on_resize: Callable[[], object] | None = None
         self.on_drain: Callable[[], object] | None = None  # a drained section begins; must not wait
         self._quiesced = 0
+        self._errands_begun = self._errands_done = 0  # see run_at_home()
         self._parked: deque[list[Request]] = deque()
         self._drain_ends = CoQueue(f"the end of a drained section of {self.describe()}")
         self._operations = [0] * 5
@@ -74,35 +81,46 @@ class BlockBackend(Parent):
     # -- the graph ----------------------------------------------------------------------------------------------
 
     def insert(self, node: Node) -> None:
-        """Use a node. BlockError or ImageInUse if its other users or the image's other openers forbid it."""
+        """Use a node. BlockError or ImageInUse if its other users or the image's other openers forbid it. Main
+        thread."""
         assert self.root is None
+        if self._keeps_context and node.context is not self.context:
+            try:
+                self.graph.move(node, self.context)
+            except BlockError:
+                if not self.allow_context_change:
+                    raise
         edge = Edge(self, node, "root", self.held, self.shared)
         self.root = edge
-        node.add_parent(edge)
         try:
-            permissions.refresh(node)
+            with Transaction() as transaction:
+                changes.link(transaction, edge)
+                permissions.refresh(node, transaction=transaction)
         except BaseException:
             self.root = None
-            node.remove_parent(edge)
             raise
         self.context = node.context
         self.size = node.size
 
     def remove(self) -> None:
-        """Stop using the node, after what is in flight has ended. Requests that wait because of a drain fail with
-        ENOMEDIUM. Main thread."""
-        if self.root is None:
+        """Stop using the node, after what is in flight has ended: a request that looked at its node, and waits, finds
+        it there when it goes on. Requests that wait because of a drain fail with ENOMEDIUM. Main thread."""
+        edge = self.root
+        if edge is None:
             return
-        edge, node = self.root, self.root.node
-        with self.graph.drained(node):
-            self.root = None
-            self.size = 0
-            node.remove_parent(edge)
-        wait_while(
-            self.context,
-            lambda: self._parked or self._drain_ends or self.in_flight,
-            what=f"requests to {self.describe()} that find it without a medium",
-        )
+        with self.graph.holding(edge.node):
+            with self.graph.drained(edge.node):
+                if self.root is not edge:
+                    return  # the section has waited, and somebody else was faster
+                node = edge.node  # as it is now: another may have been put in its place
+                self.root = None
+                self.size = 0
+                node.remove_parent(edge)
+            wait_while(
+                self.context,
+                lambda: self._parked or self._drain_ends or self.in_flight,
+                what=f"requests to {self.describe()} that find it without a medium",
+            )
         connected = self.graph.connected(node)
         self.graph.release(node)
         self.graph.bring_home(connected)
@@ -121,6 +139,20 @@ class BlockBackend(Parent):
     def describe(self) -> str:
         return f"block device '{self.name}'" if self.name else "an unnamed block device"
 
+    def drain(self) -> None:
+        """Wait until nothing of this backend is in flight. Main thread."""
+        if self.root is not None:
+            with self.graph.drained(self.root.node):
+                return
+        wait_while(self.context, self.parent_drained_poll, what=f"requests to {self.describe()}")
+
+    def check_move(self, context: AioContext) -> None:
+        if not self.allow_context_change:
+            raise BlockError("Cannot change iothread of active block backend")
+
+    def move_to(self, context: AioContext) -> None:
+        self.context = context
+
     def child_resized(self) -> None:
         if self.root is not None:
             self.size = self.root.node.size
@@ -135,7 +167,22 @@ class BlockBackend(Parent):
             self.on_drain()
 
     def parent_drained_poll(self) -> bool:
-        return self.in_flight > 0
+        return self.in_flight > 0 or self._errands_begun != self._errands_done
+
+    def run_at_home(self, callback: Callable[[], object]) -> None:
+        """For ``on_drain``: call something in the backend's own thread; a drained section waits for it too. (It is
+        counted apart: two threads must not change one count.) Main thread."""
+        context = self.context
+        self._errands_begun += 1
+
+        def run() -> None:
+            try:
+                callback()
+            finally:
+                self._errands_done += 1
+                kick()
+
+        context.schedule_oneshot(run)
 
     def parent_drained_end(self) -> None:
         self._quiesced -= 1
@@ -152,6 +199,9 @@ class BlockBackend(Parent):
 
     def _unpark(self) -> None:
         """A drained section ended: go on with what waits, in order. What comes meanwhile queues up behind it."""
+        if not self.context.is_home:  # another section, in which the backend moved, was faster
+            self.context.schedule_oneshot(self._unpark)
+            return
         try:
             while self._parked:
                 requests = self._parked[0]
@@ -195,8 +245,9 @@ class BlockBackend(Parent):
         """See Queue.submit; ``owner`` of every request must be a queue of this backend."""
         # First count, then look: a drain in another thread first closes, then looks at the count. In any other
         # order a request could slip into a drained section.
+        context = self.context
         self.in_flight += len(requests)
-        if self._quiesced > 0 or self._parked:
+        if self._quiesced > 0 or self._parked or self.context is not context:
             return self._park(requests)
         try:
             pending = self._dispatch(requests)
@@ -260,9 +311,24 @@ class BlockBackend(Parent):
         me = current()
         request = Request(op, offset, length, buffer, flags)
         request.owner = self.queue(lambda _: self._wake(me))
-        if self.submit([request]):
+        if me.context is not self.context:
+            self._submit_at_home(request)
+            await suspend(f"a request to {self.describe()}")
+        elif self.submit([request]):
             await suspend(f"a request to {self.describe()}")
         check(request.result, self.name)
+
+    def _submit_at_home(self, request: Request) -> None:
+        """Submit for somebody in another thread; its owner is told in any case."""
+
+        def submit() -> None:
+            if not self.context.is_home:  # it has moved meanwhile
+                self._submit_at_home(request)
+            elif not self.submit([request]):
+                self.in_flight += 1  # Queue.complete takes it out again
+                deliver([request])
+
+        self.context.schedule_oneshot(submit)
 
     @staticmethod
     def _wake(coroutine: Coroutine) -> None:
@@ -304,7 +370,7 @@ class BlockBackend(Parent):
         if self.context.is_home:
             submit()
         else:
-            self.context.schedule_oneshot(submit)
+            self._submit_at_home(request)
         wait_while(self.context, lambda: not ended, what=f"a request to {self.describe()}")
         check(request.result, self.name)
 
@@ -315,29 +381,33 @@ class BlockBackend(Parent):
         return self.node.block_status(offset, length)
 
     async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
-        await self._co_admit()
-        try:
+        async with self._admitted():
             return await self.node.co_block_status(offset, length)
-        finally:
-            self.request_ended(1)
 
     async def co_truncate(self, size: int) -> None:
         """Resize the image; takes the permission to. OSError."""
-        await self._co_admit()
-        try:
+        async with self._admitted():
             if not self.held & PERM_RESIZE:
                 raise OSError(errno.EPERM, f"{self.describe()} may not resize", self.name)
             await self.node.co_truncate(size)
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Count a coroutine as in flight as soon as the backend is not drained, in the backend's own thread."""
+        caller = current().context
+        while True:
+            await move_to(self.context)
+            self.in_flight += 1
+            if not self._quiesced and self.context is current().context:
+                break
+            self.request_ended(1)
+            if self._quiesced:
+                await self._drain_ends.wait()
+        try:
+            yield
         finally:
             self.request_ended(1)
-
-    async def _co_admit(self) -> None:
-        """Count a coroutine as in flight as soon as the backend is not drained."""
-        self.in_flight += 1
-        while self._quiesced:
-            self.request_ended(1)
-            await self._drain_ends.wait()
-            self.in_flight += 1
+            await move_to(caller)
 
     @property
     def memory_alignment(self) -> int:

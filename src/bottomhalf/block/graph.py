@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The graph: all nodes of one program, by name, and changes to them.
 
-Nodes live as long as somebody uses them: a parent, a backend, or the user who named them ("monitor owned"). All
-nodes that are connected share one AioContext.
+Nodes live as long as somebody uses them: a parent, the user who named them ("monitor owned"), or code that holds them
+for a while. What may happen to them stands in four modules: ``changes`` of edges, ``drain``, ``contexts``, and
+``reopen`` with other options; this one has the names, the life, and a door to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from bottomhalf.aio import AioContext, wait_while
-from bottomhalf.block import permissions
+from bottomhalf.aio.coroutine import in_coroutine
+from bottomhalf.block import changes, contexts, drain, permissions
 from bottomhalf.block.errors import BlockError
 
 if TYPE_CHECKING:
     from bottomhalf.block.backend import BlockBackend
+    from bottomhalf.block.edge import Edge, Parent
     from bottomhalf.block.node import Node
+
+T = TypeVar("T")
 
 NODE_NAME_LENGTH_MAX: Final = 31  # QEMU's
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._")
@@ -35,6 +41,7 @@ class Graph:
         self.context = context
         self.nodes: dict[str, Node] = {}
         self.backends: list[BlockBackend] = []
+        self.drained_all_sections = 0  # that are going on: a new node is born into them
         self._generated = 0
 
     # -- names --------------------------------------------------------------------------------------------------
@@ -64,24 +71,56 @@ class Graph:
 
     def forget(self, node: Node) -> None:
         """Undo the registration of a node whose opening failed, and let go of the children that it has."""
-        self.nodes.pop(node.name, None)
+        node.closed = True
+        if self.nodes.get(node.name) is node:
+            del self.nodes[node.name]
         children, node.children = node.children, []
         for edge in children:
             edge.node.remove_parent(edge)
             self.release(edge.node)
 
+    def is_used(self, node: Node) -> bool:
+        """Whether anybody would miss the node."""
+        return bool(node.parents or node.monitor_owned or node.references)
+
+    @contextmanager
+    def holding(self, *nodes: Node) -> Iterator[None]:
+        """Keep nodes from being closed meanwhile; who has lost all other users by then is closed afterwards."""
+        used = [node for node in nodes if self.is_used(node)]
+        for node in nodes:
+            node.references += 1
+        try:
+            yield
+        finally:
+            for node in nodes:
+                node.references -= 1
+            for node in used:
+                if not self.is_used(node):
+                    self.release(node)
+
     def release(self, node: Node) -> None:
         """Somebody does not use the node any more. If nobody does, close it, and then those that only it used;
-        otherwise give up the permissions that only he needed."""
-        if self.nodes.get(node.name) is not node:
+        otherwise give up the permissions that only he needed. From a coroutine, or another thread, it is done soon."""
+        if self.nodes.get(node.name) is not node or node.closed:
             return
-        if node.parents or node.monitor_owned:
+        if in_coroutine() or not self.context.is_home:
+            self.context.schedule_oneshot(partial(self.release, node))  # closing may wait
+            return
+        if self.is_used(node):
             permissions.loosen(node)
             return
+        node.quiesce()  # a driver starts nothing more of its own, and what it does ends before it is closed
         try:
-            node.close()
+            own = self.context if node.context is self.context else None
+            wait_while(own, lambda: node.in_flight > 0, what=f"work of {node.describe()}, which is to be closed")
+            if node.closed or self.is_used(node):
+                return
+            try:
+                node.close()
+            finally:
+                self.forget(node)
         finally:
-            self.forget(node)
+            node.unquiesce()
 
     def delete(self, name: str) -> None:
         """blockdev-del."""
@@ -90,7 +129,7 @@ class Graph:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         if not node.monitor_owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if node.parents:
+        if node.parents or node.references:
             raise BlockError(f"Block device {name} is in use")
         node.monitor_owned = False
         self.release(node)
@@ -104,65 +143,83 @@ class Graph:
 
     # -- drain --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def drained(self, *nodes: Node) -> Iterator[None]:
-        """A section in which nothing is in flight at the nodes and nothing new arrives. From plain code in the
-        main thread; requests that arrive meanwhile wait and go on afterwards, in order."""
-        quiesced: list[Node] = []
-        try:
-            for node in nodes:
-                quiesced.append(node)
-                node.quiesce()
-            wait_while(
-                None if any(node.context is not self.context for node in nodes) else self.context,
-                lambda: any(node.busy() for node in nodes),
-                what=f"requests in flight at {', '.join(node.describe() for node in nodes)}",
-            )
-            yield
-        finally:
-            for node in quiesced:
-                node.unquiesce()
+    def drained(self, *nodes: Node, subtree: bool = False) -> AbstractContextManager[None]:
+        """A section in which nothing is in flight at the nodes (with ``subtree``, at all below them too) and nothing
+        new arrives. From plain code in the main thread; requests that arrive meanwhile wait and go on afterwards, in
+        order."""
+        return drain.drained(drain.section(self, nodes, subtree))
+
+    def drained_all(self) -> AbstractContextManager[None]:
+        """The same for all nodes, also those that are made meanwhile, and for backends without a medium."""
+        return drain.drained(drain.Section(self, self.nodes.values(), everything=True))
+
+    def co_drained(self, *nodes: Node, subtree: bool = False) -> drain.CoDrained:
+        """``async with``: drained() for a coroutine, of any context. It must not be part of a request to one of the
+        nodes: the section would wait for it."""
+        return drain.CoDrained(self, lambda: drain.section(self, nodes, subtree))
+
+    def co_drained_all(self) -> drain.CoDrained:
+        """``async with``: drained_all() for a coroutine, of any context."""
+        return drain.CoDrained(self, lambda: drain.Section(self, self.nodes.values(), everything=True))
+
+    async def co_run(self, callback: Callable[[], T], what: str = "a change of the block graph") -> T:
+        """Let the main thread call ``callback()``, which may open, change, drain and wait; what it returns or raises.
+        From a coroutine of any context."""
+        return await drain.co_run(self, callback, what)
+
+    # -- changes ------------------------------------------------------------------------------------------------
+
+    def replace_node(self, old: Node, new: Node) -> None:
+        """See changes.replace_node. Like all changes: main thread, outside coroutines, requests may be in flight."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.replace_node(self, old, new)
+
+    def append(self, new: Node, top: Node) -> None:
+        """See changes.append."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.append(self, new, top)
+
+    def insert_node(self, filter: Node) -> None:
+        """See changes.insert_node."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.insert_node(self, filter)
+
+    def remove_filter(self, filter: Node) -> None:
+        """See changes.remove_filter."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.remove_filter(self, filter)
+
+    def drop_intermediate(self, top: Node, base: Node) -> None:
+        """See changes.drop_intermediate."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.drop_intermediate(self, top, base)
+
+    def replace_child(self, edge: Edge, node: Node) -> None:
+        """See changes.replace_child."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.replace_child(self, edge, node)
+
+    def attach_child(self, parent: Node, node: Node, name: str, role: int = 0) -> Edge:
+        """See changes.attach_child."""
+        drain.check_plain_main(self, "change the block graph")
+        return changes.attach_child(self, parent, node, name, role)
+
+    def detach_child(self, edge: Edge) -> None:
+        """See changes.detach_child."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.detach_child(self, edge)
 
     # -- contexts -----------------------------------------------------------------------------------------------
 
     def connected(self, node: Node) -> list[Node]:
         """The node and every node that is linked with it, in any direction."""
-        from bottomhalf.block.node import Node
+        return contexts.connected(node)[0]
 
-        found: dict[str, Node] = {}
-        open_ends = [node]
-        while open_ends:
-            each = open_ends.pop()
-            if each.name in found:
-                continue
-            found[each.name] = each
-            open_ends += [edge.node for edge in each.children]
-            open_ends += [edge.parent for edge in each.parents if isinstance(edge.parent, Node)]
-        return list(found.values())
-
-    def move(self, node: Node, context: AioContext, *, ignore: BlockBackend | None = None) -> None:
-        """Run the node and everything connected with it in another context from now on. BlockError if one of
-        the backends above does not allow it."""
-        if node.context is context:
-            return
-        nodes = self.connected(node)
-        for backend in self.backends:
-            concerned = backend.root is not None and backend.root.node in nodes and backend is not ignore
-            if concerned and not backend.allow_context_change:
-                raise BlockError("Cannot change iothread of active block backend")
-        with self.drained(*nodes):
-            for each in nodes:
-                each.context = context
-            for backend in self.backends:
-                if backend.root is not None and backend.root.node in nodes:
-                    backend.context = context
+    def move(self, node: Node, context: AioContext, *, ignore: Parent | None = None) -> None:
+        """Run the node and everything connected with it in another context from now on. BlockError if a user above
+        (but for ``ignore``) or a driver does not allow it; then nothing has changed."""
+        contexts.move(self, node, context, ignore)
 
     def bring_home(self, nodes: list[Node]) -> None:
-        """Move those of the nodes that are still there, but have no backend above any more, to the main context:
-        the thread that they were moved to for its sake may end."""
-        for node in nodes:
-            if self.nodes.get(node.name) is not node or node.context is self.context:
-                continue
-            connected = self.connected(node)
-            if not any(backend.root is not None and backend.root.node in connected for backend in self.backends):
-                self.move(node, self.context)
+        """Move those of the nodes that are still there, but have no user above any more, to the main context."""
+        contexts.bring_home(self, nodes)

@@ -35,73 +35,43 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from bottomhalf.aio import AioContext, current, suspend
 from bottomhalf.aio.io import Waiter
+from bottomhalf.block import changes, drain, permissions
+from bottomhalf.block.edge import ROLE_FILTER, Edge, Parent
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.host.protocol import (
     DATA,
     PERM_ALL,
-    PERM_CONSISTENT_READ,
-    PERM_RESIZE,
-    PERM_WRITE,
-    PERM_WRITE_UNCHANGED,
     File,
 )
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
+    from bottomhalf.block.transaction import Transaction
 
-DEPTH_MAX: Final = 200  # of nodes on top of each other; draining and asking around recurse
 BOUNCE_BYTES_MAX: Final = 1 << 20  # of zero bytes written at a time where a file system cannot zero by itself
 
 
-class Edge:
-    """A parent's use of a node: its name ("file", "root"), its permissions, whether it was told of a drain."""
+class _NodeType(type):
+    """A node that is born into a drained section, or gets a drained child while it is made, is told when it is
+    complete: before, its driver could not make anything of it."""
 
-    __slots__ = ("held", "name", "node", "parent", "quiesced_parent", "shared")
-
-    def __init__(self, parent: Parent, node: Node, name: str, held: int = 0, shared: int = PERM_ALL) -> None:
-        self.parent = parent
-        self.node = node
-        self.name = name
-        self.held = held
-        self.shared = shared
-        self.quiesced_parent = False
-
-    @property
-    def user(self) -> str:
-        """The parent in words, for messages."""
-        return self.parent.describe()
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        node = super().__call__(*arguments, **options)
+        node.complete()
+        return node
 
 
-class Parent:
-    """Whatever may have an edge to a node: another node or a backend."""
-
-    def describe(self) -> str:
-        raise NotImplementedError
-
-    def parent_drained_begin(self) -> None:
-        """Send nothing more through the edge. Must not wait."""
-
-    def parent_drained_poll(self) -> bool:
-        """Whether something sent earlier is still on its way."""
-        return False
-
-    def parent_drained_end(self) -> None:
-        """Sending is allowed again. Must not wait."""
-
-    def child_resized(self) -> None:
-        """The size of the node below has changed."""
-
-
-class Node(Parent):
+class Node(Parent, metaclass=_NodeType):
     """One driver instance in the graph. Everything runs in the home thread of ``context``.
 
     ``request_alignment`` is what offset and length of requests should be multiples of, and ``memory_alignment`` what
     buffers should be: others are welcome, but cost a copy, and writes a read before (see ``alignment``)."""
 
     driver: ClassVar[str]
-    is_filter: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False  # it shows its first child's data as its own
     is_protocol: ClassVar[bool] = False
+    supports_backing: ClassVar[bool] = False  # what it has not got may be read from a child "backing"
 
     def __init__(self, graph: Graph, name: str = "", *, read_only: bool = False, unmap: bool = False) -> None:
         self.graph = graph
@@ -114,12 +84,15 @@ class Node(Parent):
         self.memory_alignment = 1
         self.children: list[Edge] = []
         self.parents: list[Edge] = []
-        self.quiesce_counter = 0
+        self.quiesce_counter = graph.drained_all_sections
         self.in_flight = 0  # work of the node's own, beside the requests that its users count
         self.monitor_owned = False
+        self.references = 0  # users who are no parents; see Graph.holding()
+        self.implicit = False  # put in by a job: users are shown what is below it
+        self.closed = False
         self.options: Any = None
-        self.depth = 0  # nodes below, along the longest way
         self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied
+        self._complete = False  # the constructor is through
         self._has_submit_batch = type(self).submit_batch is not Node.submit_batch
         self._has_try_pread = type(self).try_pread is not Node.try_pread
 
@@ -192,36 +165,60 @@ class Node(Parent):
     def drain_end(self) -> None:
         """The node may be active again."""
 
+    def detach_context(self) -> None:
+        """The node leaves its context: take timers and handlers of your own out of it. Drained, in the main thread,
+        as attach_context() is. Must not fail."""
+
+    def attach_context(self) -> None:
+        """``context`` is another one now. BlockError to refuse it: then the node goes back to the old one."""
+
     def apply_permissions(self, held: int, shared: int) -> None:
         """The sum of the parents' permissions changes. BlockError to refuse; must not change anything then, and
         must not refuse to hold less or to share more. Called more often than there is a change."""
 
     def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
-        """What the node needs of and shares at a child, given its parents' sum. The default is a filter's:
-        pass both through."""
-        return held, shared
+        """What the node needs of and shares at a child, given its parents' sum. The default follows the edge's
+        role; without one, or for a filter, both are passed through."""
+        return permissions.for_role(self, edge, held, shared)
+
+    def refresh_limits(self) -> None:
+        """A child was replaced: take over again what was taken from it. A filter's alignments are its child's."""
+        if self.is_filter and self.children:
+            child = self.children[0].node
+            self.request_alignment = child.request_alignment
+            self.memory_alignment = child.memory_alignment
+
+    def reopen(self, options: Any, transaction: Transaction) -> set[str]:
+        """Take other options, in a drained section: do what is to be done at once or as a commit step of the
+        transaction, and return the names of the driver's own options (attributes of ``options.branch``) that were
+        taken over. The common ones and children are taken over already. BlockError to refuse."""
+        return set()
+
+    def add_child(self, node: Node) -> None:
+        """x-blockdev-change: use another node. Graph.attach_child() does it."""
+        raise BlockError(f"The node {self.name} does not support adding a child")
+
+    def remove_child(self, edge: Edge) -> None:
+        """x-blockdev-change: do without a child. Graph.detach_child() does it."""
+        raise BlockError(f"The node {self.name} does not support removing a child")
 
     def close(self) -> None:
         """Give back what the driver holds. No request is in flight."""
 
     # -- for drivers --------------------------------------------------------------------------------------------
 
-    def attach(self, node: Node, name: str) -> Edge:
-        """Add an edge to a child. Permissions follow when the graph refreshes them. Main thread."""
-        if node.depth >= DEPTH_MAX:
-            self.graph.forget(self)
-            raise BlockError(f"More than {DEPTH_MAX} block nodes on top of each other")
-        self.depth = max(self.depth, node.depth + 1)
-        edge = Edge(self, node, name)
-        self.children.append(edge)
-        node.add_parent(edge)
-        return edge
+    def attach(self, node: Node, name: str, role: int = 0) -> Edge:
+        """Add an edge to a child. Permissions follow when the graph refreshes them. Main thread.
+
+        ``role`` is ROLE_* bits (see ``edge``); a filter's first child is filtered without being called so. A new
+        node runs where its first child does; a further child has to come along."""
+        if self.is_filter and not self.children:
+            role |= ROLE_FILTER
+        return changes.attach_new(self, node, name, role)
 
     def storage_permissions(self, held: int, shared: int) -> tuple[int, int]:
         """Child permissions of a format whose data and metadata live in the child."""
-        if not self.read_only and held & (PERM_WRITE | PERM_WRITE_UNCHANGED):
-            held |= PERM_WRITE | PERM_RESIZE
-        return held | PERM_CONSISTENT_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
+        return permissions.for_storage(self, held, shared)
 
     def finish(self, requests: list[Request], result: int) -> list[Request]:
         """Set one result for a whole batch; what submit_batch then returns."""
@@ -302,7 +299,7 @@ class Node(Parent):
     def add_parent(self, edge: Edge) -> None:
         """An edge to a drained node starts drained."""
         self.parents.append(edge)
-        if self.quiesce_counter:
+        if self.quiesce_counter and not edge.quiesced_parent:
             edge.quiesced_parent = True
             edge.parent.parent_drained_begin()
 
@@ -312,28 +309,36 @@ class Node(Parent):
             edge.quiesced_parent = False
             edge.parent.parent_drained_end()
 
+    def complete(self) -> None:
+        """The constructor is through: what it missed of drained sections is made up for."""
+        self._complete = True
+        if self.quiesce_counter and not self.closed:
+            self.drain_begin()
+
     def quiesce(self) -> None:
         """Begin a drained section without waiting: parents first stop sending, then the driver is told."""
         self.quiesce_counter += 1
         if self.quiesce_counter == 1:
             for edge in list(self.parents):
-                if not edge.quiesced_parent:
+                if not edge.quiesced_parent and edge.node is self:
                     edge.quiesced_parent = True
                     edge.parent.parent_drained_begin()
-            self.drain_begin()
+            if self._complete and not self.closed:
+                self.drain_begin()
 
     def busy(self) -> bool:
         """Whether the node or anybody above it has something in flight."""
-        return self.in_flight > 0 or any(edge.parent.parent_drained_poll() for edge in self.parents)
+        return drain.in_flight_above([self])
 
     def unquiesce(self) -> None:
         """End a drained section."""
         assert self.quiesce_counter > 0
         self.quiesce_counter -= 1
         if self.quiesce_counter == 0:
-            self.drain_end()
+            if self._complete and not self.closed:
+                self.drain_end()
             for edge in list(self.parents):
-                if edge.quiesced_parent:
+                if edge.quiesced_parent and edge.node is self:
                     edge.quiesced_parent = False
                     edge.parent.parent_drained_end()
 
@@ -345,6 +350,16 @@ class Node(Parent):
 
     def parent_drained_end(self) -> None:
         self.unquiesce()
+
+    def child_replaced(self, edge: Edge) -> None:
+        self.refresh_limits()
+        self.refresh_size()
+        for above in list(self.parents):
+            above.parent.child_replaced(above)
+
+    def child(self, name: str) -> Edge | None:
+        """The edge to the child of that name, if there is one."""
+        return next((edge for edge in self.children if edge.name == name), None)
 
     def child_resized(self) -> None:
         self.refresh_size()

@@ -9,6 +9,7 @@ A change must succeed whole or leave everything as it was, and locks are shared 
 up may not be had again. Therefore a change has two steps. First every node, parents before children, is asked for
 the old and the new masks together, which takes locks and gives none up. When all have agreed, each is told the new
 masks alone; otherwise the old ones. Neither can be refused, for it only gives up. (QEMU: bdrv_list_refresh_perms.)
+Edges may have changed before: only what the graph looks like in the end has to be free of conflicts.
 
 A writer without the permission to resize must not make an image longer. An image whose size is not a multiple of
 its alignment would become longer with its last block. Therefore it has readers only, and writers who may resize.
@@ -16,9 +17,12 @@ its alignment would become longer with its last block. Therefore it has readers 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
+from bottomhalf.block.edge import ROLE_COW, ROLE_FILTERED, ROLE_METADATA
 from bottomhalf.block.errors import BlockError
+from bottomhalf.block.transaction import Transaction
 from bottomhalf.host.protocol import (
     PERM_ALL,
     PERM_CONSISTENT_READ,
@@ -28,6 +32,7 @@ from bottomhalf.host.protocol import (
 )
 
 if TYPE_CHECKING:
+    from bottomhalf.block.edge import Edge
     from bottomhalf.block.node import Node
 
 NAMES: Final = (
@@ -53,31 +58,42 @@ def cumulative(node: Node) -> tuple[int, int]:
     return held, shared
 
 
-def refresh(node: Node) -> None:
-    """Make the permissions of ``node`` and below follow from its parents. BlockError (and nothing has changed) if
-    that is not possible."""
-    nodes = _parents_first(node)
+def refresh(*nodes: Node, transaction: Transaction | None = None) -> None:
+    """Make the permissions of the nodes and of all below follow from their parents. BlockError (and nothing has
+    changed) if that is not possible. With a transaction the change is final, and locks are given up, when that is."""
+    if transaction is None:
+        with Transaction() as own:
+            _refresh(nodes, own)
+    else:
+        _refresh(nodes, transaction)
+
+
+def _refresh(roots: Iterable[Node], transaction: Transaction) -> None:
+    nodes = _parents_first(roots)
     edges = [(edge, edge.held, edge.shared) for each in nodes for edge in each.children]
     asked: list[Node] = []
-    try:
-        for each in nodes:
-            _check_parents(each)
-            held, shared = cumulative(each)
-            _check_node(each, held)
-            old_held, old_shared = each.permissions
-            asked.append(each)
-            each.apply_permissions(old_held | held, old_shared & shared)
-            for edge in each.children:
-                edge.held, edge.shared = each.child_permissions(edge, held, shared)
-    except BaseException:
+
+    def undo() -> None:
         for edge, held, shared in edges:
             edge.held, edge.shared = held, shared
         for each in asked:
             each.apply_permissions(*each.permissions)
-        raise
+
+    def settle() -> None:
+        for each in nodes:
+            each.permissions = cumulative(each)
+            each.apply_permissions(*each.permissions)
+
+    transaction.add(commit=settle, abort=undo)
     for each in nodes:
-        each.permissions = cumulative(each)
-        each.apply_permissions(*each.permissions)
+        _check_parents(each)
+        held, shared = cumulative(each)
+        _check_node(each, held)
+        old_held, old_shared = each.permissions
+        asked.append(each)
+        each.apply_permissions(old_held | held, old_shared & shared)
+        for edge in each.children:
+            edge.held, edge.shared = each.child_permissions(edge, held, shared)
 
 
 def loosen(node: Node) -> None:
@@ -89,8 +105,51 @@ def loosen(node: Node) -> None:
         pass
 
 
-def _parents_first(node: Node) -> list[Node]:
-    """The node and all below, each after those of its parents that are among them."""
+# -- what follows from a role ---------------------------------------------------------------------------------------
+
+
+def for_role(node: Node, edge: Edge, held: int, shared: int) -> tuple[int, int]:
+    """What a node needs of and shares at a child of the edge's role, given its parents' sum. Without a role, and for
+    what it only filters, that is what its parents need and share."""
+    role = edge.role
+    if role & ROLE_FILTERED or not role:
+        return held, shared
+    if role & ROLE_COW:
+        return for_backing(held, shared)
+    if role & ROLE_METADATA:
+        return for_storage(node, held, shared)
+    return for_data(held, shared)
+
+
+def for_backing(held: int, shared: int) -> tuple[int, int]:
+    """A backing file is read only. Others may write to it what is there already; more only if those above do not
+    mind that what they read changes."""
+    shared_there = PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED
+    if shared & PERM_WRITE:
+        shared_there |= PERM_WRITE | PERM_RESIZE
+    return held & PERM_CONSISTENT_READ, shared_there
+
+
+def for_storage(node: Node, held: int, shared: int) -> tuple[int, int]:
+    """A format that keeps its tables in the child reads always, writes and grows when somebody writes, and lets
+    nobody else do either."""
+    if not node.read_only and held & WRITING:
+        held |= PERM_WRITE | PERM_RESIZE
+    return held | PERM_CONSISTENT_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
+
+
+def for_data(held: int, shared: int) -> tuple[int, int]:
+    """Data that the parent places itself: a write may make the child longer, and nobody else may change its size."""
+    if held & WRITING:
+        held |= PERM_WRITE | PERM_RESIZE
+    return held, shared & ~PERM_RESIZE
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _parents_first(roots: Iterable[Node]) -> list[Node]:
+    """The nodes and all below, each after those of its parents that are among them."""
     found: set[int] = set()
     children_first: list[Node] = []
 
@@ -101,7 +160,8 @@ def _parents_first(node: Node) -> list[Node]:
                 visit(edge.node)
             children_first.append(each)
 
-    visit(node)
+    for root in roots:
+        visit(root)
     return children_first[::-1]
 
 

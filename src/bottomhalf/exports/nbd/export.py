@@ -116,20 +116,12 @@ class NbdExport:
     def _drained(self) -> None:
         if self.context.is_home:
             self._keep_file_bytes()
-        elif self.connections:
-            # The clients belong to another thread. Until it has been there, this counts as in flight.
-            self.backend.in_flight += 1
-            self.context.schedule_oneshot(self._keep_file_bytes_there)
+        elif self.connections:  # they belong to another thread, which has to have been there first
+            self.backend.run_at_home(self._keep_file_bytes)
 
     def _keep_file_bytes(self) -> None:
         for connection in list(self.connections):
             connection.keep_file_bytes()
-
-    def _keep_file_bytes_there(self) -> None:
-        try:
-            self._keep_file_bytes()
-        finally:
-            self.backend.request_ended(1)
 
     def disconnect(self) -> None:
         """Accept no new clients and send the present ones away. They are gone when ``connections`` is empty."""

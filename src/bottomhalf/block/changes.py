@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of the graph while it is in use: put a filter above a node, take it out, replace, attach, detach.
+
+Each is done in the same four steps.
+
+1. A drained section of the nodes concerned. Requests that arrive meanwhile wait in their backends and go on
+   afterwards, in order, on the new way.
+2. Look again: while the section waited, anything may have run.
+3. One transaction: all edges first, then the permissions of all nodes that lost or won a parent, so that only what the
+   graph looks like in the end has to be free of conflicts. Nothing in it waits.
+4. Parents take over size and alignments of what is below them now, and nodes that nobody uses any more are closed.
+
+A driver keeps its edge objects and finds another node behind them. Main thread, outside coroutines; from a coroutine
+``await graph.co_run(...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from bottomhalf.block import permissions
+from bottomhalf.block.edge import ROLE_COW, ROLE_FILTER, Edge
+from bottomhalf.block.errors import BlockError
+from bottomhalf.block.transaction import Transaction
+
+if TYPE_CHECKING:
+    from bottomhalf.block.graph import Graph
+    from bottomhalf.block.node import Node
+
+DEPTH_MAX: Final = 200  # of edges on top of each other; draining and asking around recurse
+
+
+# -- single edges ---------------------------------------------------------------------------------------------------
+
+
+def link(transaction: Transaction, edge: Edge) -> None:
+    """Add an edge: the node gets a parent, and a parent that is a node a child."""
+    children = _children_of(edge)
+    if children is not None:
+        children.append(edge)
+        transaction.add(abort=lambda: children.remove(edge))
+    edge.node.add_parent(edge)
+    transaction.add(abort=lambda: edge.node.remove_parent(edge))
+
+
+def unlink(transaction: Transaction, edge: Edge) -> None:
+    """Take an edge away. BlockError if it is frozen."""
+    node = edge.node
+    if edge.frozen:
+        raise BlockError(f"Cannot change '{edge.name}' link from '{_name(edge)}' to '{node.name}'")
+    children = _children_of(edge)
+    if children is not None:
+        place = children.index(edge)
+        children.remove(edge)
+        transaction.add(abort=lambda: children.insert(place, edge))
+    node.remove_parent(edge)
+    transaction.add(abort=lambda: node.add_parent(edge))
+
+
+def repoint(transaction: Transaction, edge: Edge, node: Node) -> None:
+    """Let an edge lead to another node. BlockError if it is frozen."""
+    old = edge.node
+    if edge.frozen:
+        raise BlockError(f"Cannot change '{edge.name}' link to '{old.name}'")
+    _swing(edge, node)
+    transaction.add(abort=lambda: _swing(edge, old))
+
+
+def _swing(edge: Edge, node: Node) -> None:
+    """The parent is as quiet as its child afterwards, and never in between what neither of them is."""
+    edge.node.parents.remove(edge)
+    edge.node = node
+    node.parents.append(edge)
+    if node.quiesce_counter and not edge.quiesced_parent:
+        edge.quiesced_parent = True
+        edge.parent.parent_drained_begin()
+    elif not node.quiesce_counter and edge.quiesced_parent:
+        edge.quiesced_parent = False
+        edge.parent.parent_drained_end()
+
+
+def _children_of(edge: Edge) -> list[Edge] | None:
+    return getattr(edge.parent, "children", None)
+
+
+def _name(edge: Edge) -> str:
+    return str(getattr(edge.parent, "name", "")) or edge.user
+
+
+# -- where a node may stand -----------------------------------------------------------------------------------------
+
+
+def below(node: Node) -> set[Node]:
+    """The node and all that it stands on."""
+    found = {node}
+    open_ends = [node]
+    while open_ends:
+        for edge in open_ends.pop().children:
+            if edge.node not in found:
+                found.add(edge.node)
+                open_ends.append(edge.node)
+    return found
+
+
+def check_place(parent: Node, node: Node, name: str) -> None:
+    """BlockError if ``parent`` cannot stand on ``node``: it would stand on itself, or too high."""
+    if parent in below(node):
+        raise BlockError(f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle")
+    if _levels(parent, _nodes_above) + 1 + _levels(node, _nodes_below) > DEPTH_MAX:
+        raise BlockError(f"More than {DEPTH_MAX} block nodes on top of each other")
+
+
+def _levels(node: Node, following: Callable[[Node], list[Node]]) -> int:
+    """Edges along the longest way from the node."""
+    known: dict[Node, int] = {}
+
+    def levels(each: Node) -> int:
+        if each not in known:
+            known[each] = max((1 + levels(other) for other in following(each)), default=0)
+        return known[each]
+
+    return levels(node)
+
+
+def _nodes_below(node: Node) -> list[Node]:
+    return [edge.node for edge in node.children]
+
+
+def _nodes_above(node: Node) -> list[Node]:
+    from bottomhalf.block.node import Node
+
+    return [edge.parent for edge in node.parents if isinstance(edge.parent, Node)]
+
+
+def attach_new(parent: Node, node: Node, name: str, role: int) -> Edge:
+    """An edge from a node that is being made; permissions follow when it is complete. See Node.attach()."""
+    try:
+        check_place(parent, node, name)
+        if parent.context is not node.context:
+            if parent.children or parent.parents:
+                join(parent.graph, node, parent)
+            else:
+                parent.context = node.context
+    except BlockError:
+        parent.graph.forget(parent)
+        raise
+    edge = Edge(parent, node, name, role=role)
+    with Transaction() as transaction:
+        link(transaction, edge)
+    return edge
+
+
+def join(graph: Graph, node: Node, parent: Node) -> None:
+    """Make the two run in one context: the child comes to the parent, or if it may not, the parent to the child."""
+    if node.context is not parent.context:
+        try:
+            graph.move(node, parent.context)
+        except BlockError:
+            graph.move(parent, node.context)
+
+
+# -- changes --------------------------------------------------------------------------------------------------------
+
+
+def replace_node(graph: Graph, old: Node, new: Node) -> None:
+    """All parents of ``old`` use ``new`` instead, except for jobs and for nodes that ``new`` itself stands on (a
+    filter above ``old`` keeps its child). ``old`` is closed if nobody is left. BlockError, and nothing has changed."""
+    with graph.holding(old, new), graph.drained(old, new):
+        _check_alive(old, new)
+        join(graph, new, old)
+        with Transaction() as transaction:
+            edges = _repoint_parents(transaction, old, new)
+            permissions.refresh(old, new, transaction=transaction)
+        _tell(edges)
+
+
+def append(graph: Graph, new: Node, top: Node) -> None:
+    """Put ``new``, which has no such child yet, above ``top``: a filter gets it as "file", an overlay as "backing",
+    and whoever uses ``top`` uses ``new`` from then on. BlockError, and nothing has changed."""
+    name, role = ("file", ROLE_FILTER) if new.is_filter else ("backing", ROLE_COW)
+    with graph.holding(new, top), graph.drained(top, new):
+        _check_alive(new, top)
+        if new.child(name) is not None:
+            raise BlockError(f"The node {new.name} already has a child '{name}'")
+        join(graph, new, top)
+        edge = Edge(new, top, name, role=role)
+        check_place(new, top, name)
+        with Transaction() as transaction:
+            link(transaction, edge)
+            edges = _repoint_parents(transaction, top, new)
+            permissions.refresh(new, transaction=transaction)
+        new.child_replaced(edge)
+        _tell(edges)
+
+
+def insert_node(graph: Graph, filter: Node) -> None:
+    """A filter that was made on top of a node takes the place between it and all others who use that node. If that
+    cannot be, BlockError: the filter is there still, but nobody's."""
+    replace_node(graph, _filtered(filter).node, filter)
+
+
+def remove_filter(graph: Graph, filter: Node) -> None:
+    """Who uses the filter uses what is below it from then on; the filter is closed unless somebody else holds it.
+    BlockError, and nothing has changed."""
+    edge = _filtered(filter)
+    with graph.holding(filter, edge.node), graph.drained(filter, edge.node):
+        _check_alive(filter, edge.node)
+        below_it = edge.node
+        with Transaction() as transaction:
+            edges = _repoint_parents(transaction, filter, below_it)
+            unlink(transaction, edge)
+            permissions.refresh(filter, below_it, transaction=transaction)
+        _tell(edges)
+
+
+def drop_intermediate(graph: Graph, top: Node, base: Node) -> None:
+    """Who uses ``top`` uses ``base`` below it from then on; the nodes in between are closed if nobody else uses them.
+    Each parent first writes down its new child, and may wait for that. BlockError or OSError, and the graph has not
+    changed."""
+    if base is top or base not in below(top):
+        raise BlockError(f"Node '{base.name}' is not below '{top.name}'")
+    with graph.holding(top, base), graph.drained(*below(top)):
+        _check_alive(top, base)
+        for edge in list(top.parents):
+            if edge in top.parents and _should_move(edge, base):
+                edge.parent.backing_renamed(edge, base)
+        _check_alive(top, base)
+        with Transaction() as transaction:
+            edges = _repoint_parents(transaction, top, base)
+            permissions.refresh(top, base, transaction=transaction)
+        _tell(edges)
+
+
+def replace_child(graph: Graph, edge: Edge, node: Node) -> None:
+    """One parent uses another node. The old one is closed if nobody else uses it. BlockError, and nothing has
+    changed."""
+    old = edge.node
+    with graph.holding(old, node), graph.drained(old, node):
+        _check_alive(old, node)
+        parent = edge.parent
+        if _children_of(edge) is not None:
+            _check_edge(edge, old)
+            check_place(parent, node, edge.name)  # type: ignore[arg-type]  # it has children: a node
+            join(graph, node, parent)  # type: ignore[arg-type]
+        with Transaction() as transaction:
+            repoint(transaction, edge, node)
+            permissions.refresh(old, *_with_parent(edge), transaction=transaction)
+        _tell([edge])
+
+
+def attach_child(graph: Graph, parent: Node, node: Node, name: str, role: int = 0) -> Edge:
+    """A node that is in use gets one more child. BlockError, and nothing has changed."""
+    with graph.holding(parent, node), graph.drained(parent, node):
+        _check_alive(parent, node)
+        if parent.child(name) is not None:
+            raise BlockError(f"Duplicate child name '{name}'")
+        check_place(parent, node, name)
+        join(graph, node, parent)
+        edge = Edge(parent, node, name, role=role)
+        with Transaction() as transaction:
+            link(transaction, edge)
+            permissions.refresh(parent, transaction=transaction)
+        parent.child_replaced(edge)
+    return edge
+
+
+def detach_child(graph: Graph, edge: Edge) -> None:
+    """A node does without a child, which is closed if nobody else uses it. BlockError, and nothing has changed."""
+    node, parent = edge.node, edge.parent
+    with graph.holding(node), graph.drained(node):
+        _check_edge(edge, node)
+        with Transaction() as transaction:
+            unlink(transaction, edge)
+            permissions.refresh(node, *_with_parent(edge), transaction=transaction)
+        parent.child_replaced(edge)
+
+
+def _filtered(filter: Node) -> Edge:
+    edge = next((edge for edge in filter.children if edge.role & ROLE_FILTER == ROLE_FILTER), None)
+    if edge is None:
+        raise BlockError(f"Node '{filter.name}' is not a filter with a child")
+    return edge
+
+
+def _repoint_parents(transaction: Transaction, old: Node, new: Node) -> list[Edge]:
+    """All edges to ``old`` that should lead to ``new``, and now do."""
+    stands_on = below(new)
+    edges = [edge for edge in old.parents if not edge.parent.stay_at_node and edge.parent not in stands_on]
+    for edge in edges:
+        if _children_of(edge) is not None:
+            check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]  # it has children: a node
+        repoint(transaction, edge, new)
+    return edges
+
+
+def _should_move(edge: Edge, new: Node) -> bool:
+    return not edge.parent.stay_at_node and edge.parent not in below(new)
+
+
+def _with_parent(edge: Edge) -> list[Node]:
+    """The nodes whose permissions a change at the upper end of an edge concerns."""
+    from bottomhalf.block.node import Node
+
+    return [edge.parent] if isinstance(edge.parent, Node) else [edge.node]
+
+
+def _tell(edges: list[Edge]) -> None:
+    for edge in edges:
+        edge.parent.child_replaced(edge)
+
+
+def _check_alive(*nodes: Node) -> None:
+    for node in nodes:
+        if node.closed:
+            raise BlockError(f"Node '{node.name}' was closed meanwhile")
+
+
+def _check_edge(edge: Edge, node: Node) -> None:
+    if edge.node is not node or edge not in node.parents:
+        raise BlockError(f"'{edge.name}' of {edge.user} has changed meanwhile")
