@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print docs/behaviours.md: which behaviour of QEMU's event core, and which trap, each test is about.
+"""Print docs/behaviours.md: which behaviour of QEMU's event core and block graph, and which trap, each test is about.
 
     python3 scripts/behaviours.py > docs/behaviours.md
 
@@ -19,7 +19,7 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[1]
 FOLDERS: Final = ("tests/aio", "tests/host", "tests/block")
 
-# QEMU's unit tests of the event core (tests/unit in its tree, 10.0), by file.
+# QEMU's unit tests of the event core and the block graph (tests/unit in its tree, 10.0), by file.
 SUITES: Final = {
     "test-aio": """
         /aio/bh/schedule /aio/bh/schedule10 /aio/bh/cancel /aio/bh/delete /aio/bh/callback-delete/one
@@ -44,6 +44,40 @@ SUITES: Final = {
         /thread-pool/submit-no-complete /thread-pool/submit-aio /thread-pool/submit-co /thread-pool/submit-many
         /thread-pool/cancel /thread-pool/cancel-async
     """,
+    "test-bdrv-drain": """
+        /bdrv-drain/driver-cb/drain_all /bdrv-drain/driver-cb/drain /bdrv-drain/driver-cb/co/drain_all
+        /bdrv-drain/driver-cb/co/drain /bdrv-drain/quiesce/drain_all /bdrv-drain/quiesce/drain
+        /bdrv-drain/quiesce/co/drain_all /bdrv-drain/quiesce/co/drain /bdrv-drain/nested
+        /bdrv-drain/graph-change/drain_all /bdrv-drain/iothread/drain_all /bdrv-drain/iothread/drain
+        /bdrv-drain/blockjob/drain_all /bdrv-drain/blockjob/drain /bdrv-drain/blockjob/error/drain_all
+        /bdrv-drain/blockjob/error/drain /bdrv-drain/blockjob/iothread/drain_all /bdrv-drain/blockjob/iothread/drain
+        /bdrv-drain/blockjob/iothread/error/drain_all /bdrv-drain/blockjob/iothread/error/drain
+        /bdrv-drain/deletion/drain /bdrv-drain/detach/drain_all /bdrv-drain/detach/drain
+        /bdrv-drain/detach/parent_cb /bdrv-drain/detach/driver_cb /bdrv-drain/attach/drain
+        /bdrv-drain/set_aio_context /bdrv-drain/blockjob/commit_by_drained_end
+        /bdrv-drain/bdrv_drop_intermediate/poll /bdrv-drain/replace_child/mid-drain
+    """,
+    "test-bdrv-graph-mod": """
+        /bdrv-graph-mod/update-perm-tree /bdrv-graph-mod/should-update-child /bdrv-graph-mod/parallel-perm-update
+        /bdrv-graph-mod/parallel-exclusive-write /bdrv-graph-mod/append-greedy-filter
+    """,
+    "test-block-iothread": """
+        /sync-op/pread /sync-op/pwrite /sync-op/preadv /sync-op/pwritev /sync-op/preadv_part /sync-op/pwritev_part
+        /sync-op/pwrite_compressed /sync-op/pwrite_zeroes /sync-op/load_vmstate /sync-op/save_vmstate
+        /sync-op/pdiscard /sync-op/truncate /sync-op/block_status /sync-op/flush /sync-op/check /sync-op/activate
+        /attach/blockjob /attach/second_node /attach/preserve_blk_ctx /propagate/basic /propagate/diamond
+        /propagate/mirror
+    """,
+    "test-block-backend": "/block-backend/drain_aio_error /block-backend/drain_all_aio_error",
+}
+
+# Behaviours of operations that do not exist here yet.
+ABSENT: Final = {
+    "/sync-op/pwrite_compressed": "no compressed writes yet",
+    "/sync-op/load_vmstate": "no machine state in images yet",
+    "/sync-op/save_vmstate": "no machine state in images yet",
+    "/sync-op/check": "no format that can be checked yet",
+    "/sync-op/activate": "no inactive nodes yet",
 }
 
 # What goes wrong in event loops: each was met by QEMU or by somebody who wrote one.
@@ -105,9 +139,20 @@ TRAPS: Final = {
     "T79": "a worker thread leaves at the moment at which it gets work",
     "T80": "a cancelled request is never told",
     "T81": "a request completes in another context than it was submitted in",
+    "T90": "a condition changes in another thread and nobody kicks the waiter",
+    "T91": "two iothreads wait for each other",
+    "T92": "a thread that does not own the main context polls it",
+    "T93": "a drain in what a job's completion calls waits for that job",
+    "T94": "a callback of a drain's begin or end waits, and the graph changes under the walk",
+    "T95": "a request is taken out of the count before it is parked",
+    "T98": "the last reference is dropped where nobody may wait",
+    "T99": "what is drained vanishes while the drain waits",
+    "T100": "a coroutine goes on in the context that its job had before it slept",
 }
 
-_NAME: Final = re.compile(r"/(?:aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll)[\w/-]*")
+_NAME: Final = re.compile(
+    r"/(?:aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll|bdrv-drain"
+    r"|bdrv-graph-mod|sync-op|attach|propagate|block-backend)(?:/[\w/-]*|(?![\w-]))")
 _TRAP: Final = re.compile(r"\bT\d+\b")
 
 
@@ -141,19 +186,21 @@ def page() -> str:
         "",
         "Made by `scripts/behaviours.py` from the docstrings of the tests; a test compares the two.",
         "",
-        "The event core promises what QEMU's does. Each of QEMU's own unit tests of it has one of ours with the same",
-        "name, written from a description of what it checks. They run on the real host and on simulated ones under",
-        "seeds: `make tests TESTS=tests/aio PYTEST_ARGS='--behaviours --seeds 4000'` gives each a thousand. Where ours",
-        "behave differently on purpose, the test's docstring says how.",
+        "The event core and the block graph promise what QEMU's do. Each of QEMU's own unit tests of them has one of",
+        "ours with the same name, written from a description of what it checks. They run on the real host and on",
+        "simulated ones under seeds: `make tests TESTS='tests/aio tests/block' PYTEST_ARGS='--behaviours --seeds 4000'`",
+        "gives each a thousand. Where ours behave differently on purpose, the test's docstring says how.",
     ]
     for suite, names in SUITES.items():
         lines += ["", f"## {suite}", "", "| behaviour | test |", "|---|---|"]
-        lines += [f"| `{name}` | {', '.join(by_name[name]) or '**none**'} |" for name in names.split()]
+        for name in names.split():
+            lines.append(f"| `{name}` | {', '.join(by_name[name]) or ABSENT.get(name) or '**none**'} |")
     lines += [
         "",
         "## Traps",
         "",
-        "What goes wrong in event loops, and the tests that show that it does not here. Numbers are as in the tests.",
+        "What goes wrong in event loops and block graphs, and the tests that show that it does not here. Numbers are as in",
+        "the tests.",
         "",
         "| trap | what happens | test |",
         "|---|---|---|",

@@ -6,6 +6,7 @@
 * ``seed`` runs a test once per seed: ``--seeds N`` says how many, ``--seed S`` repeats one.
 * A test that runs longer than ``HANG_SECONDS`` ends the whole run with the stacks of all threads;
   ``@pytest.mark.hang_seconds(600)`` grants more.
+* ``--behaviours`` runs only tests that carry the name of one of QEMU's.
 * Tests marked ``soak`` are left out unless ``--soak`` is given.
 * With ``CI`` in the environment, a skip whose reason is not in ``EXPECTED_SKIPS`` fails the run: there,
   everything is installed, and a test that does not run must not look like one that passed.
@@ -29,6 +30,12 @@ from tests.peers import programs
 HANG_SECONDS: Final = 120.0
 SOAK_PATIENCE: Final = 10  # long runs give each test many more examples
 SEEDS_DEFAULT: Final = 20
+
+# Names of QEMU's unit tests, in the first words of a test's docstring (see scripts/behaviours.py).
+BEHAVIOUR: Final = re.compile(
+    r"/(aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll"
+    r"|bdrv-drain|bdrv-graph-mod|sync-op|attach|propagate|block-backend)\b"
+)
 
 # Regular expressions of the reasons for which a test may skip under continuous integration, with the cause.
 EXPECTED_SKIPS: Final[tuple[str, ...]] = ()
@@ -55,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seeds", type=int, default=SEEDS_DEFAULT, metavar="N", help="run seeded tests with N seeds"
     )
     group.addoption("--seed", type=int, default=None, metavar="S", help="run seeded tests with one seed")
-    group.addoption("--behaviours", action="store_true", help="of tests/aio, only those of QEMU's behaviours")
+    group.addoption("--behaviours", action="store_true", help="only tests of QEMU's behaviours")
     group.addoption("--soak", action="store_true", help="run the long tests too (marked soak)")
 
 
@@ -74,12 +81,20 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--behaviours"):
+        others = [item for item in items if not BEHAVIOUR.search(_docstring(item))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if BEHAVIOUR.search(_docstring(item))]
     if config.getoption("--soak"):
         return
     long_ones = [item for item in items if item.get_closest_marker("soak")]
     if long_ones:
         config.hook.pytest_deselected(items=long_ones)
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+def _docstring(item: pytest.Item) -> str:
+    return getattr(getattr(item, "function", None), "__doc__", None) or ""
 
 
 # Seeds

@@ -54,8 +54,9 @@ def unlink(transaction: Transaction, edge: Edge) -> None:
         place = children.index(edge)
         children.remove(edge)
         transaction.add(abort=lambda: children.insert(place, edge))
+    place_above = node.parents.index(edge)
     node.remove_parent(edge)
-    transaction.add(abort=lambda: node.add_parent(edge))
+    transaction.add(abort=lambda: node.add_parent(edge, place_above))
 
 
 def repoint(transaction: Transaction, edge: Edge, node: Node) -> None:
@@ -63,15 +64,16 @@ def repoint(transaction: Transaction, edge: Edge, node: Node) -> None:
     old = edge.node
     if edge.frozen:
         raise BlockError(f"Cannot change '{edge.name}' link to '{old.name}'")
-    _swing(edge, node)
-    transaction.add(abort=lambda: _swing(edge, old))
+    place = old.parents.index(edge)
+    _swing(edge, node, len(node.parents))
+    transaction.add(abort=lambda: _swing(edge, old, place))
 
 
-def _swing(edge: Edge, node: Node) -> None:
+def _swing(edge: Edge, node: Node, place: int) -> None:
     """The parent is as quiet as its child afterwards, and never in between what neither of them is."""
     edge.node.parents.remove(edge)
     edge.node = node
-    node.parents.append(edge)
+    node.parents.insert(place, edge)
     if node.quiesce_counter and not edge.quiesced_parent:
         edge.quiesced_parent = True
         edge.parent.parent_drained_begin()

@@ -212,8 +212,8 @@ class Node(Parent, metaclass=_NodeType):
 
         ``role`` is ROLE_* bits (see ``edge``); a filter's first child is filtered without being called so. A new
         node runs where its first child does; a further child has to come along."""
-        if self.is_filter and not self.children:
-            role |= ROLE_FILTER
+        if self.is_filter and not self.children and not role:
+            role = ROLE_FILTER
         return changes.attach_new(self, node, name, role)
 
     def storage_permissions(self, held: int, shared: int) -> tuple[int, int]:
@@ -296,9 +296,9 @@ class Node(Parent, metaclass=_NodeType):
     def describe(self) -> str:
         return f"node '{self.name}'"
 
-    def add_parent(self, edge: Edge) -> None:
+    def add_parent(self, edge: Edge, place: int | None = None) -> None:
         """An edge to a drained node starts drained."""
-        self.parents.append(edge)
+        self.parents.insert(len(self.parents) if place is None else place, edge)
         if self.quiesce_counter and not edge.quiesced_parent:
             edge.quiesced_parent = True
             edge.parent.parent_drained_begin()
