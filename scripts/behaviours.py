@@ -188,8 +188,8 @@ def page() -> str:
         "",
         "The event core and the block graph promise what QEMU's do. Each of QEMU's own unit tests of them has one of",
         "ours with the same name, written from a description of what it checks. They run on the real host and on",
-        "simulated ones under seeds: `make tests TESTS='tests/aio tests/block' PYTEST_ARGS='--behaviours --seeds 4000'`",
-        "gives each a thousand. Where ours behave differently on purpose, the test's docstring says how.",
+        "simulated ones under seeds, a thousand each with",
+        "`make tests TESTS='tests/aio tests/block' PYTEST_ARGS='--behaviours --seeds 4000'`. Where ours behave differently on purpose, the test's docstring says how.",
     ]
     for suite, names in SUITES.items():
         lines += ["", f"## {suite}", "", "| behaviour | test |", "|---|---|"]
@@ -199,8 +199,8 @@ def page() -> str:
         "",
         "## Traps",
         "",
-        "What goes wrong in event loops and block graphs, and the tests that show that it does not here. Numbers are as in",
-        "the tests.",
+        "What goes wrong in event loops and block graphs, and the tests that show that it does not here. Numbers are",
+        "as in the tests.",
         "",
         "| trap | what happens | test |",
         "|---|---|---|",

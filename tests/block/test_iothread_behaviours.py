@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,7 +174,7 @@ def test_block_status(host: Host) -> None:
         status = lambda offset, length: it.context.run(backend.co_block_status(offset, length))  # noqa: E731
         assert status(0, SIZE) == (ZERO, SIZE)
         assert status(0, 0) == (ZERO, 0)
-        node.block_status = lambda offset, length: Node.block_status(node, offset, length)  # type: ignore[method-assign]
+        node.block_status = partial(Node.block_status, node)  # type: ignore[method-assign]
         assert status(0, SIZE) == (DATA, SIZE)
 
 

@@ -280,8 +280,8 @@ def test_open_inside_a_nested_wait(seed: int) -> None:
 
 
 def test_a_driver_that_waits_while_it_is_opened(seed: int) -> None:
-    """Its constructor waits for I/O: it works in plain code and through co_run(); inside a coroutine it explains itself,
-    and leaves nothing behind."""
+    """Its constructor waits for I/O: it works in plain code and through co_run(); inside a coroutine it explains
+    itself, and leaves nothing behind."""
 
     class Header(Node):
         driver = "header"

@@ -116,6 +116,7 @@ class BlockBackend(Parent):
                 self.root = None
                 self.size = 0
                 node.remove_parent(edge)
+                permissions.loosen(node)
             wait_while(
                 self.context,
                 lambda: self._parked or self._drain_ends or self.in_flight,

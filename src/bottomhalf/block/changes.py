@@ -203,15 +203,17 @@ def insert_node(graph: Graph, filter: Node) -> None:
 
 
 def remove_filter(graph: Graph, filter: Node) -> None:
-    """Who uses the filter uses what is below it from then on; the filter is closed unless somebody else holds it.
-    BlockError, and nothing has changed."""
-    edge = _filtered(filter)
-    with graph.holding(filter, edge.node), graph.drained(filter, edge.node):
-        _check_alive(filter, edge.node)
-        below_it = edge.node
+    """Who uses the filter uses what is below it from then on; the filter is closed unless somebody else holds it, and
+    then it stays where it is, beside the others. BlockError, and nothing has changed."""
+    below_it = _filtered(filter).node
+    with graph.holding(filter, below_it), graph.drained(filter, below_it):
+        _check_alive(filter, below_it)
+        edge = _filtered(filter)
+        _check_edge(edge, below_it)
         with Transaction() as transaction:
             edges = _repoint_parents(transaction, filter, below_it)
-            unlink(transaction, edge)
+            if not filter.parents and not filter.monitor_owned and filter.references == 1:
+                unlink(transaction, edge)  # what it needs for itself must not stand in the way of the others
             permissions.refresh(filter, below_it, transaction=transaction)
         _tell(edges)
 
@@ -228,6 +230,8 @@ def drop_intermediate(graph: Graph, top: Node, base: Node) -> None:
             if edge in top.parents and _should_move(edge, base):
                 edge.parent.backing_renamed(edge, base)
         _check_alive(top, base)
+        if base not in below(top):
+            raise BlockError(f"Node '{base.name}' is not below '{top.name}' any more")
         with Transaction() as transaction:
             edges = _repoint_parents(transaction, top, base)
             permissions.refresh(top, base, transaction=transaction)

@@ -77,6 +77,8 @@ class Graph:
         children, node.children = node.children, []
         for edge in children:
             edge.node.remove_parent(edge)
+            permissions.loosen(edge.node)  # before anything waits
+        for edge in children:
             self.release(edge.node)
 
     def is_used(self, node: Node) -> bool:
