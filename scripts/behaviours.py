@@ -189,7 +189,8 @@ def page() -> str:
         "The event core and the block graph promise what QEMU's do. Each of QEMU's own unit tests of them has one of",
         "ours with the same name, written from a description of what it checks. They run on the real host and on",
         "simulated ones under seeds, a thousand each with",
-        "`make tests TESTS='tests/aio tests/block' PYTEST_ARGS='--behaviours --seeds 4000'`. Where ours behave differently on purpose, the test's docstring says how.",
+        "`make tests TESTS='tests/aio tests/block' PYTEST_ARGS='--behaviours --seeds 4000'`. Where ours behave",
+        "differently on purpose, the test's docstring says how.",
     ]
     for suite, names in SUITES.items():
         lines += ["", f"## {suite}", "", "| behaviour | test |", "|---|---|"]

@@ -98,6 +98,84 @@ xyz
 {"execute": "quit"}
 """
 
+# The same, about changes of the graph: a command and its arguments on each line, "reopen" is blockdev-reopen of one
+# node. {d} and {e} are images.
+GRAPH = r"""
+qmp_capabilities
+blockdev-add {"driver": "file", "node-name": "f", "filename": "{d}"}
+blockdev-add {"driver": "file", "node-name": "g", "filename": "{e}", "read-only": true}
+blockdev-add {"driver": "raw", "node-name": "r", "file": "f"}
+blockdev-add {"driver": "raw", "node-name": "i", "file": {"driver": "file", "filename": "{e}"}}
+blockdev-add {"driver": "null-co", "node-name": "n", "size": 1048576}
+query-block
+x-debug-query-block-graph
+x-blockdev-change {"parent": "nope", "node": "f"}
+x-blockdev-change {"parent": "r"}
+x-blockdev-change {"parent": "r", "child": "file", "node": "f"}
+x-blockdev-change {"parent": "r", "child": "nope"}
+x-blockdev-change {"parent": "r", "child": "file"}
+x-blockdev-change {"parent": "r", "node": "nope"}
+x-blockdev-change {"parent": "r", "node": "g"}
+x-blockdev-set-iothread {"node-name": "nope", "iothread": null}
+x-blockdev-set-iothread {"node-name": "r", "iothread": "nope"}
+x-blockdev-set-iothread {"node-name": "r", "iothread": 1}
+x-blockdev-set-iothread {"node-name": "r", "iothread": "io0"}
+x-blockdev-set-iothread {"node-name": "r", "iothread": null}
+nbd-server-start {"addr": {"type": "unix", "data": {"path": "{dir}/s"}}}
+block-export-add {"type": "nbd", "id": "e", "node-name": "r", "writable": true}
+x-blockdev-set-iothread {"node-name": "r", "iothread": "io0"}
+x-blockdev-set-iothread {"node-name": "f", "iothread": "io0"}
+x-blockdev-set-iothread {"node-name": "r", "iothread": null, "force": true}
+block-export-add {"type": "nbd", "id": "n", "node-name": "n", "iothread": "io0", "fixed-iothread": true}
+x-blockdev-set-iothread {"node-name": "n", "iothread": null, "force": true}
+block-export-del {"id": "n"}
+x-debug-query-block-graph
+reopen {"driver": "raw", "file": "f"}
+reopen {"driver": "raw", "node-name": "nope", "file": "f"}
+reopen {"driver": "file", "node-name": "r", "filename": "a"}
+reopen {"driver": "raw", "node-name": "r", "file": "f", "read-only": true}
+reopen {"driver": "file", "node-name": "f", "filename": "{d}", "read-only": true}
+reopen {"driver": "file", "node-name": "f", "filename": "c"}
+reopen {"driver": "raw", "node-name": "r", "file": "g"}
+reopen {"driver": "raw", "node-name": "r", "file": "n"}
+x-debug-query-block-graph
+reopen {"driver": "raw", "node-name": "r", "file": "f"}
+reopen {"driver": "raw", "node-name": "r", "file": "r"}
+reopen {"driver": "raw", "node-name": "r", "file": "nope"}
+reopen {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "a"}}
+reopen {"driver": "raw", "node-name": "r", "file": "f", "offset": 512}
+reopen {"driver": "raw", "node-name": "r", "file": "f", "size": 4096}
+reopen {"driver": "raw", "node-name": "i", "file": {"driver": "file", "filename": "{e}"}, "read-only": true}
+reopen {"driver": "raw", "node-name": "i", "file": {"driver": "file", "filename": "c"}}
+query-named-block-nodes
+reopen {"driver": "null-co", "node-name": "n", "size": 2048}
+reopen {"driver": "null-co", "node-name": "n", "size": 1048576, "read-zeroes": true}
+reopen {"driver": "null-co", "node-name": "n"}
+reopen {"driver": "null-co", "node-name": "n", "size": 1048576, "read-only": true}
+blockdev-snapshot {"node": "n", "overlay": "nope"}
+blockdev-snapshot {"node": "nope", "overlay": "n"}
+blockdev-snapshot {"node": "n", "overlay": "i"}
+blockdev-snapshot {"node": "n", "overlay": "r"}
+block_resize {"node-name": "n", "size": 512}
+block_resize {"node-name": "i", "size": -1}
+block_resize {"size": 0}
+block_resize {"device": "nope", "size": 0}
+block_resize {"device": "i", "size": 524288}
+block-export-del {"id": "e"}
+reopen {"driver": "raw", "node-name": "r", "file": "f"}
+block_resize {"node-name": "r", "size": 524288}
+query-named-block-nodes
+quit
+"""
+
+
+def spelled_out(line: str) -> str:
+    """A line of GRAPH as QMP wants it."""
+    name, _, arguments = line.partition(" ")
+    if name == "reopen":
+        name, arguments = "blockdev-reopen", f'{{"options": [{arguments}]}}'
+    return f'{{"execute": "{name}", "arguments": {arguments or "{}"}}}'
+
 
 def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[str]]]:
     """What each line brought, in any order."""
@@ -168,11 +246,27 @@ def normal(answer: str) -> str:
 
 def test_qmp(require: Callable[[str], str], tmp_path: Path) -> None:
     """Errors, order of members and elements, generated texts."""
-    daemon = require("qemu-storage-daemon")
-    (tmp_path / "d.raw").write_bytes(bytes(MIB))
-    lines = QMP.strip().replace("{dir}", str(tmp_path)).replace("{image}", f"{tmp_path}/d.raw").splitlines()
-    theirs = converse([daemon], lines)
-    ours = converse(OURS["qemu-storage-daemon"], lines)
+    assert_same_answers([require("qemu-storage-daemon")], QMP, [], tmp_path)
+
+
+def test_graph_changes(require: Callable[[str], str], tmp_path: Path) -> None:
+    """What may be changed while it is in use, what not and why, and the graph and its permissions afterwards."""
+    options = ["--object", "iothread,id=io0"]
+    conversation = "\n".join(map(spelled_out, GRAPH.strip().splitlines()))
+    assert_same_answers([require("qemu-storage-daemon")], conversation, options, tmp_path)
+
+
+def assert_same_answers(command: list[str], conversation: str, options: list[str], tmp_path: Path) -> None:
+    places = {"{dir}": "", "{image}": "/d.raw", "{d}": "/d.raw", "{e}": "/e.raw"}
+    for mark, place in places.items():
+        conversation = conversation.replace(mark, f"{tmp_path}{place}")
+    lines = conversation.strip().splitlines()
+    said = []
+    for daemon in (command, OURS["qemu-storage-daemon"]):
+        for name in ("d.raw", "e.raw"):
+            (tmp_path / name).write_bytes(bytes(MIB))
+        said.append(converse([*daemon, *options], lines))
+    theirs, ours = said
     different = [
         f"{line}\n  QEMU  {them}\n  ours  {us}"
         for (line, them), (_, us) in zip(theirs, ours, strict=True)

@@ -41,9 +41,10 @@ def option(name: str, text: str) -> Any:
 
 def test_commands_and_events() -> None:
     assert sorted(COMMANDS) == [
-        "block-export-add", "block-export-del", "blockdev-add", "blockdev-del", "nbd-server-start",
-        "nbd-server-stop", "qmp_capabilities", "query-block-exports", "query-commands",
-        "query-named-block-nodes", "query-version", "quit",
+        "block-export-add", "block-export-del", "block_resize", "blockdev-add", "blockdev-del", "blockdev-reopen",
+        "blockdev-snapshot", "nbd-server-start", "nbd-server-stop", "qmp_capabilities", "query-block",
+        "query-block-exports", "query-commands", "query-named-block-nodes", "query-version", "quit",
+        "x-blockdev-change", "x-blockdev-set-iothread", "x-debug-query-block-graph",
     ]  # fmt: skip
     assert list(EVENTS) == ["BLOCK_EXPORT_DELETED"]
     for cls in (*COMMANDS.values(), *EVENTS.values()):

@@ -64,6 +64,7 @@ class BlockBackend(Parent):
         self.allow_context_change = allow_context_change
         self.context: AioContext = graph.context if context is None else context
         self._keeps_context = context is not None
+        self._moved = False  # whether users may not know where it lives
         self.root: Edge | None = None
         self.size = 0
         self.in_flight = 0
@@ -153,6 +154,7 @@ class BlockBackend(Parent):
 
     def move_to(self, context: AioContext) -> None:
         self.context = context
+        self._moved = True
 
     def child_resized(self) -> None:
         if self.root is not None:
@@ -206,9 +208,10 @@ class BlockBackend(Parent):
         try:
             while self._parked:
                 requests = self._parked[0]
-                self.in_flight += len(requests)
-                if self._quiesced:
-                    self.request_ended(len(requests))
+                count = len(requests)
+                self.in_flight += count
+                if self._quiesced or not self.context.is_home:  # only now that it is counted it stays so
+                    self.request_ended(count)
                     return
                 try:
                     pending = self._dispatch(requests)
@@ -223,11 +226,12 @@ class BlockBackend(Parent):
                     done = [request for request in requests if id(request) not in waiting]
                 if done:
                     deliver(done)  # Queue.complete takes them out of in_flight
-            if not self._quiesced:
+            if not self._quiesced and self.context.is_home:
                 self._drain_ends.wake_all()
         finally:
-            if self._parked and not self._quiesced:
-                self.context.schedule_oneshot(self._unpark)  # an owner raised; the others must not wait for ever
+            if (self._parked or self._drain_ends) and not self._quiesced:
+                # It has moved, or an owner raised: the others must not wait for ever.
+                self.context.schedule_oneshot(self._unpark)
             kick()
 
     def request_ended(self, count: int) -> None:
@@ -245,10 +249,12 @@ class BlockBackend(Parent):
     def submit(self, requests: list[Request]) -> list[Request]:
         """See Queue.submit; ``owner`` of every request must be a queue of this backend."""
         # First count, then look: a drain in another thread first closes, then looks at the count. In any other
-        # order a request could slip into a drained section.
-        context = self.context
-        self.in_flight += len(requests)
-        if self._quiesced > 0 or self._parked or self.context is not context:
+        # order a request could slip into a drained section. Who looked where the backend lives before he came here
+        # may find that it has moved; now that he is counted it stays. (No call between reading the count and writing
+        # it: that is where the interpreter changes threads.)
+        count = len(requests)
+        self.in_flight += count
+        if self._quiesced > 0 or self._parked or (self._moved and not self.context.is_home):
             return self._park(requests)
         try:
             pending = self._dispatch(requests)

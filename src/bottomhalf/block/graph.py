@@ -8,14 +8,14 @@ for a while. What may happen to them stands in four modules: ``changes`` of edge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.aio.coroutine import in_coroutine
-from bottomhalf.block import changes, contexts, drain, permissions
+from bottomhalf.block import changes, contexts, drain, permissions, reopen
 from bottomhalf.block.errors import BlockError
 
 if TYPE_CHECKING:
@@ -210,6 +210,14 @@ class Graph:
         """See changes.detach_child."""
         drain.check_plain_main(self, "change the block graph")
         changes.detach_child(self, edge)
+
+    def reopen(self, queue: Mapping[Node, Any]) -> None:
+        """See reopen.reopen. Several nodes, all or nothing."""
+        reopen.reopen(self, queue)
+
+    def flush(self, node: Node) -> None:
+        """Make a node's content durable. Main thread. BlockError if that fails."""
+        reopen.flush(self, node)
 
     # -- contexts -----------------------------------------------------------------------------------------------
 

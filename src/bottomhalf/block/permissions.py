@@ -167,6 +167,8 @@ def _parents_first(roots: Iterable[Node]) -> list[Node]:
 
 def _check_node(node: Node, held: int) -> None:
     if held & WRITING and node.read_only:
+        if node.turning_read_only:
+            raise BlockError(f"Read-only block node '{node.name}' cannot support read-write users")
         raise BlockError("Block node is read-only")
     if held & PERM_WRITE and not held & PERM_RESIZE and node.is_protocol and node.size % node.request_alignment:
         raise BlockError(

@@ -9,7 +9,8 @@ the permissions of the graph, so that QEMU and we keep each other from spoiling 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.alignment import Aligner
@@ -27,7 +28,7 @@ from bottomhalf.host.request import (
 )
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Graph
+    from bottomhalf.block import Graph, Transaction
 
 
 class FileNode(Node):
@@ -54,20 +55,19 @@ class FileNode(Node):
         self.filename = filename
         self.no_flush = no_flush
         self.force_share = force_share
+        self._locking = locking
         try:
             self.file = self._open(filename, auto_read_only, direct, locking)
         except BaseException:
             graph.forget(self)
             raise
         try:
-            self.request_alignment = self.file.alignment
-            self.memory_alignment = self.file.memory_alignment
             self.size = self.file.size()
         except BaseException:
             self.file.close()
             graph.forget(self)
             raise
-        self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
+        self._use(self.file)
         self._can_discard = True
 
     def _open(self, filename: str, auto_read_only: bool, direct: bool, locking: str) -> File:
@@ -82,6 +82,28 @@ class FileNode(Node):
             if direct and error.errno == errno.EINVAL:
                 reason = "the file system does not support O_DIRECT (cache.direct=on)"
             raise BlockError(f"Could not open '{filename}': {reason}") from error
+
+    def _use(self, file: File) -> None:
+        self.file = file
+        self.request_alignment = file.alignment
+        self.memory_alignment = file.memory_alignment
+        self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
+
+    def reopen(self, options: Any, transaction: Transaction) -> set[str]:
+        """Another way to access the same file: opened beside the old one, which is closed when all have agreed."""
+        cache = options.cache
+        no_flush, self.no_flush = self.no_flush, bool(cache and cache.no_flush)
+        transaction.add(abort=lambda: setattr(self, "no_flush", no_flush))
+        direct = bool(cache and cache.direct)
+        if (self.read_only, direct) != (self.file.read_only, self.file.direct):
+            file = self._open(self.filename, bool(options.auto_read_only), direct, self._locking)
+            transaction.add(abort=file.close, commit=partial(self._exchange, file))
+        return set()
+
+    def _exchange(self, file: File) -> None:
+        file.take_locks(self.file)
+        self.file.close()
+        self._use(file)
 
     def open_size(self) -> int:
         return self.file.size()

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Graph
+    from bottomhalf.block import Graph, Transaction
 
 SECTOR_BYTES: Final = 512  # what QEMU counts image sizes in
 
@@ -46,6 +46,25 @@ class RawNode(Node):
         self.request_alignment = file.request_alignment
         self._edge = self.attach(file, "file")
         self.size = self.open_size()
+
+    def reopen(self, options: Any, transaction: Transaction) -> set[str]:
+        """Another window, and perhaps another child."""
+        file, branch = self._edge.node, options.branch
+        offset = branch.offset or 0
+        _check_window(file.size, offset, branch.size)
+        old = (self.offset, self.fixed_size)
+        transaction.add(abort=lambda: self._set_window(*old))
+        self._set_window(offset, branch.size)
+        if options.auto_read_only and file.read_only:
+            self.read_only = True
+        return {"offset", "size"}
+
+    def _set_window(self, offset: int, size: int | None) -> None:
+        self.offset, self.fixed_size = offset, size
+
+    def refresh_limits(self) -> None:
+        self.memory_alignment = self._edge.node.memory_alignment
+        self.request_alignment = self._edge.node.request_alignment
 
     def open_size(self) -> int:
         if self.fixed_size is not None:

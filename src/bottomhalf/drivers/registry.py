@@ -20,7 +20,7 @@ A driver of one's own registers a branch of the schema and an opener::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bottomhalf.block import BlockError, Graph, Node, permissions
@@ -45,7 +45,7 @@ class Opening:
         self.graph = graph
         self.options = options
         self._depth = depth
-        self._brought: list[Node] = []
+        self.brought: list[Node] = []
 
     @property
     def branch(self) -> Any:
@@ -72,12 +72,12 @@ class Opening:
         if self._depth == CHILD_DEPTH_MAX:
             raise BlockError(f"Block nodes are nested deeper than {CHILD_DEPTH_MAX}")
         node = _open(self.graph, _inherit(self.options, given), self._depth + 1)
-        self._brought.append(node)
+        self.brought.append(node)
         return node
 
     def undo(self) -> None:
         """The node could not be opened: close the children that were opened for it."""
-        for node in reversed(self._brought):
+        for node in reversed(self.brought):
             self.graph.release(node)
 
 
@@ -90,6 +90,30 @@ def open_node(graph: Graph, options: BlockdevOptions) -> Node:
     The caller makes it live: by using it, or by setting ``monitor_owned``; ``graph.release(node)`` gives it back.
     BlockError says why it cannot be opened, and then nothing of it is left."""
     return _open(graph, options, 0)
+
+
+def reopen_nodes(graph: Graph, requests: Sequence[BlockdevOptions]) -> None:
+    """blockdev-reopen: give nodes, which the options name, other options; all of them or none. A child that was given
+    by its options can be given other ones inside its parent's. BlockError. Main thread."""
+    queue: dict[Node, BlockdevOptions] = {}
+    for options in requests:
+        if options.node_name is None:
+            raise BlockError("node-name not specified")
+        node = graph.nodes.get(options.node_name)
+        if node is None:
+            raise BlockError(f"Failed to find node with node-name='{options.node_name}'")
+        _queue_reopen(queue, node, options)
+    graph.reopen(queue)
+
+
+def _queue_reopen(queue: dict[Node, BlockdevOptions], node: Node, options: BlockdevOptions) -> None:
+    _check_common(options)
+    queue.pop(node, None)
+    queue[node] = options
+    for edge in node.children:
+        given = getattr(options.branch, edge.name.replace("-", "_"), None)
+        if isinstance(given, BlockdevOptions) and edge.node.inherits_from is node:
+            _queue_reopen(queue, edge.node, _inherit(options, given))
 
 
 def describe_node(node: Node) -> BlockDeviceInfo:
@@ -115,6 +139,8 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int) -> Node:
     try:
         node = opener(opening)
         node.options = options
+        for child in opening.brought:
+            child.inherits_from = node
         permissions.refresh(node)
     except BaseException:
         if node is not None:

@@ -112,6 +112,7 @@ class ExportRegistry:
                 writethrough=options.writethrough,
                 multi_conn=server.connections_max != 1,
                 exclusive=exclusive,
+                fixed_iothread=options.fixed_iothread,
             )
         except BaseException:
             self._graph.bring_home([node])

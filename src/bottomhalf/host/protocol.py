@@ -167,6 +167,10 @@ class File(Protocol):
         200 + n, the ones that QEMU uses), giving up those no longer needed. Raises ``ImageInUse`` without having
         changed anything if another opener conflicts."""
 
+    def take_locks(self, file: File) -> None:
+        """Hold the image locks that ``file``, the same image opened in another way, holds: so that it can be closed and
+        nobody else comes in between. The two do not conflict meanwhile; this file has none yet."""
+
     def close(self) -> None: ...
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.monitor import block_commands
 from bottomhalf.monitor.addresses import host_address
 from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions
 from bottomhalf.qapi.block_info import BlockDeviceInfo
@@ -106,4 +107,5 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "nbd-server-start": nbd_server_start,
     "nbd-server-stop": nbd_server_stop,
     "quit": quit,
+    **block_commands.HANDLERS,
 }

@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 from bottomhalf.qapi.common import OnOffAuto
-from bottomhalf.qapi.types import Alternate, Command, Doc, OpenEnum, Struct, TaggedUnion, Uint64
+from bottomhalf.qapi.types import Alternate, Command, Doc, Null, OpenEnum, Struct, TaggedUnion, Uint64
 
 
 class BlockdevDriver(OpenEnum):
@@ -138,3 +138,48 @@ class BlockdevDel(Command, name="blockdev-del"):
     """
 
     node_name: Annotated[str, Doc("the node")]
+
+
+class BlockdevReopen(Command, name="blockdev-reopen"):
+    """Give block nodes other options while they are in use.
+
+    All of them take their new options, or none. What is not given goes back to its default; what a driver cannot
+    change must be given as it was. A child named here takes the place of the one that the node has.
+    """
+
+    options: Annotated[list[BlockdevOptions], Doc("the nodes, by node-name, and their new options")]
+
+
+class BlockdevSnapshot(Command, name="blockdev-snapshot", features=("allow-write-only-overlay",)):
+    """Put an overlay above a node: whoever uses the node uses the overlay from then on."""
+
+    node: Annotated[str, Doc("the node that becomes the backing node")]
+    overlay: Annotated[str, Doc("the node that is put above it; nobody reads it yet")]
+
+
+class BlockResize(Command, name="block_resize"):
+    """Change the size of an image."""
+
+    device: Annotated[str | None, Doc("a device by its name")] = None
+    node_name: Annotated[str | None, Doc("the node")] = None
+    size: Annotated[int, Doc("bytes")]
+
+
+class XBlockdevChange(Command, name="x-blockdev-change", features=("unstable",)):
+    """Add a child to a node that can have any number, or take one away."""
+
+    parent: Annotated[str, Doc("the node that is changed")]
+    child: Annotated[str | None, Doc("name of the child to remove")] = None
+    node: Annotated[str | None, Doc("node to add as a child")] = None
+
+
+StrOrNull: TypeAlias = Annotated[str | Null, Alternate("StrOrNull")]
+"""A string, or null where nothing is meant."""
+
+
+class XBlockdevSetIothread(Command, name="x-blockdev-set-iothread", features=("unstable",)):
+    """Move a node, and all that is connected with it, to an iothread or back to the main thread."""
+
+    node_name: Annotated[str, Doc("the node")]
+    iothread: Annotated[StrOrNull, Doc("the iothread; null for the main thread")]
+    force: Annotated[bool | None, Doc("move also what an export or a device is using", default="off")] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bottomhalf.host.protocol import DATA, IN, PERM_ALL, PERM_WRITE, ZERO, ImageInUse
+from bottomhalf.host.protocol import DATA, IN, PERM_ALL, PERM_RESIZE, PERM_WRITE, ZERO, ImageInUse
 from bottomhalf.host.request import (
     DISCARD,
     FLUSH,
@@ -212,6 +212,21 @@ def test_locks(place: Place) -> None:
     second.set_permissions(PERM_WRITE, PERM_ALL & ~PERM_WRITE)
     second.close()
     first.set_permissions(PERM_ALL, 0)
+
+
+def test_locks_pass_to_another_opener_of_the_same_image(place: Place) -> None:
+    path = place.file("a", 1 << 20)
+    first, second, other = (place.open(path, locking="on") for _ in range(3))
+    first.set_permissions(PERM_WRITE, PERM_ALL & ~PERM_WRITE)
+    second.take_locks(first)
+    first.close()
+    with pytest.raises(ImageInUse, match='Failed to get "write" lock'):
+        other.set_permissions(PERM_WRITE, PERM_ALL)
+    second.set_permissions(PERM_WRITE | PERM_RESIZE, PERM_ALL & ~PERM_WRITE)
+    second.set_permissions(0, PERM_ALL)
+    other.set_permissions(PERM_WRITE, PERM_ALL & ~PERM_WRITE)
+    with pytest.raises(ImageInUse, match='Failed to get "write" lock'):
+        second.set_permissions(PERM_WRITE, PERM_ALL)
 
 
 def test_arena(place: Place) -> None:

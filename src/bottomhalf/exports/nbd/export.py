@@ -50,6 +50,7 @@ class NbdExport:
         writethrough: bool = False,
         multi_conn: bool = True,
         exclusive: bool = False,
+        fixed_iothread: bool = False,
     ) -> None:
         if writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
@@ -67,11 +68,13 @@ class NbdExport:
         self.connections: list[Connection] = []
         self.statistics = ExportStatistics()
         self._multi_conn = multi_conn
+        self._fixed_iothread = fixed_iothread
         self.backend = BlockBackend(
             graph,
             held=PERM_CONSISTENT_READ | (PERM_WRITE if writable else 0),
             shared=PERM_ALL & ~(PERM_RESIZE | (PERM_WRITE if exclusive else 0)),
             writethrough=writethrough,
+            allow_context_change=not fixed_iothread,
         )
         try:
             self.backend.insert(node)
@@ -109,7 +112,7 @@ class NbdExport:
         """A client has gone. In the export's context."""
         self.connections.remove(connection)
         if not self.connections:
-            self.backend.allow_context_change = True
+            self.backend.allow_context_change = not self._fixed_iothread
             if self.on_idle is not None:
                 self.on_idle()
 

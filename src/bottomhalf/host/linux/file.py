@@ -30,6 +30,7 @@ from bottomhalf.host.request import FUA, Request
 
 if TYPE_CHECKING:
     from bottomhalf.host.linux.syscalls import PageCacheProbe
+    from bottomhalf.host.protocol import File
 
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
@@ -205,6 +206,13 @@ class LinuxFile:
             if isinstance(error, ImageInUse) or self._locking_required:
                 raise
             self._locks = None  # locking=auto: a file system without these locks does without
+
+    def take_locks(self, file: File) -> None:
+        assert isinstance(file, LinuxFile)
+        if file._locks is None:
+            self._locks = None
+        elif self._locks is not None:
+            self._locks.take(file._locks)
 
     def close(self) -> None:
         self._map.close()

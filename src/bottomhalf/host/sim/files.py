@@ -13,6 +13,7 @@ the rest.
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 from bottomhalf.host.protocol import DATA, ZERO
 from bottomhalf.host.request import (
@@ -29,6 +30,9 @@ from bottomhalf.host.sim.disk import Inode
 from bottomhalf.host.sim.faults import TRUNCATE, Faults, Latency
 from bottomhalf.host.sim.locks import Opener
 from bottomhalf.host.sim.world import Descriptor, World, failure
+
+if TYPE_CHECKING:
+    from bottomhalf.host.protocol import File
 
 DIRECT_ALIGNMENT = 512
 OWN_NAME = "this process"
@@ -155,6 +159,12 @@ class SimFile(Descriptor):
         self.check_open()
         if self._opener is not None:
             self.inode.locks.set(self._opener, held, shared)
+
+    def take_locks(self, file: File) -> None:
+        self.check_open()
+        assert isinstance(file, SimFile)
+        if self._opener is not None and file._opener is not None:
+            self.inode.locks.take(self._opener, file._opener)
 
     def close(self) -> None:
         if not self.closed and self._opener is not None:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes take other options while they are in use: read-only and back, other caches, another child.
+
+Several nodes change together or not at all. An image becomes writable only if its file does, and what one of them is
+refused by another program's lock must not leave the other half changed. So there is one drained section of all nodes,
+old children and new ones, and one transaction: common options and children first, then what each driver makes of the
+rest, then the permissions that follow.
+
+An option that nobody took over may be given again, but not changed and not left out. (QEMU: bdrv_reopen_multiple.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bottomhalf.aio import kick, wait_while
+from bottomhalf.block import permissions
+from bottomhalf.block.changes import check_place, join, repoint
+from bottomhalf.block.drain import check_plain_main
+from bottomhalf.block.errors import BlockError
+from bottomhalf.block.transaction import Transaction
+
+if TYPE_CHECKING:
+    from bottomhalf.block.edge import Edge
+    from bottomhalf.block.graph import Graph
+    from bottomhalf.block.node import Node
+
+
+def reopen(graph: Graph, queue: Mapping[Node, Any]) -> None:
+    """Give each node its new options, of the class that its old ones have (``BlockdevOptions``). What they say of
+    children by name is carried out; children that are given by options are in the queue themselves, if at all.
+    BlockError, and nothing has changed. Main thread, outside coroutines."""
+    check_plain_main(graph, "reopen block nodes")
+    for node, options in queue.items():
+        _check(node, options)
+    changes = [change for node, options in queue.items() for change in _children(graph, node, options)]
+    ends = [end for edge, new in changes for end in (edge.node, new)]
+    with graph.holding(*queue, *ends), graph.drained(*queue, *ends):
+        for edge, new in changes:
+            check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]  # nodes have children
+            join(graph, new, edge.parent)  # type: ignore[arg-type]
+        for node in queue:
+            flush(graph, node)
+        if any(node.closed for node in (*queue, *ends)):
+            raise BlockError("A node was closed meanwhile")
+        before = {node: node.options for node in queue}
+        with Transaction() as transaction:
+            for node, options in queue.items():
+                _take_common(transaction, node, options)
+            for edge, new in changes:
+                repoint(transaction, edge, new)
+            for node, options in queue.items():
+                _check_rest(node, before[node], options, node.reopen(options, transaction))
+            permissions.refresh(*queue, *ends, transaction=transaction)
+        for node in queue:
+            node.refresh_limits()
+            node.refresh_size()
+            for above in list(node.parents):
+                above.parent.child_replaced(above)
+
+
+def flush(graph: Graph, node: Node) -> None:
+    """Make a node's content durable, from the main thread, wherever the node lives. BlockError if that fails."""
+    if node.read_only:
+        return
+    failure: list[OSError] = []
+    done = False
+
+    async def work() -> None:
+        nonlocal done
+        try:
+            await node.co_flush()
+        except OSError as error:
+            failure.append(error)
+        done = True
+        kick()
+
+    coroutine = node.context.schedule(work())
+    own = graph.context if node.context is graph.context else None
+    wait_while(own, lambda: not done, what=f"a flush of {node.describe()}", on=coroutine)
+    if failure:
+        raise BlockError(f"Error flushing drive: {failure[0].strerror}") from failure[0]
+
+
+def _check(node: Node, options: Any) -> None:
+    if node.options is None or options.driver != node.options.driver:
+        raise BlockError("Cannot change the option 'driver'")
+    if bool(options.force_share) != bool(node.options.force_share):
+        raise BlockError("Cannot change the option 'force-share'")
+    if (options.detect_zeroes or "off") != (node.options.detect_zeroes or "off"):
+        raise BlockError("Cannot change the option 'detect-zeroes'")
+
+
+def _children(graph: Graph, node: Node, options: Any) -> list[tuple[Edge, Node]]:
+    """Edges that the options let lead elsewhere."""
+    changes = []
+    for edge in node.children:
+        given = getattr(options.branch, edge.name.replace("-", "_"), None)
+        if isinstance(given, str):
+            new = graph.find(given)
+            if new is not edge.node:
+                changes.append((edge, new))
+        elif given is not None and edge.node.inherits_from is not node:
+            raise BlockError(f"Cannot change the option '{edge.name}.driver'")
+    return changes
+
+
+def _take_common(transaction: Transaction, node: Node, options: Any) -> None:
+    """Read-only, discard, and the options themselves."""
+    old = (node.read_only, node.unmap, node.options, node.turning_read_only)
+
+    def undo() -> None:
+        node.read_only, node.unmap, node.options, node.turning_read_only = old
+
+    def settle() -> None:
+        node.turning_read_only = False
+
+    transaction.add(abort=undo, commit=settle)
+    node.turning_read_only = bool(options.read_only) and not node.read_only
+    node.read_only = bool(options.read_only)
+    node.unmap = options.discard == "unmap"
+    node.options = options
+
+
+def _check_rest(node: Node, old: Any, new: Any, taken: set[str]) -> None:
+    """What nobody took over is as it was."""
+    for attribute in type(new.branch)._fields:
+        if attribute in taken or node.child(attribute.replace("_", "-")) is not None:
+            continue
+        before, after = getattr(old.branch, attribute), getattr(new.branch, attribute)
+        name = attribute.replace("_", "-")
+        if after is None and before is not None:
+            raise BlockError(f"Option '{name}' cannot be reset to its default value")
+        if after != before:
+            raise BlockError(f"Cannot change the option '{name}'")

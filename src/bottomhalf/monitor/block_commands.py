@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QMP commands that change the block graph, or tell it: what they check before, in QEMU's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from bottomhalf.block import BlockBackend, BlockError, Edge, Node
+from bottomhalf.block.permissions import cumulative
+from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE
+from bottomhalf.qapi.block import (
+    BlockdevReopen,
+    BlockdevSnapshot,
+    BlockResize,
+    XBlockdevChange,
+    XBlockdevSetIothread,
+)
+from bottomhalf.qapi.block_graph import (
+    BlockInfo,
+    BlockPermission,
+    XDbgBlockGraph,
+    XDbgBlockGraphEdge,
+    XDbgBlockGraphNode,
+    XDbgBlockGraphNodeType,
+)
+from bottomhalf.qapi.errors import OptionError
+
+if TYPE_CHECKING:
+    from bottomhalf.monitor.storage import Storage
+
+
+def blockdev_reopen(storage: Storage, arguments: BlockdevReopen) -> None:
+    """blockdev-reopen."""
+    from bottomhalf.drivers.registry import reopen_nodes
+
+    reopen_nodes(storage.graph, arguments.options)
+
+
+def blockdev_snapshot(storage: Storage, arguments: BlockdevSnapshot) -> None:
+    """blockdev-snapshot."""
+    graph = storage.graph
+    node = graph.find(arguments.node, device=arguments.node)
+    overlay = graph.find(arguments.overlay, device=arguments.overlay)
+    if cumulative(overlay)[0] & PERM_CONSISTENT_READ:
+        raise BlockError("The overlay is already in use")
+    if overlay.child("backing") is not None:
+        raise BlockError("The overlay already has a backing image")
+    if not overlay.supports_backing:
+        raise BlockError("The overlay does not support backing images")
+    graph.flush(node)
+    graph.append(overlay, node)
+
+
+def block_resize(storage: Storage, arguments: BlockResize) -> None:
+    """block_resize. There is no device that could be named."""
+    device, name, graph = arguments.device or "", arguments.node_name or "", storage.graph
+    node = graph.nodes.get(name)
+    if node is None:
+        raise BlockError(f"Cannot find device='{device}' nor node-name='{name}'")
+    if arguments.size < 0:
+        raise OptionError("Parameter 'size' expects a >0 size", key="size")
+    if node.read_only:
+        raise BlockError("Image is read-only")
+    backend = BlockBackend(graph, held=PERM_RESIZE)
+    try:
+        backend.insert(node)
+        graph.context.run(backend.co_truncate(arguments.size), f"{node.describe()} to change its size")
+    finally:
+        backend.close()
+
+
+def x_blockdev_change(storage: Storage, arguments: XBlockdevChange) -> None:
+    """x-blockdev-change."""
+    parent = storage.graph.find(arguments.parent, device=arguments.parent)
+    if arguments.child is not None and arguments.node is not None:
+        raise OptionError("The parameters child and node are in conflict")
+    if arguments.child is not None:
+        edge = parent.child(arguments.child)
+        if edge is None:
+            raise BlockError(f"Node '{arguments.parent}' does not have child '{arguments.child}'")
+        parent.remove_child(edge)
+    elif arguments.node is not None:
+        node = storage.graph.nodes.get(arguments.node)
+        if node is None:
+            raise BlockError(f"Node '{arguments.node}' not found")
+        parent.add_child(node)
+    else:
+        raise OptionError("Either child or node must be specified")
+
+
+def x_blockdev_set_iothread(storage: Storage, arguments: XBlockdevSetIothread) -> None:
+    """x-blockdev-set-iothread."""
+    name = arguments.node_name
+    node = storage.graph.nodes.get(name)
+    if node is None:
+        raise BlockError(f"Failed to find node with node-name='{name}'")
+    if not arguments.force and any(isinstance(edge.parent, BlockBackend) for edge in node.parents):
+        raise BlockError(
+            f"Node {name} is associated with a BlockBackend and could be in use (use force=true to override this check)"
+        )
+    context = storage.loop.main
+    if isinstance(arguments.iothread, str):
+        thread = storage.iothreads.get(arguments.iothread)
+        if thread is None:
+            raise BlockError(f"Cannot find iothread {arguments.iothread}")
+        context = thread.context
+    storage.graph.move(node, context)
+
+
+def query_block(storage: Storage, arguments: Any) -> list[BlockInfo]:
+    """query-block: devices with a name, of which a storage daemon has none."""
+    return []
+
+
+_PERMISSIONS: Final = tuple(BlockPermission)
+
+
+def x_debug_query_block_graph(storage: Storage, arguments: Any) -> XDbgBlockGraph:
+    """x-debug-query-block-graph: users first, then nodes, each with its edges; the last found first, as QEMU does."""
+    ids: dict[object, int] = {}
+    nodes: list[XDbgBlockGraphNode] = []
+    edges: list[XDbgBlockGraphEdge] = []
+
+    def number(found: object) -> int:
+        return ids.setdefault(found, len(ids) + 1)
+
+    def add(found: object, kind: XDbgBlockGraphNodeType, name: str, children: list[Edge]) -> None:
+        nodes.insert(0, XDbgBlockGraphNode(id=number(found), type=kind, name=name))
+        for edge in children:
+            edges.insert(
+                0,
+                XDbgBlockGraphEdge(
+                    parent=number(found),
+                    child=number(edge.node),
+                    name=edge.name,
+                    perm=_permissions(edge.held),
+                    shared_perm=_permissions(edge.shared),
+                ),
+            )
+
+    for user, used in _users(storage).items():
+        if isinstance(user, BlockBackend):
+            add(user, XDbgBlockGraphNodeType.BLOCK_BACKEND, user.name, used)
+        else:
+            add(user, XDbgBlockGraphNodeType.BLOCK_JOB, getattr(user, "name", ""), used)
+    for node in storage.graph.nodes.values():
+        add(node, XDbgBlockGraphNodeType.BLOCK_DRIVER, node.name, node.children)
+    return XDbgBlockGraph(nodes=nodes, edges=edges)
+
+
+def _users(storage: Storage) -> dict[object, list[Edge]]:
+    """Backends, also without a medium, then other users who are no nodes, and their edges."""
+    users: dict[object, list[Edge]] = {
+        backend: [] if backend.root is None else [backend.root] for backend in storage.graph.backends
+    }
+    for node in storage.graph.nodes.values():
+        for edge in node.parents:
+            if not isinstance(edge.parent, (Node, BlockBackend)):
+                users.setdefault(edge.parent, []).append(edge)
+    return users
+
+
+def _permissions(mask: int) -> list[BlockPermission]:
+    return [name for n, name in reversed(list(enumerate(_PERMISSIONS))) if mask >> n & 1]
+
+
+HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
+    "blockdev-reopen": blockdev_reopen,
+    "blockdev-snapshot": blockdev_snapshot,
+    "block_resize": block_resize,
+    "query-block": query_block,
+    "x-blockdev-change": x_blockdev_change,
+    "x-blockdev-set-iothread": x_blockdev_set_iothread,
+    "x-debug-query-block-graph": x_debug_query_block_graph,
+}
