@@ -364,3 +364,42 @@ def test_a_write_waits_out_two_moves(host: Host) -> None:
         backend.drain()
         assert backend.in_flight == 0
         backend.close()
+
+
+class AtHome(Counting):
+    """Notices who comes from another thread."""
+
+    def submit_batch(self, requests: list[Request]) -> list[Request]:
+        assert self.context.is_home, "a request was started in a thread where its node does not live"
+        return super().submit_batch(requests)
+
+
+def test_a_request_of_one_who_does_not_know_that_the_backend_moved(host: Host) -> None:
+    """Who looked where the backend lives, and submits there, may find that it has moved in between."""
+    with bench(host) as it, threads(it, "io0") as (thread,):
+        node = AtHome(it.graph, "node")
+        user = it.user(node, held=PERM_CONSISTENT_READ)
+        it.graph.move(node, thread.context)
+        it.graph.move(node, it.context)
+        request = read(0, 512)
+        run_in(thread.context, lambda: user.submit(request))
+        user.wait()
+        assert request.result == 0
+        user.backend.close()
+
+
+def test_parked_requests_meet_a_move(sim: SimHost) -> None:
+    """A section ends, and before the old thread has gone on with what waited, the backend moves: it goes on in the new
+    one, once."""
+    with bench(sim) as it, threads(it, "io0") as (thread,):
+        node = AtHome(it.graph, "node")
+        user = it.user(node, held=PERM_CONSISTENT_READ)
+        for _ in range(5):
+            it.graph.move(node, thread.context)
+            with it.graph.drained(node):
+                requests = [read(n, 1) for n in range(3)]
+                run_in(thread.context, lambda: [user.submit(request) for request in requests])  # noqa: B023
+            it.graph.move(node, it.context)
+            user.wait()
+            assert {request.result for request in requests} == {0}
+        user.backend.close()

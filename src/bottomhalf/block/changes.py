@@ -70,16 +70,11 @@ def repoint(transaction: Transaction, edge: Edge, node: Node) -> None:
 
 
 def _swing(edge: Edge, node: Node, place: int) -> None:
-    """The parent is as quiet as its child afterwards, and never in between what neither of them is."""
+    """Both nodes are drained, so the parent is quiet already and stays so; it ends with its new child's section."""
+    assert edge.quiesced_parent and node.quiesce_counter
     edge.node.parents.remove(edge)
     edge.node = node
     node.parents.insert(place, edge)
-    if node.quiesce_counter and not edge.quiesced_parent:
-        edge.quiesced_parent = True
-        edge.parent.parent_drained_begin()
-    elif not node.quiesce_counter and edge.quiesced_parent:
-        edge.quiesced_parent = False
-        edge.parent.parent_drained_end()
 
 
 def _children_of(edge: Edge) -> list[Edge] | None:
