@@ -182,29 +182,29 @@ def test_requests_that_arrive_meanwhile_take_the_new_way_in_order(seed: int) -> 
         assert (old.reads, new.reads) == (1, 8)
 
 
-def test_a_refused_filter_leaves_everything(seed: int) -> None:
+class Refusing(Pass):
+    """A driver that does not want to be written to."""
+
+    def apply_permissions(self, held: int, shared: int) -> None:
+        if held & PERM_WRITE:
+            raise BlockError("not through me")
+
+
+def test_a_driver_that_refuses_leaves_everything(seed: int) -> None:
     with sim_bench(seed) as it:
-        node = Modest(it.graph, "node")
-        backend = it.backend(node)
-        filter = Greedy(it.graph, "filter", node)
-        filter.child_permissions = lambda edge, held, shared: (0, PERM_ALL)  # type: ignore[method-assign]
-        refresh(filter)
-        del filter.child_permissions
-        other = Pass(it.graph, "side", node)
-        other.child_permissions = lambda edge, held, shared: (PERM_WRITE, PERM_ALL)  # type: ignore[method-assign]
-
-        class Stubborn(type(backend)):  # type: ignore[misc]
-            stay_at_node = True
-
-        backend.__class__ = Stubborn
+        node = Counting(it.graph, "node")
+        user = it.user(node)
+        user.submit(read(0, 1))
+        filter = Refusing(it.graph, "filter", node)
         before = [(edge, edge.held, edge.shared) for edge in node.parents]
-        with pytest.raises(BlockError, match=r"^Permission conflict on node 'node': permissions 'write' are both"):
+        with pytest.raises(BlockError, match=r"^not through me$"):
             it.graph.insert_node(filter)
         assert [(edge, edge.held, edge.shared) for edge in node.parents] == before
-        assert not filter.parents and not filter.closed
+        assert user.backend.node is node and not filter.parents and not filter.closed
+        assert filter.permissions == (0, PERM_ALL)
         assert node.quiesce_counter == filter.quiesce_counter == 0
-        for each in (filter, other):
-            it.graph.release(each)
+        assert user.do(read(0, 1)) == [0]
+        it.graph.release(filter)
 
 
 # -- edges ----------------------------------------------------------------------------------------------------------

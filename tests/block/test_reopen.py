@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bottomhalf.block import BlockError, Node
+from bottomhalf.drivers.describe import file_name
 from bottomhalf.drivers.file import FileNode
 from bottomhalf.drivers.registry import open_node, reopen_nodes
 from bottomhalf.host.linux import LinuxHost
@@ -19,7 +20,7 @@ from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json
 from tests.block.bench import READ_WRITE, Bench, bench, read, sim_bench, write
-from tests.block.parts import threads
+from tests.block.parts import Pass, threads
 
 SIZE = 65536
 
@@ -159,6 +160,24 @@ def test_a_child_given_by_options_follows(seed: int) -> None:
         reopen_nodes(it.graph, [raw("other")])
         assert inner.closed
         refused(it, "Cannot change the option 'file.driver'", raw(child))
+
+
+def test_an_implicit_filter_is_not_the_users(seed: int) -> None:
+    """What a job put in by itself is looked through: the child below may be named as before, and no other can be; the
+    image is called by its own name."""
+    with sim_bench(seed, disk=SIZE, other=SIZE) as it:
+        below = add(it, file())
+        add(it, file("other", "other"))
+        node = add(it, raw("file"))
+        filter = Pass(it.graph, "", below)
+        filter.implicit = True
+        it.graph.insert_node(filter)
+        assert node.children[0].node is filter
+        reopen_nodes(it.graph, [raw("file", read_only=True)])
+        assert node.read_only and node.children[0].node is filter
+        refused(it, "Cannot replace implicit file child of raw", raw("other"))
+        assert file_name(node) == file_name(filter) == "disk"
+        it.graph.remove_filter(filter)
 
 
 class TestRefused:

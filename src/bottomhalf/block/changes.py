@@ -100,6 +100,13 @@ def below(node: Node) -> set[Node]:
     return found
 
 
+def skip_implicit(node: Node) -> Node:
+    """The node, or the first below it that no job put in by itself: what a user means and is shown."""
+    while node.implicit:
+        node = _filtered(node).node
+    return node
+
+
 def check_place(parent: Node, node: Node, name: str) -> None:
     """BlockError if ``parent`` cannot stand on ``node``: it would stand on itself, or too high."""
     if parent in below(node):

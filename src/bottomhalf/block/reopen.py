@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bottomhalf.aio import kick, wait_while
 from bottomhalf.block import permissions
-from bottomhalf.block.changes import check_place, join, repoint
+from bottomhalf.block.changes import check_place, join, repoint, skip_implicit
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
@@ -99,8 +99,11 @@ def _children(graph: Graph, node: Node, options: Any) -> list[tuple[Edge, Node]]
         given = getattr(options.branch, edge.name.replace("-", "_"), None)
         if isinstance(given, str):
             new = graph.find(given)
-            if new is not edge.node:
-                changes.append((edge, new))
+            if new is skip_implicit(edge.node):
+                continue
+            if edge.node.implicit:
+                raise BlockError(f"Cannot replace implicit {edge.name} child of {node.name}")
+            changes.append((edge, new))
         elif given is not None and edge.node.inherits_from is not node:
             raise BlockError(f"Cannot change the option '{edge.name}.driver'")
     return changes

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bottomhalf.block import Node
+from bottomhalf.block.changes import skip_implicit
 from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
 from bottomhalf.qapi.block_info import (
     BlockdevCacheInfo,
@@ -33,7 +34,8 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 
 
 def file_name(node: Node) -> str:
-    """The name by which the image could be opened again."""
+    """The name by which the image could be opened again; an implicit filter has its child's."""
+    node = skip_implicit(node)
     return _plain_name(node) or f"json:{dumps(content_options(node))}"
 
 
@@ -41,7 +43,7 @@ def content_options(node: Node) -> dict[str, Any]:
     """The options that decide what is read from the node, children and all, as JSON values."""
     described: dict[str, Any] = {"driver": node.driver, **_given(node)}
     for edge in node.children:
-        described[edge.name] = content_options(edge.node)
+        described[edge.name] = content_options(skip_implicit(edge.node))
     return described
 
 
@@ -62,8 +64,9 @@ def _plain_name(node: Node) -> str:
         return str(given["filename"])
     if node.driver.startswith("null-"):
         return "" if given else f"{node.driver}://"
-    if node.driver == "raw" and not given and node.children[0].node.is_protocol:
-        return _plain_name(node.children[0].node)
+    if node.driver == "raw" and not given:
+        child = skip_implicit(node.children[0].node)
+        return _plain_name(child) if child.is_protocol else ""
     return ""
 
 
