@@ -231,7 +231,9 @@ class TestRefused:
         host = SimHost(0)
         host.add_file("disk", SIZE)
         with bench(host) as it:
-            add(it, file())
+            user = it.user(add(it, file()))
+            assert user.do(write(0, b"x")) == [0]
+            user.backend.close()
             host.fault(path="disk", op=FLUSH, errno=errno.EIO)
             refused(it, "Error flushing drive: Input/output error", file(read_only=True))
 
