@@ -164,6 +164,15 @@ def join(graph: Graph, node: Node, parent: Node) -> None:
             graph.move(parent, node.context)
 
 
+def make_room(graph: Graph, parent: Node, node: Node, name: str) -> None:
+    """BlockError if ``parent`` cannot stand on ``node``, else they run in one context afterwards. May wait; what it has
+    found out holds until the next wait."""
+    check_place(parent, node, name)
+    if node.context is not parent.context:
+        join(graph, node, parent)
+        check_place(parent, node, name)
+
+
 # -- changes --------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +180,8 @@ def replace_node(graph: Graph, old: Node, new: Node) -> None:
     """All parents of ``old`` use ``new`` instead, except for jobs and for nodes that ``new`` itself stands on (a
     filter above ``old`` keeps its child). ``old`` is closed if nobody is left. BlockError, and nothing has changed."""
     with graph.holding(old, new), graph.drained(old, new):
-        _check_alive(old, new)
         join(graph, new, old)
+        _check_alive(old, new)
         with Transaction() as transaction:
             edges = _repoint_parents(transaction, old, new)
             permissions.refresh(old, new, transaction=transaction)
@@ -184,12 +193,11 @@ def append(graph: Graph, new: Node, top: Node) -> None:
     and whoever uses ``top`` uses ``new`` from then on. BlockError, and nothing has changed."""
     name, role = ("file", ROLE_FILTER) if new.is_filter else ("backing", ROLE_COW)
     with graph.holding(new, top), graph.drained(top, new):
+        make_room(graph, new, top, name)
         _check_alive(new, top)
         if new.child(name) is not None:
             raise BlockError(f"The node {new.name} already has a child '{name}'")
-        join(graph, new, top)
         edge = Edge(new, top, name, role=role)
-        check_place(new, top, name)
         with Transaction() as transaction:
             link(transaction, edge)
             edges = _repoint_parents(transaction, top, new)
@@ -245,12 +253,10 @@ def replace_child(graph: Graph, edge: Edge, node: Node) -> None:
     changed."""
     old = edge.node
     with graph.holding(old, node), graph.drained(old, node):
-        _check_alive(old, node)
-        parent = edge.parent
         if _children_of(edge) is not None:
-            _check_edge(edge, old)
-            check_place(parent, node, edge.name)  # type: ignore[arg-type]  # it has children: a node
-            join(graph, node, parent)  # type: ignore[arg-type]
+            make_room(graph, edge.parent, node, edge.name)  # type: ignore[arg-type]  # it has children: a node
+        _check_alive(old, node)
+        _check_edge(edge, old)
         with Transaction() as transaction:
             repoint(transaction, edge, node)
             permissions.refresh(old, *_with_parent(edge), transaction=transaction)
@@ -260,11 +266,10 @@ def replace_child(graph: Graph, edge: Edge, node: Node) -> None:
 def attach_child(graph: Graph, parent: Node, node: Node, name: str, role: int = 0) -> Edge:
     """A node that is in use gets one more child. BlockError, and nothing has changed."""
     with graph.holding(parent, node), graph.drained(parent, node):
+        make_room(graph, parent, node, name)
         _check_alive(parent, node)
         if parent.child(name) is not None:
             raise BlockError(f"Duplicate child name '{name}'")
-        check_place(parent, node, name)
-        join(graph, node, parent)
         edge = Edge(parent, node, name, role=role)
         with Transaction() as transaction:
             link(transaction, edge)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bottomhalf.aio import kick, wait_while
 from bottomhalf.block import permissions
-from bottomhalf.block.changes import check_place, join, repoint, skip_implicit
+from bottomhalf.block.changes import check_place, make_room, repoint, skip_implicit
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
@@ -38,17 +38,19 @@ def reopen(graph: Graph, queue: Mapping[Node, Any]) -> None:
     ends = [end for edge, new in changes for end in (edge.node, new)]
     with graph.holding(*queue, *ends), graph.drained(*queue, *ends):
         for edge, new in changes:
-            check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]  # nodes have children
-            join(graph, new, edge.parent)  # type: ignore[arg-type]
+            make_room(graph, edge.parent, new, edge.name)  # type: ignore[arg-type]  # nodes have children
         for node in queue:
             flush(graph, node)
-        if any(node.closed for node in (*queue, *ends)):
-            raise BlockError("A node was closed meanwhile")
+        # Nothing waits from here on. What was found out before may not hold any more.
+        now = [end for edge, new in changes for end in (edge.node, new)]
+        if now != ends or any(node.closed for node in (*queue, *ends)):
+            raise BlockError("The nodes have changed meanwhile")
         before = {node: node.options for node in queue}
         with Transaction() as transaction:
             for node, options in queue.items():
                 _take_common(transaction, node, options)
             for edge, new in changes:
+                check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]
                 repoint(transaction, edge, new)
             for node, options in queue.items():
                 _check_rest(node, before[node], options, node.reopen(options, transaction))
