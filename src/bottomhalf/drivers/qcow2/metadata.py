@@ -70,7 +70,7 @@ class Metadata:
         table_bytes = header.cluster_size
         self.l2_cached_max = max(2, min(L2_CACHE_BYTES_MAX // table_bytes, header.l1_size))
         self._loading: dict[int, CoQueue] = {}
-        self._table: array[int] = array("Q")  # of refcounts
+        self.refcount_table: array[int] = array("Q")  # of refcounts
         self._blocks: dict[int, array[int]] = {}
         self._dirty_blocks: dict[int, set[int]] = {}
         self._dirty_table: set[int] = set()  # pages
@@ -112,7 +112,7 @@ class Metadata:
             if entry & L1_RESERVED or entry & OFFSET_MASK & self.mapping.cluster_mask:
                 raise ImageError(f"L2 table offset {entry & OFFSET_MASK:#x} unaligned (L1 index: {index:#x})")
         size = header.refcount_table_clusters << header.cluster_bits
-        self._table = tables.unpack(await self.read(header.refcount_table_offset, size))
+        self.refcount_table = tables.unpack(await self.read(header.refcount_table_offset, size))
         self.virgin = (self.file.size + self.mapping.cluster_mask) >> header.cluster_bits
 
     async def l2_table(self, index: int) -> Table | None:
@@ -170,7 +170,7 @@ class Metadata:
         block = self._blocks.get(index)
         if block is not None:
             return block
-        entry = self._table[index] if index < len(self._table) else 0
+        entry = self.refcount_table[index] if index < len(self.refcount_table) else 0
         if not entry:
             return None
         if entry & REFCOUNT_TABLE_RESERVED or entry & self.mapping.cluster_mask:
@@ -190,6 +190,14 @@ class Metadata:
         block = await self._block(cluster // per_block)
         return 0 if block is None else block[cluster % per_block]
 
+    async def set_refcount(self, cluster: int, count: int) -> None:
+        """Repair a counter. With the lock held. ImageError if there is no place for it."""
+        index, at = divmod(cluster, self._per_block)
+        block = await self._block(index)
+        if block is None:
+            raise ImageError("the refcount structure would have to be built anew, which is not supported yet")
+        self._set(index, block, at, min(count, refcounts.refcount_max(self.header.refcount_order)))
+
     @property
     def _per_block(self) -> int:
         return refcounts.entries_of_block(self.header.cluster_bits, self.header.refcount_order)
@@ -207,7 +215,8 @@ class Metadata:
         while True:
             block = await self._block(index)
             if block is None:
-                block = await self._new_block(index)
+                self._new_region(index, 0)
+                block = self._blocks[index]
             try:
                 at = block.index(0, at)
             except ValueError:
@@ -225,39 +234,57 @@ class Metadata:
         self.virgin = max(self.virgin, self._hint)
         return first, got, virgin
 
-    async def _new_block(self, index: int) -> array[int]:
-        """Nobody has counted these clusters yet. The block takes the first of them, and counts itself."""
-        if index >= len(self._table) and (index + 1) * 8 > REFCOUNT_TABLE_BYTES_MAX:
-            raise ImageError("the image cannot grow: its reference count table is full")
-        block = refcounts.empty(self.header.cluster_bits, self.header.refcount_order)
-        self._blocks[index] = block
-        pages = self.mapping.cluster_size // PAGE_BYTES or 1
-        self._dirty_blocks[index] = set(range(pages))
-        self._set(index, block, 0, 1)
-        first = index * self._per_block
-        if index >= len(self._table):
-            self._grow_table(index, block)
-        self._table[index] = first << self.header.cluster_bits
-        self.virgin = max(self.virgin, first + 1)
-        self._dirty_table.add(index * 8 // PAGE_BYTES)
-        return block
+    async def allocate_together(self, count: int) -> int:
+        """So many clusters side by side, for a table: the first one's number. With the lock held."""
+        while count <= self._per_block // 2:
+            first, got, _ = await self.allocate(count)
+            if got == count:
+                return first
+            self.free_all(range(first, first + got))
+        used = len(self.refcount_table)
+        while used and not self.refcount_table[used - 1]:
+            used -= 1
+        return self._new_region(used, count)
 
-    def _grow_table(self, index: int, block: array[int]) -> None:
-        """Give the refcount table a larger place, behind the block that it has no room for."""
-        header, cluster_size = self.header, self.mapping.cluster_size
-        entries = max((index + 1) * 3 // 2, len(self._table) + 1)
-        clusters = min(-(-entries * 8 // cluster_size), REFCOUNT_TABLE_BYTES_MAX >> header.cluster_bits or 1)
-        if clusters + 1 > self._per_block:
-            raise ImageError("the image cannot grow: its reference count table is too large for one block")
-        for n in range(header.refcount_table_clusters):
-            self.free((header.refcount_table_offset >> header.cluster_bits) + n)
-        self._table.extend([0] * (clusters * cluster_size // 8 - len(self._table)))
-        for n in range(clusters):
-            self._set(index, block, 1 + n, 1)
-        header.refcount_table_offset = (index * self._per_block + 1) << header.cluster_bits
+    def _new_region(self, index: int, count: int) -> int:
+        """Nobody has counted these clusters yet: make blocks from the given one on, as many as it takes for ``count``
+        clusters side by side, and for the blocks themselves and a larger refcount table if there is no room for them.
+        The first of the ``count``. With the lock held."""
+        per_block, cluster_size = self._per_block, self.mapping.cluster_size
+        ranges, table_clusters = 1, 0
+        while True:
+            if index + ranges > len(self.refcount_table):
+                table_clusters = -(-max((index + ranges) * 3 // 2, 1) * 8 // cluster_size)
+                if table_clusters * cluster_size > REFCOUNT_TABLE_BYTES_MAX:
+                    raise ImageError("the image cannot grow: its reference count table is full")
+            total = ranges + table_clusters + count
+            if total <= ranges * per_block:
+                break
+            ranges = -(-total // per_block)
+        first = index * per_block
+        pages = range(-(-cluster_size // PAGE_BYTES))
+        for n in range(ranges):
+            self._blocks[index + n] = refcounts.empty(self.header.cluster_bits, self.header.refcount_order)
+            self._dirty_blocks[index + n] = set(pages)
+        for n in range(total):
+            self._set(index + n // per_block, self._blocks[index + n // per_block], n % per_block, 1)
+        if table_clusters:
+            self._move_table(first + ranges, table_clusters)
+        for n in range(ranges):
+            self.refcount_table[index + n] = (first + n) << self.header.cluster_bits
+            self._dirty_table.add((index + n) * 8 // PAGE_BYTES)
+        self.virgin = max(self.virgin, first + total)
+        return first + ranges + table_clusters
+
+    def _move_table(self, cluster: int, clusters: int) -> None:
+        """Give the refcount table a larger place."""
+        header = self.header
+        old = header.refcount_table_offset >> header.cluster_bits
+        self.free_all(range(old, old + header.refcount_table_clusters))
+        self.refcount_table.extend([0] * (clusters * self.mapping.cluster_size // 8 - len(self.refcount_table)))
+        header.refcount_table_offset = cluster << header.cluster_bits
         header.refcount_table_clusters = clusters
         self._header_dirty = self._table_moved = True
-        self.virgin = max(self.virgin, index * self._per_block + 1 + clusters)
 
     def free(self, cluster: int) -> None:
         """One reference less, once nothing on the disk refers to it any more."""
@@ -293,8 +320,7 @@ class Metadata:
             self.free((entry & OFFSET_MASK) >> self.header.cluster_bits)
             table = Table(entries, offset, fresh=True)
         self.l2[index] = table
-        self.l1[index] = offset | COPIED
-        self._dirty_l1.add(index * 8 // PAGE_BYTES)
+        self.set_l1(index, offset | COPIED)
         return table
 
     def set_entry(self, table: Table, index: int, entry: int, bitmap: int = 0) -> None:
@@ -304,6 +330,11 @@ class Metadata:
         if self.mapping.extended:
             table.entries[at + 1] = bitmap
         table.dirty.add(at * 8 // PAGE_BYTES)
+
+    def set_l1(self, index: int, entry: int) -> None:
+        """Change an L1 entry, in memory."""
+        self.l1[index] = entry
+        self._dirty_l1.add(index * 8 // PAGE_BYTES)
 
     def move_l1(self, entries: int, cluster: int) -> None:
         """L1 has so many entries from now on, and lies at ``cluster``. With the lock held."""
@@ -340,7 +371,7 @@ class Metadata:
         await self.file.co_flush()
         self._dirty_blocks.clear()
         if self._dirty_table and not self._table_moved:
-            packed = tables.pack(self._table)
+            packed = tables.pack(self.refcount_table)
             await self.write(list(_pages(self.header.refcount_table_offset, packed, self._dirty_table)))
             await self.file.co_flush()
         self._dirty_table.clear()
@@ -399,25 +430,17 @@ class Metadata:
                 start = cluster
             end = cluster + 1
 
-    async def allocate_together(self, count: int) -> int:
-        """So many clusters side by side, for a table: the first one's number. With the lock held."""
-        while True:
-            first, got, _ = await self.allocate(count)
-            if got == count:
-                return first
-            self.free_all(range(first, first + got))
-
     def _block_pages(self) -> Iterable[tuple[int, bytes]]:
         for index, pages in self._dirty_blocks.items():
             packed = refcounts.pack(self._blocks[index], self.header.refcount_order)
-            yield from _pages(self._table[index], packed, pages)
+            yield from _pages(self.refcount_table[index], packed, pages)
 
     def _fresh_tables(self, changed: list[Table]) -> Iterable[tuple[int, bytes]]:
         return [(table.offset, tables.pack(table.entries)) for table in changed if table.fresh]
 
     def _moved_tables(self) -> Iterable[tuple[int, bytes]]:
         if self._table_moved:
-            yield self.header.refcount_table_offset, tables.pack(self._table)
+            yield self.header.refcount_table_offset, tables.pack(self.refcount_table)
         if self._l1_moved:
             yield self.header.l1_offset, tables.pack(self.l1)
 

@@ -335,9 +335,8 @@ class Qcow2Node(Node):
             fill_zeroes(part[count:])
 
     async def _unpack(self, entry: int) -> bytes:
-        known, content = self._unpacked
-        if known == entry:
-            return content
+        if self._unpacked[0] == entry:
+            return self._unpacked[1]
         offset, length = self.mapping.squeezed(entry)
         data = await self.metadata.read(offset, length)
         content: bytes = await self.context.thread_pool.call(

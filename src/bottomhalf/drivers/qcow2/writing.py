@@ -3,8 +3,8 @@
 
 All of a batch is prepared first: clusters are allocated side by side, what a cluster held before is read for its parts
 that are not written. Then the data go to the file as one list, and when they are there the tables are changed, in
-memory; a flush makes it durable (see ``metadata``). A reader meanwhile finds the old content, which is right: nobody has
-been told that the write is done. Two writes of a batch to one new cluster come one after the other.
+memory; a flush makes it durable (see ``metadata``). A reader meanwhile finds the old content, which is right: nobody
+has been told that the write is done. Two writes of a batch to one new cluster come one after the other.
 
 A cluster that was never written needs no zeroes around the data: behind the end of a file there are zeroes.
 """
