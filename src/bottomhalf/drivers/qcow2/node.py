@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.aio import kick, wait_while
 from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.compression import decompress
@@ -396,8 +397,32 @@ class Qcow2Node(Node):
     # -- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if not self.read_only and self.metadata.dirty:
-            self.context.run(self.co_flush(), what=f"the tables of {self.describe()}")
+        if self.read_only:
+            return
+        what = f"the tables of {self.describe()}"
+        if self.context.is_home:
+            self.context.run(self._co_close(), what=what)
+            return
+        ended: list[Exception | None] = []
+
+        async def close() -> None:
+            try:
+                await self._co_close()
+                ended.append(None)
+            except Exception as error:
+                ended.append(error)
+            finally:
+                kick()
+
+        self.context.schedule(close())
+        wait_while(self.context, lambda: not ended, what=what)
+        if ended[0] is not None:
+            raise ended[0]
+
+    async def _co_close(self) -> None:
+        await self.co_flush()
+        while self.metadata.dirty:  # what one commit frees, the next one writes
+            await self.co_flush()
 
 
 def fill_zeroes(buffer: memoryview) -> None:
