@@ -226,15 +226,16 @@ class _Checker:
                     await metadata.commit()
 
     async def _compare_copied(self, repair: str | None) -> None:
-        """COPIED stands at what has exactly one reference, in the active tables; and only there."""
+        """COPIED stands at what has exactly one reference (as it is stored), in the active tables; and only there."""
         metadata, mapping = self._metadata, self._mapping
         for l1_index, entry in enumerate(metadata.l1):
             offset = entry & OFFSET_MASK
             if not offset or offset >> mapping.cluster_bits >= self._clusters or offset & mapping.cluster_mask:
                 continue
-            single = self._counts[offset >> mapping.cluster_bits] == 1
+            stored = await metadata.refcount(offset >> mapping.cluster_bits)
+            single = stored == 1
             if single != bool(entry & COPIED):
-                self._copied(repair, f"L2 cluster: l1_index={l1_index} l1_entry={entry:x}", int(single))
+                self._copied(repair, f"L2 cluster: l1_index={l1_index} l1_entry={entry:x}", stored)
                 if repair == "all":
                     metadata.set_l1(l1_index, entry & ~COPIED | (COPIED if single else 0))
             table = await metadata.l2_table(l1_index)
@@ -244,9 +245,10 @@ class _Checker:
                 host = found & OFFSET_MASK
                 if found & COMPRESSED or not host or host >> mapping.cluster_bits >= self._clusters:
                     continue
-                single = self._counts[host >> mapping.cluster_bits] == 1
+                stored = await metadata.refcount(host >> mapping.cluster_bits)
+                single = stored == 1
                 if single != bool(found & COPIED):
-                    self._copied(repair, f"data cluster: l2_entry={found:x}", int(single))
+                    self._copied(repair, f"data cluster: l2_entry={found:x}", stored)
                     if repair == "all":
                         bitmap = table.entries[index * mapping.words + 1] if mapping.extended else 0
                         metadata.set_entry(table, index, found & ~COPIED | (COPIED if single else 0), bitmap)
