@@ -370,29 +370,36 @@ class Metadata:
         await self.write([*self._block_pages(), *self._fresh_tables(changed), *self._moved_tables()])
         await self.file.co_flush()
         self._dirty_blocks.clear()
-        if self._dirty_table and not self._table_moved:
+        # What was new is durable now, and from the next write on something may refer to it, even if that write fails:
+        # its next change takes the way of all changes.
+        for table in changed:
+            if table.fresh:
+                table.fresh = False
+                table.dirty.clear()
+        if self._table_moved:
+            self._table_moved = False
+            self._dirty_table.clear()
+        if self._l1_moved:
+            self._l1_moved = False
+            self._dirty_l1.clear()
+        if self._dirty_table:
             packed = tables.pack(self.refcount_table)
             await self.write(list(_pages(self.header.refcount_table_offset, packed, self._dirty_table)))
             await self.file.co_flush()
-        self._dirty_table.clear()
+            self._dirty_table.clear()
         if self._header_dirty:
             await self.write([(0, self.header.to_bytes())])
             await self.file.co_flush()
-            self._header_dirty = self._table_moved = False
-            if self._l1_moved:
-                self._l1_moved = False
-                self._dirty_l1.clear()
+            self._header_dirty = False
         pieces = list(_pages(self.header.l1_offset, tables.pack(self.l1), self._dirty_l1))
         for table in changed:
-            if not table.fresh:
-                pieces += _pages(table.offset, tables.pack(table.entries), table.dirty)
+            pieces += _pages(table.offset, tables.pack(table.entries), table.dirty)
         if pieces:
             await self.write(pieces)
             await self.file.co_flush()
             self._dirty_l1.clear()
-        for table in changed:
-            table.fresh = False
-            table.dirty.clear()
+            for table in changed:
+                table.dirty.clear()
         await self._count_down()
 
     async def _count_down(self) -> None:
