@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
+from bottomhalf.tools.formats import KNOWN, probe
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.check import CheckResult
 
 __all__ = ["create", "check", "info", "ImageInfo"]
-
-FORMATS: Final = ("raw", "qcow2")
 
 
 class ImageInfo:
@@ -51,8 +50,8 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
 
     ``options`` are those of the format. qcow2: ``version``, ``cluster_size``, ``refcount_bits``, ``extended_l2``,
     ``lazy_refcounts``, ``compression_type``, ``backing_file``, ``backing_fmt``. ValueError for others."""
-    if format not in FORMATS:
-        raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
+    if format not in KNOWN:
+        raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
         if options:
             raise ValueError(f"raw images have no option {next(iter(options))!r}")
@@ -140,13 +139,11 @@ def _create_file(context: AioContext, path: str, size: int) -> None:
 
 
 def _format(file: Node) -> str:
-    from bottomhalf.tools.formats import probe
-
     head = bytearray(min(512, file.size))
     if head:
         file.context.run(file.co_pread(0, memoryview(head)), what=f"the first bytes of {file.describe()}")
     format = probe(bytes(head))
-    if format not in FORMATS:
+    if format not in KNOWN:
         raise BlockError(f"the image is {format}, which is not supported yet")
     return format
 

@@ -71,11 +71,10 @@ def _format(path: str) -> str:
     """What an image's first bytes say, of the formats that there are drivers for. A name that is there for another
     reason than an image's is not looked into: opening it tells what is wrong."""
     from bottomhalf.host.linux import LinuxHost
-    from bottomhalf.images import FORMATS
-    from bottomhalf.tools.formats import image_format
+    from bottomhalf.tools.formats import KNOWN, image_format
 
     found = image_format(LinuxHost(), path)
-    return found if found in FORMATS else "raw"
+    return found if found in KNOWN else "raw"
 
 
 class _Image:

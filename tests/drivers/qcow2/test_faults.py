@@ -16,7 +16,7 @@ from tests.drivers.qcow2.bench import Disk, Model, carry_out, check, disk, make,
 
 POSITIONS_MAX = 500  # more I/O than the steps below take of one kind
 STEPS = 12
-SEQUENCES = 3
+SEQUENCES = 1
 
 GEOMETRIES: list[dict[str, Any]] = [
     {"cluster_size": 512, "size": 60 * 512},

@@ -147,10 +147,10 @@ class Qcow2Node(Node):
             return self.finish(requests, 0)
         return [request for request in requests if self.start(request, self._guarded(self._co_serve(request)))]
 
-    async def _guarded(self, body: Any) -> None:
+    async def _guarded(self, body: Any) -> Any:
         """Damage that is found on the way is an I/O error to whoever asked."""
         try:
-            await body
+            return await body
         except ImageError as error:
             raise OSError(errno.EIO, str(error), self.name) from error
 
@@ -366,7 +366,7 @@ class Qcow2Node(Node):
             await self.co_flush()
 
     async def co_truncate(self, size: int) -> None:
-        await self._writer.co_truncate(size)
+        await self._guarded(self._writer.co_truncate(size))
 
     # -- what is where ------------------------------------------------------------------------------------------
 
@@ -374,6 +374,10 @@ class Qcow2Node(Node):
         return None
 
     async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+        status: tuple[int, int] = await self._guarded(self._co_block_status(offset, length))
+        return status
+
+    async def _co_block_status(self, offset: int, length: int) -> tuple[int, int]:
         mapping = self.mapping
         index = offset >> mapping.l1_shift
         length = min(length, ((index + 1) << mapping.l1_shift) - offset)
