@@ -36,31 +36,51 @@ Extent: TypeAlias = "tuple[int, int, str]"
 """(offset, length, kind) with kind "data" or "zero"."""
 
 
-def open(image: str | os.PathLike[str] | dict[str, Any], read_only: bool = False) -> Disk:
+def open(
+    image: str | os.PathLike[str] | dict[str, Any],
+    read_only: bool = False,
+    *,
+    format: str | None = None,
+    backing_files: bool = False,
+) -> Disk:
     """Open an image.
 
-    ``image`` is a path (served as raw bytes, discards reach the file) or a dict with the options of a block node,
-    ``{"driver": "raw", "offset": 1048576, "file": {"driver": "file", "filename": "disk.img"}}``. What comes back
-    is for plain code, with or without ``with``; ``async with`` on it gives the same for asyncio."""
+    ``image`` is a path (discards reach the file) or a dict with the options of a block node,
+    ``{"driver": "raw", "offset": 1048576, "file": {"driver": "file", "filename": "disk.img"}}``. The ``format`` of a
+    path is "raw" or "qcow2"; None looks at its first bytes. Files that an image names, and the caller does not, are
+    opened only with ``backing_files``. What comes back is for plain code, with or without ``with``; ``async with`` on
+    it gives the same for asyncio."""
     if isinstance(image, dict):
         options = dict(image)
+        if format is not None:
+            raise ValueError("the options of a node say its driver; format is for a path")
     else:
         from os import fspath
 
         options = {
-            "driver": "raw",
+            "driver": format or _format(fspath(image)),
             "discard": "unmap",
             "file": {"driver": "file", "filename": fspath(image), "discard": "unmap"},
         }
     if read_only:
         options["read-only"] = True
-    return Disk(_Image(options))
+    return Disk(_Image(options, backing_files))
+
+
+def _format(path: str) -> str:
+    """What an image's first bytes say, of the formats that there are drivers for. A name that is there for another
+    reason than an image's is not looked into: opening it tells what is wrong."""
+    from bottomhalf.host.linux import LinuxHost
+    from bottomhalf.tools.formats import KNOWN, image_format
+
+    found = image_format(LinuxHost(), path)
+    return found if found in KNOWN else "raw"
 
 
 class _Image:
     """A context, a graph and a backend for one image."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], backing_files: bool) -> None:
         from bottomhalf.drivers.registry import open_node
         from bottomhalf.qapi.block import BlockdevOptions
         from bottomhalf.qapi.visit import from_json
@@ -68,7 +88,7 @@ class _Image:
         self.context = AioContext(name="disk")
         self.graph = Graph(self.context)
         try:
-            node = open_node(self.graph, from_json(BlockdevOptions, options))
+            node = open_node(self.graph, from_json(BlockdevOptions, options), follow_names=backing_files)
             writable = not node.read_only
             node.monitor_owned = True
             self.backend = BlockBackend(

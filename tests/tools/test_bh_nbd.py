@@ -118,7 +118,7 @@ def test_later(nbd: Nbd, option: Any) -> None:
     [
         (["-f", "raw", "/nope/x"], "Failed to blk_new_open '/nope/x': Could not open '/nope/x': No such file"),
         (["/nope/x"], "Failed to blk_new_open '/nope/x': Could not open '/nope/x': No such file"),
-        (["-f", "qcow2", "IMAGE"], "Failed to blk_new_open 'IMAGE': Unknown driver 'qcow2'"),
+        (["-f", "qed", "IMAGE"], "Failed to blk_new_open 'IMAGE': Unknown driver 'qed'"),
         (["-f", "", "IMAGE"], "Failed to blk_new_open 'IMAGE': Unknown driver ''"),
         (
             ["-f", "raw", "--aio=native", "IMAGE"],
@@ -129,15 +129,15 @@ def test_later(nbd: Nbd, option: Any) -> None:
         (["-f", "raw", "--pid-file=/nope/p", "IMAGE"], "Could not create '/nope/p': No such file or directory"),
         (["--image-opts", "driver=file"], "Failed to blk_new_open 'driver=file': Parameter 'filename' is missing"),
         (["--image-opts", "nope"], "Failed to blk_new_open 'nope': "),
-        (["QCOW2"], "Failed to blk_new_open 'QCOW2': 'QCOW2' is a qcow2 image, which this version cannot read yet"),
+        (["VMDK"], "Failed to blk_new_open 'VMDK': 'VMDK' is a vmdk image, which this version cannot read yet"),
     ],
 )
 def test_cannot_serve(nbd: Nbd, tmp_path: Path, image: Path, words: list[str], text: str) -> None:
-    qcow2 = tmp_path / "q"
-    qcow2.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(600))
+    vmdk = tmp_path / "v"
+    vmdk.write_bytes(b"KDMV" + bytes(600))
 
     def real(word: str) -> str:
-        return word.replace("IMAGE", str(image)).replace("QCOW2", str(qcow2))
+        return word.replace("IMAGE", str(image)).replace("VMDK", str(vmdk))
 
     assert refused(nbd("-k", tmp_path / "s", *map(real, words))).startswith(real(text))
     assert not (tmp_path / "s").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bottomhalf import images
 from bottomhalf.exports.nbd.export import ExportStatistics
 from bottomhalf.host.protocol import InetAddress, UnixAddress
 from bottomhalf.monitor.storage import Storage
@@ -155,15 +156,19 @@ def test_command(tool: Tool) -> None:
     [
         ("/nope/x", "Could not open '/nope/x': No such file or directory"),
         ("-k /nope/s IMAGE", "Failed to bind socket to /nope/s: No such file or directory"),
-        ("-f qcow2 IMAGE", "Unknown format 'qcow2'; this version serves raw"),
-        ("QCOW2", "is a qcow2 image, which this version cannot read yet\nTo serve its bytes as they are"),
+        ("-f qed IMAGE", "Unknown format 'qed'; this version serves raw and qcow2"),
+        ("VMDK", "is a vmdk image, which this version cannot read yet\nTo serve its bytes as they are"),
+        ("-f qcow2 IMAGE", "Image is not in qcow2 format"),
+        ("BACKED", "The image names a backing file, 'base.raw', which is not opened unless you say so"),
         ("-p 1 -b nohost.invalid IMAGE", "address resolution failed for nohost.invalid:1: "),
     ],
 )
 def test_cannot_serve(tool: Tool, tmp_path: Path, image: Path, words: str, text: str) -> None:
-    qcow2 = tmp_path / "q"
-    qcow2.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(600))
-    given = [word.replace("IMAGE", str(image)).replace("QCOW2", str(qcow2)) for word in words.split()]
+    vmdk, backed = tmp_path / "v", tmp_path / "b"
+    vmdk.write_bytes(b"KDMV" + bytes(600))
+    images.create(backed, format="qcow2", size=1 << 20, backing_file="base.raw", backing_fmt="raw")
+    named = {"IMAGE": str(image), "VMDK": str(vmdk), "BACKED": str(backed)}
+    given = [named.get(word, word) for word in words.split()]
     outcome = tool(serve.main, given)
     assert outcome.status == 1 and outcome.stdout == ""
     assert outcome.stderr.startswith("bottomhalf serve: ") and text in outcome.stderr

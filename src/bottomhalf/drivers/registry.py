@@ -20,7 +20,9 @@ A driver of one's own registers a branch of the schema and an opener::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os.path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bottomhalf.block import BlockError, Graph, Node, permissions
@@ -31,6 +33,8 @@ from bottomhalf.qapi.block import (
     BlockdevDiscardOptions,
     BlockdevOptions,
 )
+from bottomhalf.qapi.types import Null
+from bottomhalf.qapi.visit import from_json
 
 if TYPE_CHECKING:
     from bottomhalf.qapi.block_info import BlockDeviceInfo
@@ -41,9 +45,10 @@ CHILD_DEPTH_MAX: Final = 64  # nodes given inside each other; real graphs are be
 class Opening:
     """One node while it is being opened: its options, and the children that come with it."""
 
-    def __init__(self, graph: Graph, options: BlockdevOptions, depth: int) -> None:
+    def __init__(self, graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool) -> None:
         self.graph = graph
         self.options = options
+        self.follow_names = follow_names  # whether files that an image names may be opened
         self._depth = depth
         self.brought: list[Node] = []
 
@@ -71,9 +76,23 @@ class Opening:
             return self.graph.find(given, device=given)
         if self._depth == CHILD_DEPTH_MAX:
             raise BlockError(f"Block nodes are nested deeper than {CHILD_DEPTH_MAX}")
-        node = _open(self.graph, _inherit(self.options, given), self._depth + 1)
+        node = _open(self.graph, _inherit(self.options, given), self._depth + 1, self.follow_names)
         self.brought.append(node)
         return node
+
+    def backing(
+        self, given: BlockdevOptions | str | Null | None, named: str | None, format: str | None, file: Node
+    ) -> Node | None:
+        """The backing node: the one that was given, else the one that the image names, if names may be followed.
+        ``file`` is what holds the image, beside which a relative name is looked for."""
+        if isinstance(given, Null) or (given is None and named is None):
+            return None
+        if given is None:
+            assert named is not None
+            given = _named_image(self, named, format, file)
+        elif not isinstance(given, str):
+            given = given.replace(read_only=True if given.read_only is None else given.read_only)
+        return self.child(given)
 
     def undo(self) -> None:
         """The node could not be opened: close the children that were opened for it."""
@@ -84,12 +103,13 @@ class Opening:
 Opener: TypeAlias = Callable[[Opening], Node]
 
 
-def open_node(graph: Graph, options: BlockdevOptions) -> Node:
+def open_node(graph: Graph, options: BlockdevOptions, *, follow_names: bool = True) -> Node:
     """Open a node and the children that its options bring along. Main thread.
 
     The caller makes it live: by using it, or by setting ``monitor_owned``; ``graph.release(node)`` gives it back.
-    BlockError says why it cannot be opened, and then nothing of it is left."""
-    return _open(graph, options, 0)
+    Without ``follow_names`` no file is opened that an image names (a backing file) and the options do not: for images
+    that somebody else has made. BlockError says why it cannot be opened, and then nothing of it is left."""
+    return _open(graph, options, 0, follow_names)
 
 
 def reopen_nodes(graph: Graph, requests: Sequence[BlockdevOptions]) -> None:
@@ -129,12 +149,12 @@ def register_driver(name: str, opener: Opener) -> None:
     _OPENERS[name] = opener
 
 
-def _open(graph: Graph, options: BlockdevOptions, depth: int) -> Node:
+def _open(graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool) -> Node:
     opener = _OPENERS.get(options.driver)
     if opener is None:
         raise BlockError(f"Unknown driver '{options.driver}'")
     _check_common(options)
-    opening = Opening(graph, options, depth)
+    opening = Opening(graph, options, depth, follow_names)
     node: Node | None = None
     try:
         node = opener(opening)
@@ -148,6 +168,33 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int) -> Node:
         opening.undo()
         raise
     return node
+
+
+@contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """What goes wrong while an image is read, as the reason why it cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        raise BlockError(f"Could not read the image of '{name}': {error.strerror}") from error
+
+
+def _named_image(opening: Opening, named: str, format: str | None, file: Node) -> BlockdevOptions:
+    """Options for what an image names as its backing file."""
+    if not opening.follow_names:
+        raise BlockError(
+            f"The image names a backing file, '{named}', which is not opened unless you say so: give it as backing"
+        )
+    path = named.removeprefix("file:")
+    if ":" in path.partition("/")[0]:
+        raise BlockError(f"Could not open backing file: '{named}' is not a path; give the node as backing")
+    if not os.path.isabs(path) and isinstance(image := getattr(file, "filename", None), str):
+        path = os.path.join(os.path.dirname(image), path)
+    if format is None:
+        raise BlockError(f"The image does not say the format of its backing file, '{named}'; give the node as backing")
+    below = {"driver": "file", "filename": path, "read-only": True}
+    options = below if format == "file" else {"driver": format, "read-only": True, "file": below}
+    return from_json(BlockdevOptions, options)
 
 
 def _check_common(options: BlockdevOptions) -> None:
@@ -217,6 +264,31 @@ def _open_raw(opening: Opening) -> Node:
     )
 
 
+def _open_qcow2(opening: Opening) -> Node:
+    """The header has to be read before the node can be made: plain code waits for that, by name."""
+    from bottomhalf.drivers.qcow2.node import Qcow2Node, co_read_header
+
+    branch = opening.branch
+    file = opening.child(branch.file)
+    name = opening.options.node_name or "qcow2"
+    what = f"the opening of {name} in {file.describe()}"
+    with image_errors(name):
+        header = file.context.run(co_read_header(file), what=what)
+        backing = opening.backing(branch.backing, header.backing_file, header.backing_format, file)
+        common = opening.common
+        if opening.options.auto_read_only and file.read_only:
+            common["read_only"] = True
+        node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing)
+        try:
+            file.context.run(node.open(), what=what)
+        except BaseException:
+            opening.graph.forget(node)
+            raise
+    passes = branch.pass_discard_request
+    node.metadata.pass_discards = node.unmap if passes is None else passes
+    return node
+
+
 def _open_null(opening: Opening) -> Node:
     from bottomhalf.drivers.null import SIZE_DEFAULT, NullAioNode, NullCoNode
 
@@ -234,6 +306,7 @@ def _open_null(opening: Opening) -> Node:
 _OPENERS: Final[dict[str, Opener]] = {
     "file": _open_file,
     "raw": _open_raw,
+    "qcow2": _open_qcow2,
     "null-co": _open_null,
     "null-aio": _open_null,
 }

@@ -324,6 +324,10 @@ class Host(Protocol):
     ) -> File:
         """Open an existing regular file or block device. ``locking`` is on, off or auto."""
 
+    def create_file(self, path: str, size: int) -> None:
+        """Make a regular file of zeroes; one that is there loses its content. ``ImageInUse`` if somebody has locked
+        it, OSError; nothing has changed then."""
+
     def engine(self, kind: str = "auto") -> Engine:
         """Make an engine: "io_uring", "threads", or "auto" for the best that works here. Belongs to the calling
         thread. OSError if the named one is not to be had."""

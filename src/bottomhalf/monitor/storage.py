@@ -65,13 +65,13 @@ class Storage:
         self.log(f"internal error in {where}; please report this:")
         self.log("".join(format_exception(error)).rstrip())
 
-    def add_node(self, options: BlockdevOptions) -> Node:
-        """blockdev-add: a node that lives until it is deleted."""
+    def add_node(self, options: BlockdevOptions, *, follow_names: bool = True) -> Node:
+        """blockdev-add: a node that lives until it is deleted. ``follow_names``: as open_node() takes it."""
         from bottomhalf.drivers.registry import open_node
 
         if options.node_name is None:
             raise BlockError("'node-name' must be specified for the root node")
-        node = open_node(self.graph, options)
+        node = open_node(self.graph, options, follow_names=follow_names)
         node.monitor_owned = True
         return node
 

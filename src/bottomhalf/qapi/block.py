@@ -103,11 +103,31 @@ class BlockdevOptionsGenericFormat(Struct):
     file: Annotated[BlockdevRef, Doc("node that holds the data")]
 
 
+BlockdevRefOrNull: TypeAlias = Annotated[BlockdevOptions | str | Null, Alternate("BlockdevRefOrNull")]
+"""The same, or null for no child where the image names one."""
+
+
+class BlockdevOptionsGenericCOWFormat(BlockdevOptionsGenericFormat):
+    """A format whose images may have a backing file."""
+
+    backing: Annotated[
+        BlockdevRefOrNull | None, Doc("node that unallocated clusters read from", default="what the image names")
+    ] = None
+
+
 class BlockdevOptionsRaw(BlockdevOptionsGenericFormat):
     """The bytes of another node as they are, or a part of them."""
 
     offset: Annotated[int | None, Doc("first byte", default="0")] = None
     size: Annotated[int | None, Doc("bytes", default="up to the end")] = None
+
+
+class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
+    """An image in QEMU's format: allocated as it is written, with backing files and snapshots."""
+
+    pass_discard_request: Annotated[
+        bool | None, Doc("what the guest discards is discarded in the file", default="on if discard=unmap")
+    ] = None
 
 
 class BlockdevOptionsNull(Struct):
@@ -120,6 +140,7 @@ class BlockdevOptionsNull(Struct):
 
 BlockdevOptions.register_branch("file", BlockdevOptionsFile)
 BlockdevOptions.register_branch("raw", BlockdevOptionsRaw)
+BlockdevOptions.register_branch("qcow2", BlockdevOptionsQcow2)
 BlockdevOptions.register_branch("null-co", BlockdevOptionsNull)
 BlockdevOptions.register_branch("null-aio", BlockdevOptionsNull)
 

@@ -110,7 +110,7 @@ Export:
   -D, --description=TEXT    text that clients may show
   -o, --offset=OFFSET       first byte of the image to serve
   -r, --read-only           refuse writes
-  -f, --format=FORMAT       format of the image (raw)
+  -f, --format=FORMAT       format of the image (raw, qcow2)
       --image-opts          FILE is a list of options of a block node
       --cache=MODE          none, writeback, writethrough, directsync or unsafe
   -n, --nocache             the same as --cache=none
@@ -347,12 +347,12 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     )
     (name,) = settings.files
     try:
-        _check_format(settings, storage, name)
-        below = _open(storage, settings, name)
+        format = _format(settings, storage, name)
+        below = _open(storage, settings, name, format)
     except (BlockError, OptionError) as error:
         hint = getattr(error, "hint", None)
         raise BlockError(f"Failed to blk_new_open '{name}': {error}" + (f"\n{hint}" if hint else "")) from error
-    node = _open_window(storage, settings, below)
+    node = _open_window(storage, settings, below, format)
     node.monitor_owned = True
     options = {
         "type": "nbd",
@@ -367,8 +367,8 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     return storage.exports.add(from_json(BlockExportOptions, options)), server
 
 
-def _open(storage: Storage, settings: Settings, name: str) -> Node:
-    """The file, or what --image-opts describes."""
+def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
+    """The file (in its format, if that is not raw), or what --image-opts describes."""
     from bottomhalf.drivers.registry import open_node
     from bottomhalf.qapi.block import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
     from bottomhalf.qapi.keyval import parse_keyval
@@ -377,24 +377,26 @@ def _open(storage: Storage, settings: Settings, name: str) -> Node:
     read_only = "read-only" in settings.given
     if "image-opts" not in settings.given:
         file = {"driver": "file", "filename": name, "aio": settings.given.get("aio", "threads"), "discard": "unmap"}
-        options = from_json(BlockdevOptions, file)
+        discard = "unmap" if settings.discard else "ignore"
+        formatted = {"driver": format, "discard": discard, "file": file}
+        options = from_json(BlockdevOptions, file if format == "raw" else formatted)
     else:
         options = from_keyval(BlockdevOptions, parse_keyval(name))
         if options.discard is None:
-            discard = BlockdevDiscardOptions.UNMAP if settings.discard else BlockdevDiscardOptions.IGNORE
-            options = options.replace(discard=discard)
+            unmap = BlockdevDiscardOptions.UNMAP if settings.discard else BlockdevDiscardOptions.IGNORE
+            options = options.replace(discard=unmap)
     if options.cache is None:
         options = options.replace(cache=BlockdevCacheOptions(direct=settings.direct, no_flush=settings.no_flush))
     return open_node(storage.graph, options.replace(read_only=read_only or options.read_only))
 
 
-def _open_window(storage: Storage, settings: Settings, below: Node) -> Node:
+def _open_window(storage: Storage, settings: Settings, below: Node, format: str) -> Node:
     """The raw node that --format and --offset ask for, if they do."""
     from bottomhalf.drivers.registry import open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
-    if "image-opts" in settings.given and not settings.offset:
+    if ("image-opts" in settings.given or format != "raw") and not settings.offset:
         return below
     options = {
         "driver": "raw",
@@ -406,28 +408,31 @@ def _open_window(storage: Storage, settings: Settings, below: Node) -> Node:
     return open_node(storage.graph, from_json(BlockdevOptions, options))
 
 
-def _check_format(settings: Settings, storage: Storage, name: str) -> None:
-    """Without --format the format is guessed, which an image's content can influence: say so."""
+def _format(settings: Settings, storage: Storage, name: str) -> str:
+    """The image's format. Without --format it is guessed, which an image's content can influence: say so."""
     from bottomhalf.block import BlockError
-    from bottomhalf.tools.formats import image_format
+    from bottomhalf.tools.formats import KNOWN, image_format
 
-    given = settings.given.get("format")
-    if given == "raw" or "image-opts" in settings.given:
-        return
+    given: str | None = settings.given.get("format")
+    if "image-opts" in settings.given:
+        return "raw"
+    if given in KNOWN:
+        return given
     if given is not None:
-        raise BlockError(f"Unknown driver '{given}'\nThis version reads raw.")
+        raise BlockError(f"Unknown driver '{given}'\nThis version reads {' and '.join(KNOWN)}.")
     found = image_format(storage.host, name)
-    if found != "raw":
+    if found not in KNOWN:
         raise BlockError(
             f"'{name}' is a {found} image, which this version cannot read yet\n"
             "To serve its bytes as they are, say --format=raw."
         )
-    if "read-only" not in settings.given:
+    if found == "raw" and "read-only" not in settings.given:
         print(
             f"WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
             "         Specify the 'raw' format explicitly (--format=raw) if that is what it is.",
             file=sys.stderr,
         )
+    return found
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bottomhalf.host.protocol import Host
 
 PROBE_BYTES: Final = 512
+KNOWN: Final = ("raw", "qcow2")  # formats that there are drivers for
 
 _MAGIC: Final = (
     (0, b"QFI\xfb", "qcow2"),

@@ -34,6 +34,7 @@ OPTIONS: Final = (
     Option("bind", "b", VALUE),
     Option("name", "x", VALUE),
     Option("format", "f", VALUE),
+    Option("backing-files"),
     Option("read-only", "r"),
     Option("direct", "n"),
     Option("qmp", takes=VALUE),
@@ -48,7 +49,8 @@ Serve a disk image over NBD until Ctrl-C.
   -p, --port PORT     listen on TCP instead ({PORT_DEFAULT} is NBD's port; 0 picks a free one)
   -b, --bind HOST     with --port: address to listen on (default: {BIND_DEFAULT})
   -x, --name NAME     name of the export (default: the image's name)
-  -f, --format FMT    format of the image (default: found out); "raw" serves the bytes as they are
+  -f, --format FMT    format of the image, raw or qcow2 (default: found out); "raw" serves the bytes as they are
+      --backing-files open the backing files that the image names
   -r, --read-only     refuse writes
   -n, --direct        bypass the page cache (O_DIRECT)
       --qmp PATH      also take QMP commands on this Unix socket
@@ -69,6 +71,7 @@ class Settings:
     bind: str | None = None
     name: str | None = None
     format: str | None = None
+    backing_files = False
     read_only = False
     direct = False
     qmp: str | None = None
@@ -86,7 +89,7 @@ class Settings:
             elif name == "help":
                 self.help = True
                 return
-            elif name in ("read-only", "direct", "quiet"):
+            elif name in ("backing-files", "read-only", "direct", "quiet"):
                 setattr(self, name.replace("-", "_"), True)
             else:
                 setattr(self, name, value)
@@ -151,7 +154,7 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     from bottomhalf.qapi.export import BlockExportOptions
     from bottomhalf.qapi.visit import from_json
 
-    _check_format(storage, settings)
+    settings.format = _format(storage, settings)
     file = {
         "driver": "file",
         "filename": settings.image,
@@ -164,14 +167,15 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
         from_json(
             BlockdevOptions,
             {
-                "driver": "raw",
+                "driver": settings.format,
                 "node-name": "image",
                 "discard": "unmap",
                 "read-only": settings.read_only,
                 "auto-read-only": not settings.read_only,
                 "file": file,
             },
-        )
+        ),
+        follow_names=settings.backing_files,
     )
     server = _listen(storage, settings)
     export = storage.exports.add(
@@ -192,21 +196,22 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     return export, server
 
 
-def _check_format(storage: Storage, settings: Settings) -> None:
-    """Refuse what this version cannot read, unless the user says that the bytes are meant."""
+def _format(storage: Storage, settings: Settings) -> str:
+    """The image's format; what this version cannot read is refused, unless the user says that the bytes are meant."""
     from bottomhalf.block import BlockError
-    from bottomhalf.tools.formats import image_format
+    from bottomhalf.tools.formats import KNOWN, image_format
 
-    if settings.format == "raw":
-        return
+    if settings.format in KNOWN:
+        return settings.format
     if settings.format is not None:
-        raise BlockError(f"Unknown format '{settings.format}'; this version serves raw")
+        raise BlockError(f"Unknown format '{settings.format}'; this version serves {' and '.join(KNOWN)}")
     found = image_format(storage.host, settings.image)
-    if found != "raw":
+    if found not in KNOWN:
         raise BlockError(
             f"'{settings.image}' is a {found} image, which this version cannot read yet\n"
             "To serve its bytes as they are, say --format raw"
         )
+    return found
 
 
 def _listen(storage: Storage, settings: Settings) -> NbdServer:
@@ -257,7 +262,7 @@ def _introduce(settings: Settings, export: NbdExport, where: str) -> None:
     quoted = shlex.quote(where)
     kind = "writable" if export.writable else "read-only"
     print(
-        f"serving {settings.image} (raw, {binary_size(export.backend.size)}, {kind})\n"
+        f"serving {settings.image} ({settings.format}, {binary_size(export.backend.size)}, {kind})\n"
         f"\n  {where}\n\n"
         f"  copy it      nbdcopy {quoted} copy.raw\n"
         f"  look at it   qemu-img info {quoted}\n"

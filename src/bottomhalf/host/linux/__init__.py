@@ -13,6 +13,7 @@ from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import make_poller
+from bottomhalf.host.protocol import PERM_RESIZE, PERM_WRITE
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
@@ -95,6 +96,16 @@ class LinuxHost:
         self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto"
     ) -> LinuxFile:
         return LinuxFile(path, read_only=read_only, direct=direct, locking=locking)
+
+    def create_file(self, path: str, size: int) -> None:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
+        file = LinuxFile(path)
+        try:
+            file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
+            file.truncate(0)
+            file.truncate(size)
+        finally:
+            file.close()
 
     def engine(self, kind: str = "auto") -> RingEngine | ThreadEngine:
         from bottomhalf.host.linux.ring_engine import RingEngine

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from bottomhalf.host.protocol import Address, Host
+from bottomhalf.host.protocol import PERM_RESIZE, PERM_WRITE, Address, Host
 from bottomhalf.host.sim.arena import SimArena
 from bottomhalf.host.sim.disk import Disk, Inode
 from bottomhalf.host.sim.engine import SimEngine
@@ -149,6 +149,17 @@ class SimHost:
             raise failure(errno_module.EACCES, path)
         self.world.note("open", path)
         return SimFile(self.world, self.faults, self.latency, inode, read_only, direct, locking)
+
+    def create_file(self, path: str, size: int) -> None:
+        if path not in self.disk.files:
+            self.add_file(path, b"")
+        file = self.open_file(path)
+        try:
+            file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
+            file.truncate(0)
+            file.truncate(size)
+        finally:
+            file.close()
 
     def engine(self, kind: str = "auto") -> SimEngine:
         if kind not in ("auto", *ENGINE_KINDS):

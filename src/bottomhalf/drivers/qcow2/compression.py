@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed clusters (chapter "Compressed Clusters Descriptor").
+
+zlib clusters are raw deflate streams with a window of 4 KiB, zstd clusters are frames. Whoever reads them knows how
+long the result has to be, so a stream that would give more is stopped there: an image cannot make us unpack gigabytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Final
+
+from bottomhalf.block.errors import BlockError, ImageError
+from bottomhalf.drivers.qcow2.layout import ZSTD
+
+_WINDOW_BITS: Final = -12  # raw deflate, 4 KiB
+
+
+def decompress(data: bytes | memoryview, size: int, kind: int) -> bytes:
+    """The ``size`` bytes of a cluster. ``data`` may go on behind them. ImageError if it gives fewer."""
+    if kind == ZSTD:
+        return _decompress_zstd(data, size)
+    try:
+        result = zlib.decompressobj(_WINDOW_BITS).decompress(data, size)
+    except zlib.error as error:
+        raise ImageError(f"a compressed cluster cannot be unpacked: {error}") from None
+    if len(result) < size:
+        raise ImageError(f"a compressed cluster has {len(result)} bytes instead of {size}")
+    return result
+
+
+def compress(data: bytes | memoryview, kind: int) -> bytes | None:
+    """A cluster compressed, or None if it would not become smaller."""
+    if kind == ZSTD:
+        result: bytes = _zstd().ZstdCompressor().compress(bytes(data))
+    else:
+        packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW_BITS)
+        result = packer.compress(data) + packer.flush()
+    return result if len(result) < len(data) else None
+
+
+def _decompress_zstd(data: bytes | memoryview, size: int) -> bytes:
+    zstd = _zstd()
+    try:
+        result: bytes = zstd.ZstdDecompressor().stream_reader(bytes(data)).read(size)
+    except zstd.ZstdError as error:
+        raise ImageError(f"a compressed cluster cannot be unpacked: {error}") from None
+    if len(result) < size:
+        raise ImageError(f"a compressed cluster has {len(result)} bytes instead of {size}")
+    return result
+
+
+def _zstd() -> Any:
+    """The standard library has zstd from Python 3.14 on; before, a package of that name does it."""
+    try:
+        import zstandard  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise BlockError(
+            "this image's clusters are compressed with zstd, for which the package zstandard is needed: "
+            "pip install 'bottomhalf[compress]'"
+        ) from None
+    return zstandard

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A new image: the smallest one that can be opened, which then grows to its size.
+
+Cluster 0 has the header, 1 the refcount table, 2 the first refcount block; L1 follows where the disk's size puts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bottomhalf.block.errors import BlockError
+from bottomhalf.drivers.qcow2 import layout, refcounts, tables
+from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.layout import (
+    CLUSTER_BITS_DEFAULT,
+    CLUSTER_BITS_MAX,
+    CLUSTER_BITS_MIN,
+    EXTENDED_CLUSTER_BITS_MIN,
+    REFCOUNT_ORDER_DEFAULT,
+    REFCOUNT_ORDER_MAX,
+)
+from bottomhalf.drivers.qcow2.node import Qcow2Node
+
+if TYPE_CHECKING:
+    from bottomhalf.block import Node
+
+
+@dataclass(frozen=True)
+class CreateOptions:
+    """What an image shall be like. ``size`` and ``cluster_size`` in bytes."""
+
+    size: int
+    version: int = 3
+    cluster_size: int = 1 << CLUSTER_BITS_DEFAULT
+    refcount_bits: int = 1 << REFCOUNT_ORDER_DEFAULT
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    compression_type: str = "zlib"
+    backing_file: str | None = None
+    backing_fmt: str | None = None
+
+    def header(self) -> Header:
+        """The header of the image while it has no disk yet. BlockError for what cannot be."""
+        cluster_bits = self.cluster_size.bit_length() - 1
+        if not CLUSTER_BITS_MIN <= cluster_bits <= CLUSTER_BITS_MAX or self.cluster_size & (self.cluster_size - 1):
+            smallest, largest = 1 << CLUSTER_BITS_MIN, 1 << (CLUSTER_BITS_MAX - 10)
+            raise BlockError(f"Cluster size must be a power of two between {smallest} and {largest}k")
+        order = self.refcount_bits.bit_length() - 1
+        if not 0 <= order <= REFCOUNT_ORDER_MAX or self.refcount_bits & (self.refcount_bits - 1):
+            raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
+        if self.size < 0 or self.size % layout.SECTOR_BYTES:
+            raise BlockError("Image size must be a multiple of 512 bytes")
+        self._check_version(order, cluster_bits)
+        header = Header(size=0, cluster_bits=cluster_bits, version=self.version, refcount_order=order)
+        header.refcount_table_offset = self.cluster_size
+        header.refcount_table_clusters = 1
+        if self.extended_l2:
+            header.incompatible |= layout.EXTENDED_L2
+        if self.lazy_refcounts:
+            header.compatible |= layout.LAZY_REFCOUNTS
+        if self.compression_type == "zstd":
+            header.compression_type = layout.ZSTD
+            header.incompatible |= layout.COMPRESSION_TYPE
+        elif self.compression_type != "zlib":
+            raise BlockError(f"compression type is zlib or zstd, not '{self.compression_type}'")
+        if self.backing_fmt is not None:
+            if self.backing_file is None:
+                raise BlockError("Backing format cannot be used without backing file")
+            header.set_extension(layout.EXTENSION_BACKING_FORMAT, self.backing_fmt.encode())
+        header.backing_file = self.backing_file
+        return header
+
+    def _check_version(self, order: int, cluster_bits: int) -> None:
+        if self.version not in (2, 3):
+            raise BlockError(f"qcow2 has versions 2 and 3, not {self.version}")
+        if self.version == 2:
+            if order != REFCOUNT_ORDER_DEFAULT:
+                raise BlockError(
+                    "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+                    "(use version=v3 or greater)"
+                )
+            for wanted, what in (
+                (self.lazy_refcounts, "Lazy refcounts"),
+                (self.extended_l2, "Extended L2 entries"),
+                (self.compression_type != "zlib", "Non-zlib compression type"),
+            ):
+                if wanted:
+                    raise BlockError(
+                        f"{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+                    )
+        if self.extended_l2 and cluster_bits < EXTENDED_CLUSTER_BITS_MIN:
+            raise BlockError("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
+
+
+async def co_create(file: Node, options: CreateOptions) -> None:
+    """Make an image in ``file``, which is empty. OSError, BlockError."""
+    header = options.header()
+    size = options.cluster_size
+    table = tables.unpack(bytes(size))
+    table[0] = 2 * size
+    block = refcounts.empty(header.cluster_bits, header.refcount_order)
+    for cluster in range(3):
+        block[cluster] = 1
+    first = header.to_bytes().ljust(size, b"\0") + tables.pack(table) + refcounts.pack(block, header.refcount_order)
+    await file.co_pwrite(0, memoryview(first))
+    for below in _chain(file):
+        below.refresh_size()
+    node = Qcow2Node(file.graph, file=file, header=header)
+    try:
+        await node.open()
+        await node.co_truncate(options.size)
+    finally:
+        node.graph.forget(node)
+
+
+def _chain(node: Node) -> list[Node]:
+    """The node and those below it, from the bottom up."""
+    return [each for edge in node.children for each in _chain(edge.node)] + [node]

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver ``qcow2``.
+
+A batch is looked up where it stands: what lies in one piece, in tables that are in memory, goes on to the file as one
+list, with the offsets of the host; what reads as zeroes is done at once; what the backing file has goes there as a
+list. The rest, which has to read tables, unpack, allocate or copy, becomes coroutines; the writes of a batch share one.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, Final
+
+from bottomhalf.aio import kick, wait_while
+from bottomhalf.block import BlockError, ImageError, Node
+from bottomhalf.block.edge import ROLE_COW, ROLE_IMAGE
+from bottomhalf.drivers.qcow2 import layout
+from bottomhalf.drivers.qcow2.compression import decompress
+from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
+from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
+from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Run
+from bottomhalf.drivers.qcow2.together import co_submit_all
+from bottomhalf.drivers.qcow2.writing import Writer
+from bottomhalf.host import protocol
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP, READ, WRITE, Request, deliver
+
+if TYPE_CHECKING:
+    from bottomhalf.block import Graph
+
+_ZEROES: Final = memoryview(bytes(1 << 16))
+_NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
+
+
+class _Passage:
+    """The owner of mapped requests that are on their way: counts them out of their epoch, then tells the real one."""
+
+    __slots__ = ("_epoch", "_metadata", "_owner")
+
+    def __init__(self, metadata: Metadata, epoch: int, owner: Any) -> None:
+        self._metadata = metadata
+        self._epoch = epoch
+        self._owner = owner
+
+    def complete(self, requests: list[Request]) -> None:
+        for request in requests:
+            request.owner = self._owner
+        self._metadata.end(self._epoch, len(requests))
+        if self._owner is not None:
+            self._owner.complete(requests)
+
+
+async def co_read_header(file: Node) -> Header:
+    """The header of the image that a node holds. OSError, ImageError."""
+    head = bytearray(min(512, file.size))
+    await file.co_pread(0, memoryview(head))
+    bits = Header.cluster_bits_of(bytes(head))
+    head = bytearray(min(1 << bits, file.size))
+    await file.co_pread(0, memoryview(head))
+    return Header.parse(bytes(head))
+
+
+class Qcow2Node(Node):
+    """A qcow2 image in ``file``. ``backing`` is what unallocated clusters read from; None: zeroes.
+
+    Made with a header that was read already; ``open()`` has to follow before the first request."""
+
+    driver = "qcow2"
+    supports_backing = True
+
+    def __init__(
+        self,
+        graph: Graph,
+        name: str = "",
+        *,
+        file: Node,
+        header: Header,
+        backing: Node | None = None,
+        read_only: bool = False,
+        unmap: bool = False,
+    ) -> None:
+        super().__init__(graph, name, read_only=read_only, unmap=unmap)
+        self.header = header
+        self._file = self.attach(file, "file", ROLE_IMAGE)
+        if backing is not None:
+            self.attach(backing, "backing", ROLE_COW)
+        self.refresh_limits()
+        self.metadata = Metadata(lambda: self._file.node, header)
+        self.mapping = self.metadata.mapping
+        self._writer = Writer(self)
+        self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
+        self.size = header.size
+
+    async def open(self) -> None:
+        """Read the tables that are always in memory. OSError, ImageError. BlockError for what cannot be done yet."""
+        header = self.header
+        if header.crypt_method:
+            raise BlockError("encrypted qcow2 images are not supported yet")
+        if header.incompatible & layout.DATA_FILE:
+            raise BlockError("qcow2 images with an external data file are not supported yet")
+        if not self.read_only:
+            if header.incompatible & layout.CORRUPT:
+                raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
+            if header.incompatible & layout.DIRTY:
+                raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
+            if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
+                raise BlockError(
+                    "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
+                )
+        await self.metadata.open()
+        if not self.read_only and header.autoclear:
+            header.autoclear = 0  # what we do not know is not true any more after the first write
+            self.metadata.header_changed()
+
+    # -- the shape of the node ----------------------------------------------------------------------------------
+
+    @property
+    def file(self) -> Node:
+        return self._file.node
+
+    @property
+    def backing(self) -> Node | None:
+        return next((edge.node for edge in self.children if edge.name == "backing"), None)
+
+    def refresh_limits(self) -> None:
+        self.memory_alignment = self.file.memory_alignment
+
+    def open_size(self) -> int:
+        return self.header.size
+
+    def allocated_size(self) -> int | None:
+        return self.file.allocated_size()
+
+    # -- batches ------------------------------------------------------------------------------------------------
+
+    def submit_batch(self, requests: list[Request]) -> list[Request]:
+        op = requests[0].op
+        if op == READ:
+            return self._read(requests)
+        if op == WRITE:
+            return self._write(requests)
+        if op == FLUSH and not self.metadata.dirty:
+            return self.file.submit_batch(requests)
+        if op == DISCARD and not self.unmap:
+            return self.finish(requests, 0)
+        return [request for request in requests if self.start(request, self._guarded(self._co_serve(request)))]
+
+    async def _guarded(self, body: Any) -> Any:
+        """Damage that is found on the way is an I/O error to whoever asked."""
+        try:
+            return await body
+        except ImageError as error:
+            raise OSError(errno.EIO, str(error), self.name) from error
+
+    def _read(self, requests: list[Request]) -> list[Request]:
+        metadata, mapping, backing = self.metadata, self.mapping, self.backing
+        l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
+        last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.file.size
+        mapped: list[Request] = []
+        below: list[Request] = []
+        slow: list[Request] = []
+        for request in requests:
+            offset, length = request.offset, request.length
+            table = l2.get(offset >> l1_shift)
+            inside = offset & mask
+            if plain and table is not None and inside + length <= limit:
+                entry = table.entries[offset >> bits & last]
+                host = entry & OFFSET_MASK
+                if host and not entry & _NOT_PLAIN:
+                    host += inside
+                    if host + length <= file_size and not host - inside & mask:
+                        request.offset = host
+                        mapped.append(request)
+                        continue
+            run = self._one_run(offset, length)
+            if run is None:
+                slow.append(request)
+            elif run.kind == DATA:
+                if run.host + length <= file_size:
+                    request.offset = run.host
+                    mapped.append(request)
+                else:
+                    slow.append(request)
+            elif run.kind == UNALLOCATED and backing is not None:
+                if offset + length <= backing.size:
+                    below.append(request)
+                else:
+                    slow.append(request)
+            else:
+                fill_zeroes(request.buffer)
+                request.result = 0
+        pending: list[Request] = []
+        if mapped:
+            pending = self._pass(mapped)
+        if below:
+            assert backing is not None
+            pending = pending + backing.submit_batch(below)
+        for request in slow:
+            if self.start(request, self._guarded(self.co_pread(request.offset, request.buffer))):
+                pending.append(request)
+        return pending
+
+    def _one_run(self, offset: int, length: int) -> Run | None:
+        """What a range is, if it is of one piece and the tables are in memory."""
+        mapping = self.mapping
+        index = offset >> mapping.l1_shift
+        table = self.metadata.l2.get(index)
+        if not length or (offset + length - 1) >> mapping.l1_shift != index:
+            return None
+        if table is None:
+            return None if self.metadata.l1[index] & OFFSET_MASK else Run(UNALLOCATED, 0, length)
+        try:
+            runs = list(mapping.runs(table.entries, offset, length))
+        except ImageError:
+            return None  # the coroutine will say it
+        return runs[0] if len(runs) == 1 and runs[0].kind != SQUEEZED else None
+
+    def _pass(self, mapped: list[Request]) -> list[Request]:
+        """Send requests with the host's offsets to the file."""
+        pending = self._file.node.submit_batch(mapped)
+        if pending:
+            epoch = self.metadata.begin(len(pending))
+            passages: dict[int, _Passage] = {}
+            for request in pending:
+                owner = request.owner
+                passage = passages.get(id(owner))
+                if passage is None:
+                    passage = passages[id(owner)] = _Passage(self.metadata, epoch, owner)
+                request.owner = passage
+        return pending
+
+    def _write(self, requests: list[Request]) -> list[Request]:
+        metadata, mapping = self.metadata, self.mapping
+        l2, l1, l1_shift = metadata.l2, metadata.l1, mapping.l1_shift
+        bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
+        extended, file_size = mapping.extended, self.file.size
+        mapped: list[Request] = []
+        slow: list[Request] = []
+        for request in requests:
+            offset, length = request.offset, request.length
+            index = offset >> l1_shift
+            table = l2.get(index)
+            inside = offset & mask
+            if table is not None and inside + length <= limit and l1[index] & COPIED and length:
+                host = 0
+                if extended:
+                    run = self._one_run(offset, length)
+                    entry = table.entries[2 * (offset >> bits & last)]
+                    if run is not None and run.kind == DATA and entry & COPIED:
+                        host = run.host
+                else:
+                    entry = table.entries[offset >> bits & last]
+                    if entry & COPIED and entry & OFFSET_MASK and not entry & _NOT_PLAIN:
+                        host = (entry & OFFSET_MASK) + inside
+                fits = host and host + length <= file_size and not (host - inside) & mask
+                if fits and not (request.flags & FUA and metadata.dirty):
+                    request.offset = host
+                    mapped.append(request)
+                    continue
+            slow.append(request)
+        pending = self._pass(mapped) if mapped else []
+        if slow:
+            pending = pending + self._start_writes(slow)
+        return pending
+
+    def _start_writes(self, requests: list[Request]) -> list[Request]:
+        """Enter one coroutine for writes that have to allocate or to look up; those that it has not finished."""
+        submitting = True
+
+        async def serve() -> None:
+            result = 0
+            try:
+                await self._guarded(self._writer.co_write(requests))
+            except OSError as error:
+                result = -(error.errno or errno.EIO)
+            except BaseException:
+                result = -errno.EIO
+                raise
+            finally:
+                for request in requests:
+                    if request.result == IN_PROGRESS:
+                        request.result = result
+                if not submitting:
+                    deliver(requests)
+
+        self.context.enter(serve())
+        submitting = False
+        return [] if requests[0].result != IN_PROGRESS else requests
+
+    # -- coroutines ---------------------------------------------------------------------------------------------
+
+    async def co_pread(self, offset: int, buffer: memoryview) -> None:
+        """Read any range, through tables that may have to be read first."""
+        reads: list[Request] = []
+        below: list[Request] = []
+        epoch = self.metadata.begin(1)
+        try:
+            at = 0
+            while at < len(buffer):
+                index = (offset + at) >> self.mapping.l1_shift
+                table = await self.metadata.l2_table(index)
+                room = ((index + 1) << self.mapping.l1_shift) - (offset + at)
+                length = min(room, len(buffer) - at)
+                runs = [Run(UNALLOCATED, 0, length)]
+                if table is not None:
+                    runs = list(self.mapping.runs(table.entries, offset + at, length))
+                for run in runs:
+                    part = buffer[at : at + run.length]
+                    if run.kind == DATA:
+                        self._read_from(self.file, run.host, part, reads)
+                    elif run.kind == SQUEEZED:
+                        content = await self._unpack(run.host)
+                        start = (offset + at) & self.mapping.cluster_mask
+                        part[:] = content[start : start + run.length]
+                    elif run.kind == UNALLOCATED and self.backing is not None:
+                        self._read_from(self.backing, offset + at, part, below)
+                    else:
+                        fill_zeroes(part)
+                    at += run.length
+            if reads:
+                await co_submit_all(self.file, reads)
+            if below and self.backing is not None:
+                await co_submit_all(self.backing, below)
+        finally:
+            self.metadata.end(epoch, 1)
+
+    @staticmethod
+    def _read_from(node: Node, offset: int, part: memoryview, requests: list[Request]) -> None:
+        """What the node has of the range; behind its end are zeroes."""
+        count = max(min(len(part), node.size - offset), 0)
+        if count:
+            requests.append(Request(READ, offset, count, part[:count]))
+        if count < len(part):
+            fill_zeroes(part[count:])
+
+    async def _unpack(self, entry: int) -> bytes:
+        if self._unpacked[0] == entry:
+            return self._unpacked[1]
+        offset, length = self.mapping.squeezed(entry)
+        data = await self.metadata.read(offset, length)
+        content: bytes = await self.context.thread_pool.call(
+            decompress, bytes(data), self.mapping.cluster_size, self.header.compression_type
+        )
+        self._unpacked = entry, content
+        return content
+
+    def forget_unpacked(self) -> None:
+        """A compressed cluster is not used any more: its place may get other content."""
+        self._unpacked = (0, b"")
+
+    async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        await self._writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)])
+
+    async def co_flush(self) -> None:
+        async with self.metadata.lock:
+            await self.metadata.commit()
+
+    async def co_discard(self, offset: int, length: int) -> None:
+        await self._writer.co_zero(offset, length, unmap=True, discard=True)
+
+    async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self._writer.co_zero(offset, length, unmap=bool(flags & MAY_UNMAP and self.unmap), discard=False)
+        if flags & FUA:
+            await self.co_flush()
+
+    async def co_truncate(self, size: int) -> None:
+        await self._guarded(self._writer.co_truncate(size))
+
+    # -- what is where ------------------------------------------------------------------------------------------
+
+    def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
+        return None
+
+    async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+        status: tuple[int, int] = await self._guarded(self._co_block_status(offset, length))
+        return status
+
+    async def _co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+        mapping = self.mapping
+        index = offset >> mapping.l1_shift
+        length = min(length, ((index + 1) << mapping.l1_shift) - offset)
+        table = await self.metadata.l2_table(index)
+        runs = [Run(UNALLOCATED, 0, length)] if table is None else mapping.runs(table.entries, offset, length)
+        bits = count = 0
+        for run in runs:
+            found, covered = protocol.ZERO, run.length
+            if run.kind in (DATA, SQUEEZED):
+                found = protocol.DATA
+            elif run.kind == UNALLOCATED and self.backing is not None and offset + count < self.backing.size:
+                covered = min(covered, self.backing.size - offset - count)
+                found, covered = await self.backing.co_block_status(offset + count, covered)
+            if count and found != bits:
+                break
+            bits, count = found, count + covered
+            if covered < run.length:
+                break
+        return bits, count
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        if self.read_only:
+            return
+        what = f"the tables of {self.describe()}"
+        if self.context.is_home:
+            self.context.run(self._co_close(), what=what)
+            return
+        ended: list[Exception | None] = []
+
+        async def close() -> None:
+            try:
+                await self._co_close()
+                ended.append(None)
+            except Exception as error:
+                ended.append(error)
+            finally:
+                kick()
+
+        self.context.schedule(close())
+        wait_while(self.context, lambda: not ended, what=what)
+        if ended[0] is not None:
+            raise ended[0]
+
+    async def _co_close(self) -> None:
+        await self.co_flush()
+        while self.metadata.dirty:  # what one commit frees, the next one writes
+            await self.co_flush()
+
+
+def fill_zeroes(buffer: memoryview) -> None:
+    """Zero a buffer of any length."""
+    for start in range(0, len(buffer), len(_ZEROES)):
+        part = buffer[start : start + len(_ZEROES)]
+        part[:] = _ZEROES[: len(part)]
+

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The snapshot table (chapter "Snapshots"): which other disks live in the image."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from bottomhalf.block.errors import ImageError
+from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX
+
+EXTRA_BYTES_MAX: Final = 1024
+# L1 offset and size, lengths of id and name, date (s, ns), VM clock (ns), VM state size (32 bits), extra data's length
+ENTRY: Final = struct.Struct(">QIHHIIQII")
+_EXTRA: Final = struct.Struct(">QQ")  # VM state size, disk size
+_ICOUNT: Final = struct.Struct(">Q")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One entry of the table."""
+
+    id: str
+    name: str
+    l1_offset: int
+    l1_size: int  # entries
+    date_s: int
+    date_ns: int
+    vm_clock_ns: int
+    vm_state_bytes: int
+    disk_bytes: int | None  # None: that of the active disk (version 2)
+    icount: int | None
+
+
+def parse(data: bytes | bytearray, count: int, cluster_size: int) -> tuple[list[Snapshot], int]:
+    """``count`` entries from the table's bytes, which may go on behind it; and how many bytes it takes. ImageError."""
+    found: list[Snapshot] = []
+    at = 0
+    for number in range(count):
+        at = -(-at // 8) * 8
+        if at + ENTRY.size > len(data):
+            raise ImageError(f"snapshot table ends within entry {number}")
+        fields = ENTRY.unpack_from(data, at)
+        l1_offset, l1_size, id_length, name_length, s, ns, clock_ns, state_bytes, extra_length = fields
+        at += ENTRY.size
+        if extra_length > EXTRA_BYTES_MAX:
+            raise ImageError(f"snapshot table entry {number} has {extra_length} bytes of extra data")
+        end = at + extra_length + id_length + name_length
+        if end > len(data):
+            raise ImageError(f"snapshot table ends within entry {number}")
+        if l1_size * 8 > L1_BYTES_MAX or (l1_size and l1_offset % cluster_size):
+            raise ImageError(f"snapshot table entry {number}: L1 table invalid")
+        disk_bytes = icount = None
+        if extra_length >= _EXTRA.size:
+            state_bytes, disk_bytes = _EXTRA.unpack_from(data, at)
+        if extra_length >= _EXTRA.size + _ICOUNT.size:
+            (icount,) = _ICOUNT.unpack_from(data, at + _EXTRA.size)
+        at += extra_length
+        id = bytes(data[at : at + id_length]).decode("utf-8", "surrogateescape")
+        name = bytes(data[at + id_length : end]).decode("utf-8", "surrogateescape")
+        at = end
+        found.append(Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state_bytes, disk_bytes, icount))
+    if at > SNAPSHOT_TABLE_BYTES_MAX:
+        raise ImageError("Snapshot table too large")
+    return found, at

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several requests to a node at once, from one coroutine: one list, one suspension."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bottomhalf.aio import Coroutine, current, suspend
+from bottomhalf.aio.coroutine import Waitable
+from bottomhalf.block.errors import check
+from bottomhalf.host.request import OP_NAMES, Request
+
+if TYPE_CHECKING:
+    from bottomhalf.block import Node
+
+
+class _Batch(Waitable):
+    """The owner of the requests. Their buffers are lent, so it cannot be taken back."""
+
+    __slots__ = ("_coroutine", "_left", "_of", "_op")
+
+    def __init__(self, coroutine: Coroutine, op: int, of: str) -> None:
+        self._coroutine = coroutine
+        self._op = op
+        self._of = of
+        self._left = 0
+
+    @property
+    def what(self) -> str:
+        return f"{self._left} {OP_NAMES[self._op]} requests to {self._of}"
+
+    def add(self, count: int) -> None:
+        self._left += count
+
+    def complete(self, requests: list[Request]) -> None:
+        self._left -= len(requests)
+        if not self._left:
+            self._coroutine.context.wake(self._coroutine)
+
+
+async def co_submit_all(node: Node, requests: list[Request]) -> None:
+    """Submit requests of one op and wait for the end of all. OSError of the first that failed."""
+    batch = _Batch(current(), requests[0].op, node.describe())
+    for request in requests:
+        request.owner = batch
+    offsets = [request.offset for request in requests]
+    pending = node.submit_batch(requests)
+    if pending:
+        batch.add(len(pending))
+        await suspend(batch)
+    for request, offset in zip(requests, offsets, strict=True):
+        request.offset = offset
+        check(request.result, node.name)

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes that change tables: allocation, copying on write, zeroes, discards, resizing.
+
+All of a batch is prepared first: clusters are allocated side by side, what a cluster held before is read for its parts
+that are not written. Then the data go to the file as one list, and when they are there the tables are changed, in
+memory; a flush makes it durable (see ``metadata``). A reader meanwhile finds the old content, which is right: nobody
+has been told that the write is done. Two writes of a batch to one new cluster come one after the other.
+
+A cluster that was never written needs no zeroes around the data: behind the end of a file there are zeroes.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, Final
+
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
+from bottomhalf.drivers.qcow2.tables import UNALLOCATED, ZEROES, Run
+from bottomhalf.host.request import FUA, WRITE, Request
+
+if TYPE_CHECKING:
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
+
+_ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
+
+
+class _Batch:
+    """Data that are ready to be written, and the entries to be set when they are."""
+
+    __slots__ = ("clusters", "links", "pieces")
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, Any]] = []
+        self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
+        self.clusters: set[int] = set()  # guest clusters among the links
+
+
+class Writer:
+    """The changes that guests make to an image. Everything that changes a table holds the tables' lock."""
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self._node = node
+        self._metadata = node.metadata
+        self._mapping = node.mapping
+
+    # -- writes -------------------------------------------------------------------------------------------------
+
+    async def co_write(self, requests: list[Request]) -> None:
+        """Write all of a batch. OSError, ImageError."""
+        metadata = self._metadata
+        async with metadata.lock:
+            await metadata.make_room_for_changes()
+            batch = _Batch()
+            try:
+                for request in requests:
+                    await self._prepare(request.offset, request.buffer, batch)
+                await self._carry_out(batch)
+            except BaseException:
+                self._forget(batch)
+                raise
+            if any(request.flags & FUA for request in requests):
+                await metadata.commit()
+
+    async def _prepare(self, offset: int, data: memoryview, batch: _Batch) -> None:
+        metadata, mapping = self._metadata, self._mapping
+        at = 0
+        while at < len(data):
+            guest = offset + at
+            cluster = guest >> mapping.cluster_bits
+            if cluster in batch.clusters:
+                await self._carry_out(batch)
+            entry, bitmap = await self._entry(cluster)
+            inside = guest & mapping.cluster_mask
+            length = min(mapping.cluster_size - inside, len(data) - at)
+            owned = metadata.l1[guest >> mapping.l1_shift] & COPIED and entry & COPIED and not entry & COMPRESSED
+            if owned and entry & OFFSET_MASK:
+                await self._into(cluster, entry, bitmap, inside, data[at : at + length], batch)
+                at += length
+                continue
+            wanted = await self._unowned(cluster, -(-(inside + len(data) - at) >> mapping.cluster_bits), batch)
+            first, got, virgin = await metadata.allocate(wanted)
+            batch_end = min(len(data) - at, (got << mapping.cluster_bits) - inside)
+            await self._new(cluster, first, got, virgin, inside, data[at : at + batch_end], batch)
+            at += batch_end
+
+    async def _entry(self, cluster: int) -> tuple[int, int]:
+        """The L2 entry of a guest cluster and its bitmap, checked."""
+        mapping = self._mapping
+        table = await self._metadata.l2_table(cluster << mapping.cluster_bits >> mapping.l1_shift)
+        if table is None:
+            return 0, 0
+        at = (cluster & (mapping.entries - 1)) * mapping.words
+        entry, bitmap = table.entries[at], table.entries[at + 1] if mapping.extended else 0
+        mapping.check_entry(entry, bitmap)
+        return entry, bitmap
+
+    async def _unowned(self, cluster: int, most: int, batch: _Batch) -> int:
+        """How many guest clusters from this one on need new places: at least this one, at most to the table's end."""
+        mapping = self._mapping
+        most = min(most, mapping.entries - (cluster & (mapping.entries - 1)))
+        count = 1
+        while count < most and cluster + count not in batch.clusters:
+            entry, _ = await self._entry(cluster + count)
+            if entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED:
+                break
+            count += 1
+        return count
+
+    async def _into(
+        self, cluster: int, entry: int, bitmap: int, inside: int, data: memoryview, batch: _Batch
+    ) -> None:
+        """Write to a cluster that is the guest's own; parts of it may be without content yet."""
+        mapping = self._mapping
+        host = entry & OFFSET_MASK
+        if not mapping.extended and not entry & ZERO:
+            batch.pieces.append((host + inside, data))
+            return
+        start, end = self._units(inside, len(data))
+        whole = data
+        touched = self._bits(start, end)
+        if not mapping.extended or bitmap & touched != touched:
+            whole = await self._filled(cluster, start, end, inside, data, zeroes=True)
+        else:
+            start = inside
+        batch.pieces.append((host + start, whole))
+        if mapping.extended:
+            link = entry, (bitmap | touched) & ~(touched << SUBCLUSTERS)
+        else:
+            link = entry & ~ZERO, 0
+        if link != (entry, bitmap):
+            batch.links.append((cluster, *link))
+            batch.clusters.add(cluster)
+
+    async def _new(
+        self, cluster: int, first: int, count: int, virgin: bool, inside: int, data: memoryview, batch: _Batch
+    ) -> None:
+        """Write to clusters that were just allocated, side by side."""
+        mapping = self._mapping
+        bits, size = mapping.cluster_bits, mapping.cluster_size
+        for n in range(count):
+            old, bitmap = await self._entry(cluster + n)
+            if mapping.extended and not old & OFFSET_MASK and not old & COMPRESSED:
+                part_start = inside if n == 0 else 0
+                part_end = min(size, inside + len(data) - n * size)
+                touched = self._bits(*self._units(part_start, part_end - part_start))
+                bitmap = (bitmap | touched) & ~(touched << SUBCLUSTERS)
+            else:
+                bitmap = _ALL if mapping.extended else 0
+            batch.links.append((cluster + n, (first + n) << bits | COPIED, bitmap))
+            batch.clusters.add(cluster + n)
+        old, _ = await self._entry(cluster)
+        last_old, _ = await self._entry(cluster + count - 1)
+        stop = inside + len(data)
+        start, end = inside, stop
+        if mapping.extended:
+            unit_start, unit_end = self._units(inside, len(data))
+            start = 0 if old & (OFFSET_MASK | COMPRESSED) else unit_start
+            end = count * size if last_old & (OFFSET_MASK | COMPRESSED) else unit_end
+        else:
+            start, end = 0, count * size
+        whole = await self._filled(cluster, start, end, inside, data, zeroes=not virgin)
+        at = start if len(whole) == end - start else inside
+        batch.pieces.append(((first << bits) + at, whole))
+
+    async def _filled(
+        self, cluster: int, start: int, end: int, inside: int, data: memoryview, *, zeroes: bool
+    ) -> memoryview:
+        """The bytes ``start`` to ``end`` of a cluster, or of several, with ``data`` at ``inside`` and what was there
+        before around it; just the data if there are zeroes around, and they need not be written."""
+        stop = inside + len(data)
+        if start == inside and end == stop:
+            return data
+        base = cluster << self._mapping.cluster_bits
+        limit = self._node.size
+        around = [(start, inside), (stop, min(end, max(limit - base, stop)))]
+        if not zeroes and all([await self._reads_as_zeroes(base + a, b - a) for a, b in around]):
+            return data
+        buffer = bytearray(end - start)
+        with memoryview(buffer) as view:
+            for a, b in around:
+                if b > a:
+                    await self._node.co_pread(base + a, view[a - start : b - start])
+            view[inside - start : stop - start] = data
+        return memoryview(buffer)
+
+    async def _reads_as_zeroes(self, offset: int, length: int) -> bool:
+        mapping, backing = self._mapping, self._node.backing
+        end = offset + length
+        while offset < end:
+            index = offset >> mapping.l1_shift
+            stop = min(end, (index + 1) << mapping.l1_shift)
+            table = await self._metadata.l2_table(index)
+            runs = [Run(UNALLOCATED, 0, stop - offset)]
+            if table is not None:
+                runs = list(mapping.runs(table.entries, offset, stop - offset))
+            for run in runs:
+                if run.kind != ZEROES and (
+                    run.kind != UNALLOCATED or (backing is not None and offset < backing.size)
+                ):
+                    return False
+                offset += run.length
+        return True
+
+    def _units(self, inside: int, length: int) -> tuple[int, int]:
+        """The whole subclusters (clusters, if there are none) that a range touches."""
+        bits = self._mapping.subcluster_bits
+        return inside >> bits << bits, -(-(inside + length) >> bits) << bits
+
+    def _bits(self, start: int, end: int) -> int:
+        """The subclusters of a range as bits."""
+        bits = self._mapping.subcluster_bits
+        first, stop = start >> bits, end >> bits
+        return ((1 << (stop - first)) - 1) << first
+
+    async def _carry_out(self, batch: _Batch) -> None:
+        """Write the data, then set the entries."""
+        await self._metadata.write(batch.pieces)
+        batch.pieces = []
+        while batch.links:
+            cluster, entry, bitmap = batch.links[0]
+            await self._link(cluster, entry, bitmap)
+            del batch.links[0]
+            batch.clusters.discard(cluster)
+
+    async def _link(self, cluster: int, entry: int, bitmap: int) -> None:
+        metadata, mapping = self._metadata, self._mapping
+        index = cluster & (mapping.entries - 1)
+        table = await metadata.writable_table(cluster << mapping.cluster_bits >> mapping.l1_shift)
+        old = table.entries[index * mapping.words]
+        if (old ^ entry) & (OFFSET_MASK | COMPRESSED):
+            self._free_old(old)
+        metadata.set_entry(table, index, entry, bitmap)
+
+    def _free_old(self, old: int) -> None:
+        metadata, mapping = self._metadata, self._mapping
+        if old & COMPRESSED:
+            offset, length = mapping.squeezed(old)
+            last = (offset + length - 1) >> mapping.cluster_bits
+            metadata.free_all(range(offset >> mapping.cluster_bits, last + 1))
+            self._node.forget_unpacked()
+        elif old & OFFSET_MASK:
+            metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits)
+
+    def _forget(self, batch: _Batch) -> None:
+        """It failed: new clusters that nothing refers to are free again. (Entries of one's own clusters stay.)"""
+        for cluster, entry, _ in batch.links:
+            table = self._metadata.l2.get(cluster << self._mapping.cluster_bits >> self._mapping.l1_shift)
+            index = (cluster & (self._mapping.entries - 1)) * self._mapping.words
+            known = 0 if table is None else table.entries[index]
+            if (known ^ entry) & OFFSET_MASK:
+                self._metadata.free((entry & OFFSET_MASK) >> self._mapping.cluster_bits)
+
+    # -- zeroes and discards ------------------------------------------------------------------------------------
+
+    async def co_zero(self, offset: int, length: int, *, unmap: bool, discard: bool) -> None:
+        """Make a range read as zeroes; what of it is less than a cluster is written, or for a discard left alone."""
+        bits = self._mapping.cluster_bits
+        end = offset + length
+        first = -(-offset >> bits)
+        stop = end >> bits if end < self._node.size else -(-end >> bits)
+        if discard and self._node.header.version == 2 and self._node.backing is not None:
+            return  # there is no entry that would hide what the backing file has
+        by_writing = self._node.header.version == 2 and self._node.backing is not None
+        if first >= stop or by_writing:
+            if not discard:
+                await self._write_zeroes(offset, length)
+            return
+        if not discard:
+            await self._write_zeroes(offset, (first << bits) - offset)
+            await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
+        async with self._metadata.lock:
+            for cluster in range(first, stop):
+                await self._zero_cluster(cluster, unmap)
+
+    async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
+        metadata, mapping, node = self._metadata, self._mapping, self._node
+        entry, bitmap = await self._entry(cluster)
+        has_content = entry & (OFFSET_MASK | COMPRESSED)
+        needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
+        if not has_content and not needs_hiding:
+            return
+        await metadata.make_room_for_changes()
+        owned = entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED
+        if owned and not unmap and node.header.version > 2:
+            link = (entry, _ALL << SUBCLUSTERS) if mapping.extended else (entry | ZERO, 0)
+        elif mapping.extended:
+            link = (0, _ALL << SUBCLUSTERS) if needs_hiding else (0, 0)
+        else:
+            link = (ZERO, 0) if needs_hiding else (0, 0)
+        if link != (entry, bitmap):
+            await self._link(cluster, *link)
+
+    async def _write_zeroes(self, offset: int, length: int) -> None:
+        if length > 0 and not await self._reads_as_zeroes(offset, length):
+            step = 1 << 20
+            for start in range(0, length, step):
+                count = min(step, length - start)
+                await self.co_write([Request(WRITE, offset + start, count, memoryview(bytes(count)))])
+
+    # -- size ---------------------------------------------------------------------------------------------------
+
+    async def co_truncate(self, size: int) -> None:
+        """Give the disk another size. OSError."""
+        node, metadata, header = self._node, self._metadata, self._node.header
+        if size % 512:
+            raise OSError(errno.EINVAL, "The new size must be a multiple of 512", node.name)
+        if header.snapshot_count and header.version < 3:
+            raise OSError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots", node.name)
+        if size < node.size:
+            raise OSError(errno.ENOTSUP, "qcow2 images cannot be made smaller yet", node.name)
+        async with metadata.lock:
+            entries = -(-size >> self._mapping.l1_shift)
+            if entries * 8 > L1_BYTES_MAX:
+                raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
+            if entries > header.l1_size:
+                clusters = -(-entries * 8 // self._mapping.cluster_size)
+                first = await metadata.allocate_together(clusters)
+                metadata.move_l1(clusters * self._mapping.cluster_size // 8, first)
+            header.size = size
+            metadata.header_changed()
+            await metadata.commit()
+        node.refresh_size()
