@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DISK ?= demo.raw
+DISK ?= demo.qcow2
 # What `make test` hands to pytest: make test TESTS=tests/aio PYTEST_ARGS='-x -k timer'
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml scripts/venv.sh
 	@touch $@
 
 run: install ## serve DISK=image (or a demonstration image made here) over NBD
-	@test -e '$(DISK)' || { test '$(DISK)' = demo.raw && $(BIN)/python scripts/make_demo.py demo.raw; } || \
+	@test -e '$(DISK)' || { test '$(DISK)' = demo.qcow2 && $(BIN)/python scripts/make_demo.py demo.qcow2; } || \
 		{ echo "run: there is no $(DISK)" >&2; exit 1; }
 	$(BIN)/bottomhalf serve '$(DISK)'
 
@@ -54,6 +54,6 @@ strangers: ## install the foreign programs that tests compare with (apt; skips w
 	@scripts/strangers.sh
 
 clean: ## remove .venv, caches and the demonstration image
-	rm -rf $(VENV) build dist demo.raw .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist demo.qcow2 demo.raw .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find src -name '*.egg-info' -type d -prune -exec rm -rf {} +

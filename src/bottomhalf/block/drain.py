@@ -114,6 +114,7 @@ class Section:
 
 
 def section(graph: Graph, nodes: Iterable[Node], subtree: bool) -> Section:
+    """A section of the nodes, with all below them if ``subtree``; not begun yet."""
     nodes = list(nodes)
     if subtree:
         nodes = [each for node in nodes for each in below(node)]
@@ -122,6 +123,7 @@ def section(graph: Graph, nodes: Iterable[Node], subtree: bool) -> Section:
 
 @contextmanager
 def drained(drain: Section) -> Iterator[None]:
+    """Plain code inside a section."""
     drain.begin()
     try:
         yield

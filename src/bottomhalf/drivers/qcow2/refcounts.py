@@ -22,6 +22,7 @@ def entries_of_block(cluster_bits: int, order: int) -> int:
 
 
 def refcount_max(order: int) -> int:
+    """The largest counter of a width."""
     return (1 << (1 << order)) - 1
 
 
