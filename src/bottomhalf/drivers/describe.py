@@ -29,6 +29,7 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "raw": ("offset", "size"),
     "null-co": ("size", "read_zeroes"),
     "null-aio": ("size", "read_zeroes"),
+    "throttle": ("throttle_group",),
 }
 
 

@@ -205,9 +205,18 @@ def _open_null(opening: Opening) -> Node:
     )
 
 
+def _open_throttle(opening: Opening) -> Node:
+    from bottomhalf.block.throttling import throttle_groups
+    from bottomhalf.drivers.throttle import ThrottleNode
+
+    group = throttle_groups(opening.graph).find(opening.branch.throttle_group)
+    return ThrottleNode(opening.graph, **opening.common, file=opening.child(opening.branch.file), group=group)
+
+
 _OPENERS: Final[dict[str, Opener]] = {
     "file": _open_file,
     "raw": _open_raw,
     "null-co": _open_null,
     "null-aio": _open_null,
+    "throttle": _open_throttle,
 }
