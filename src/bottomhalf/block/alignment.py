@@ -209,9 +209,9 @@ class Aligner:
         bounce = arena.view[:length]
         try:
             if outer_start < start:
-                await self._io(READ, outer_start, alignment, bounce[:alignment], 0)
+                await self._read_block("head", outer_start, bounce[:alignment])
             if end < outer_end and (length > alignment or outer_start == start):
-                await self._io(READ, outer_end - alignment, alignment, bounce[-alignment:], 0)
+                await self._read_block("tail", outer_end - alignment, bounce[-alignment:])
             bounce[start - outer_start : end - outer_start] = data
             await self._io(WRITE, outer_start, length, bounce, flags)
         finally:
@@ -219,6 +219,11 @@ class Aligner:
             arena.close()
         if outer_end > self._node.size:
             self._node.refresh_size()
+
+    async def _read_block(self, which: str, offset: int, block: memoryview) -> None:
+        await self._node.co_debug_event(f"pwritev_rmw_{which}")
+        await self._io(READ, offset, len(block), block, 0)
+        await self._node.co_debug_event(f"pwritev_rmw_after_{which}")
 
     async def _cut(self, op: int, start: int, end: int, flags: int) -> None:
         """Zero or discard a range whose ends do not fit."""

@@ -205,12 +205,10 @@ def _open_null(opening: Opening) -> Node:
     )
 
 
-def _open_throttle(opening: Opening) -> Node:
-    from bottomhalf.block.throttling import throttle_groups
-    from bottomhalf.drivers.throttle import ThrottleNode
+def _open_filter(opening: Opening) -> Node:
+    from bottomhalf.drivers.filter_openers import OPENERS
 
-    group = throttle_groups(opening.graph).find(opening.branch.throttle_group)
-    return ThrottleNode(opening.graph, **opening.common, file=opening.child(opening.branch.file), group=group)
+    return OPENERS[opening.options.driver](opening)
 
 
 _OPENERS: Final[dict[str, Opener]] = {
@@ -218,5 +216,6 @@ _OPENERS: Final[dict[str, Opener]] = {
     "raw": _open_raw,
     "null-co": _open_null,
     "null-aio": _open_null,
-    "throttle": _open_throttle,
+    "blkdebug": _open_filter,
+    "throttle": _open_filter,
 }
