@@ -63,6 +63,10 @@ class Filter(Node):
     def cluster_bytes(self) -> int:
         return self.edge.node.cluster_bytes
 
+    @property
+    def has_backing(self) -> bool:
+        return self.edge.node.has_backing
+
     def open_size(self) -> int:
         return self.edge.node.size
 

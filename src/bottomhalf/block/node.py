@@ -188,6 +188,11 @@ class Node(Parent):
         """What the image allocates at a time, 0 if it has no such thing."""
         return 0
 
+    @property
+    def has_backing(self) -> bool:
+        """Whether bytes may be stored in a backing node instead of in this one."""
+        return False
+
     def is_allocated(self, offset: int, length: int, bottom: Node | None = None) -> tuple[bool, int] | None:
         """Whether the first ``count`` bytes of the range are stored in this node rather than in a backing one below;
         None: ask co_is_allocated. With ``bottom``: whether in this node or in one below it, down to and with that."""

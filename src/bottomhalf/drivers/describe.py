@@ -21,6 +21,7 @@ from bottomhalf.qapi.block_info import (
     ImageInfoSpecificFileWrapper,
     ImageInfoSpecificKind,
 )
+from bottomhalf.qapi.types import Struct, members
 from bottomhalf.wire.json_writer import dumps
 
 # Options of a driver that decide what is read; children are added from the graph.
@@ -30,7 +31,15 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "null-co": ("size", "read_zeroes"),
     "null-aio": ("size", "read_zeroes"),
     "throttle": ("throttle_group",),
+    "blkdebug": (
+        *("align", "max_transfer", "opt_write_zero", "max_write_zero", "opt_discard", "max_discard"),
+        *("inject_error", "set_state"),
+    ),
+    "copy-on-read": ("bottom",),
+    "preallocate": ("prealloc_align", "prealloc_size"),
 }
+
+_NAMED_LIKE_THEIR_CHILD: Final = frozenset({"copy-before-write", "snapshot-access"})
 
 
 def file_name(node: Node) -> str:
@@ -52,15 +61,30 @@ def _given(node: Node) -> dict[str, Any]:
     given = {}
     for attribute in _CONTENT_OPTIONS.get(node.driver, ()):
         value = getattr(source, attribute, None)
-        if value is not None:
-            given[attribute.replace("_", "-")] = value
+        name = attribute.replace("_", "-")
+        if isinstance(value, list):
+            given.update(_flattened(name, value))
+        elif value is not None:
+            given[name] = value
     return given
+
+
+def _flattened(name: str, rules: list[Struct]) -> dict[str, Any]:
+    """A list of structs as QEMU's options have them: "inject-error.0.event"."""
+    return {
+        f"{name}.{number}.{member.name}": value
+        for number, rule in enumerate(rules)
+        for member in members(type(rule))
+        if (value := getattr(rule, member.attribute)) is not None
+    }
 
 
 def _plain_name(node: Node) -> str:
     given = _given(node)
     if node.driver == "file":
         return str(given["filename"])
+    if node.driver in _NAMED_LIKE_THEIR_CHILD:
+        return file_name(node.children[0].node)
     if node.driver.startswith("null-"):
         return "" if given else f"{node.driver}://"
     if node.driver == "raw" and not given and node.children[0].node.is_protocol:

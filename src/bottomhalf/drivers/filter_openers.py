@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED
-from bottomhalf.qapi.block import BlockPermission
+from bottomhalf.qapi.block import BlockPermission, OnCbwError
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.registry import Opening
@@ -77,7 +77,75 @@ def _permissions(given: list[BlockPermission] | None) -> int:
     return sum(_PERMISSIONS[permission] for permission in set(given or ()))
 
 
+def _open_blkverify(opening: Opening) -> Node:
+    from bottomhalf.drivers.blkverify import BlkverifyNode
+
+    raw = opening.child(opening.branch.raw)
+    return BlkverifyNode(opening.graph, **opening.common, raw=raw, test=opening.child(opening.branch.test))
+
+
+def _open_compress(opening: Opening) -> Node:
+    from bottomhalf.drivers.compress import CompressNode
+
+    return CompressNode(opening.graph, **opening.common, file=opening.child(opening.branch.file))
+
+
+def _open_copy_on_read(opening: Opening) -> Node:
+    from bottomhalf.drivers.copy_on_read import CopyOnReadNode
+
+    bottom = None
+    if opening.branch.bottom is not None:
+        bottom = opening.graph.nodes.get(opening.branch.bottom)
+        if bottom is None:
+            raise BlockError(f"Bottom node '{opening.branch.bottom}' not found")
+    file = opening.child(opening.branch.file)
+    return CopyOnReadNode(opening.graph, **opening.common, file=file, bottom=bottom)
+
+
+def _open_preallocate(opening: Opening) -> Node:
+    from bottomhalf.drivers.preallocate import ALIGN_DEFAULT, SIZE_DEFAULT, PreallocateNode
+
+    branch = opening.branch
+    return PreallocateNode(
+        opening.graph,
+        **opening.common,
+        file=opening.child(branch.file),
+        prealloc_size=SIZE_DEFAULT if branch.prealloc_size is None else branch.prealloc_size,
+        prealloc_align=ALIGN_DEFAULT if branch.prealloc_align is None else branch.prealloc_align,
+    )
+
+
+def _open_copy_before_write(opening: Opening) -> Node:
+    from bottomhalf.block.bitmap import find_bitmap
+    from bottomhalf.drivers.copy_before_write import CopyBeforeWriteNode
+
+    branch = opening.branch
+    bitmap = find_bitmap(opening.graph, branch.bitmap.node, branch.bitmap.name) if branch.bitmap else None
+    return CopyBeforeWriteNode(
+        opening.graph,
+        **opening.common,
+        file=opening.child(branch.file),
+        target=opening.child(branch.target),
+        bitmap=bitmap,
+        break_snapshot=branch.on_cbw_error == OnCbwError.BREAK_SNAPSHOT,
+        timeout_ns=(branch.cbw_timeout or 0) * 1_000_000_000,
+        min_cluster=branch.min_cluster_size or 0,
+    )
+
+
+def _open_snapshot_access(opening: Opening) -> Node:
+    from bottomhalf.drivers.snapshot_access import SnapshotAccessNode
+
+    return SnapshotAccessNode(opening.graph, **opening.common, file=opening.child(opening.branch.file))
+
+
 OPENERS: Final[dict[str, Callable[[Opening], Node]]] = {
     "blkdebug": _open_blkdebug,
+    "blkverify": _open_blkverify,
+    "compress": _open_compress,
+    "copy-before-write": _open_copy_before_write,
+    "copy-on-read": _open_copy_on_read,
+    "preallocate": _open_preallocate,
+    "snapshot-access": _open_snapshot_access,
     "throttle": _open_throttle,
 }

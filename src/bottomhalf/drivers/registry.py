@@ -217,5 +217,11 @@ _OPENERS: Final[dict[str, Opener]] = {
     "null-co": _open_null,
     "null-aio": _open_null,
     "blkdebug": _open_filter,
+    "blkverify": _open_filter,
+    "compress": _open_filter,
+    "copy-before-write": _open_filter,
+    "copy-on-read": _open_filter,
+    "preallocate": _open_filter,
+    "snapshot-access": _open_filter,
     "throttle": _open_filter,
 }
