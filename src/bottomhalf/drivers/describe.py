@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bottomhalf.block import Node
+from bottomhalf.block.watching import write_threshold
 from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
 from bottomhalf.qapi.block_info import (
     BlockdevCacheInfo,
@@ -104,7 +105,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
         backing_file_depth=0,
         active=True,
         encrypted=False,
-        detect_zeroes=BlockdevDetectZeroesOptions.OFF,
+        detect_zeroes=(node.options and node.options.detect_zeroes) or BlockdevDetectZeroesOptions.OFF,
         bps=0,
         bps_rd=0,
         bps_wr=0,
@@ -117,7 +118,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
             direct=bool(cache and cache.direct),
             no_flush=bool(cache and cache.no_flush),
         ),
-        write_threshold=0,
+        write_threshold=write_threshold(node),
     )
 
 

@@ -115,6 +115,10 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int) -> Node:
     try:
         node = opener(opening)
         node.options = options
+        if options.detect_zeroes not in (None, BlockdevDetectZeroesOptions.OFF):
+            from bottomhalf.block.watching import detect_zeroes
+
+            detect_zeroes(node, unmap=options.detect_zeroes == BlockdevDetectZeroesOptions.UNMAP)
         permissions.refresh(node)
     except BaseException:
         if node is not None:
@@ -130,8 +134,6 @@ def _check_common(options: BlockdevOptions) -> None:
     detect = options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
     if detect == BlockdevDetectZeroesOptions.UNMAP and options.discard != BlockdevDiscardOptions.UNMAP:
         raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-    if detect != BlockdevDetectZeroesOptions.OFF:
-        raise BlockError(f"detect-zeroes={detect} is not supported yet; leave it out or set it to off")
     if options.active is False:
         raise BlockError("active=off is not supported yet; leave it out or set it to on")
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, TypeAlias
 
-from bottomhalf.qapi.common import OnOffAuto
+from bottomhalf.qapi.common import BlockDirtyBitmap, OnOffAuto
 from bottomhalf.qapi.types import (
     Alternate,
     Command,
     Doc,
+    EventType,
     Int32,
     OpenEnum,
     Size,
@@ -272,13 +273,6 @@ class OnCbwError(StrEnum):
     BREAK_SNAPSHOT = "break-snapshot"
 
 
-class BlockDirtyBitmap(Struct):
-    """A dirty bitmap of a node."""
-
-    node: Annotated[str, Doc("the node")]
-    name: Annotated[str, Doc("the bitmap")]
-
-
 class BlockdevOptionsCbw(BlockdevOptionsGenericFormat):
     """A filter that saves what is about to be overwritten to another node."""
 
@@ -317,3 +311,18 @@ class BlockdevDel(Command, name="blockdev-del"):
     """
 
     node_name: Annotated[str, Doc("the node")]
+
+
+class BlockSetWriteThreshold(Command, name="block-set-write-threshold"):
+    """Have an event emitted when somebody writes beyond an offset of a node."""
+
+    node_name: Annotated[str, Doc("the node")]
+    write_threshold: Annotated[Uint64, Doc("offset in bytes; 0 forgets it")]
+
+
+class BlockWriteThreshold(EventType, name="BLOCK_WRITE_THRESHOLD"):
+    """Somebody writes beyond a threshold, which is forgotten now."""
+
+    node_name: Annotated[str, Doc("the node")]
+    amount_exceeded: Annotated[Uint64, Doc("bytes by which the write ends beyond it")]
+    write_threshold: Annotated[Uint64, Doc("the threshold")]
