@@ -58,7 +58,7 @@ def test_a_flush_that_failed_is_repeated(seed: int) -> None:
 
 
 def test_what_ends_after_a_flush_began_is_not_durable_by_it(seed: int) -> None:
-    """The power could go after a flush that the driver took for unnecessary: nothing that was told durable may be lost."""
+    """What was told durable is, also after a flush that the driver took for unnecessary."""
     chance = random.Random(seed)
     with sim_bench(seed, disk=SIZE) as it:
         it.host.set_cached("disk", "never")
