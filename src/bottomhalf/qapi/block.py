@@ -35,8 +35,16 @@ from bottomhalf.qapi.types import (
 )
 
 
+def _load_driver(name: str) -> None:
+    from bottomhalf.qapi.extensions import load_driver
+
+    load_driver(name)
+
+
 class BlockdevDriver(OpenEnum):
     """Block drivers: protocols, formats and filters."""
+
+    load = _load_driver
 
 
 class BlockdevDiscardOptions(StrEnum):
