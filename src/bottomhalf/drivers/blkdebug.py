@@ -129,6 +129,7 @@ class BlkdebugNode(Filter):
         self._aligner = Aligner(self, self._submit_aligned) if align > 1 else None
         self._splitter = Splitter(self, self._submit_fitting, limits) if limits != RequestLimits() else None
         self._limits = limits
+        self._plain = self._aligner is None and self._splitter is None
         self._process("none")
 
     # -- rules --------------------------------------------------------------------------------------------------
@@ -221,6 +222,8 @@ class BlkdebugNode(Filter):
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op
+        if self._plain and op <= FLUSH and not self._watching:
+            return self.edge.node.submit_batch(requests)
         if op > FLUSH and not self.unmap and self.ignores(requests):
             return self.finish(requests, 0)
         if self._aligner is not None and op != FLUSH:

@@ -55,9 +55,9 @@ class CopyOnReadNode(Filter):
         self._gate = RangeGate(f"other requests that write to {self.describe()}")
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
-        op = requests[0].op
-        if not self.edge.node.has_backing or op == FLUSH:
-            return super().submit_batch(requests)
+        op, child = requests[0].op, self.edge.node
+        if not child.has_backing or op == FLUSH:
+            return child.submit_batch(requests) if op <= FLUSH else super().submit_batch(requests)
         if op == READ:
             return self._submit_reads(requests)
         if op > FLUSH and not self.unmap and self.ignores(requests):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bottomhalf.block.filter import Filter
 from bottomhalf.block.throttling import ThrottleGroup, ThrottleMember
+from bottomhalf.block.throttling.state import READ_DIRECTION, WRITE_DIRECTION
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import FLUSH, READ, Request
 
@@ -40,8 +41,10 @@ class ThrottleNode(Filter):
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op
-        if op == FLUSH or (op > FLUSH and not self.unmap and self.ignores(requests)):
+        if op >= FLUSH and (op == FLUSH or (not self.unmap and self.ignores(requests))):
             return super().submit_batch(requests)
+        if self.member.may_pass(READ_DIRECTION if op == READ else WRITE_DIRECTION, requests):
+            return self.edge.node.submit_batch(requests)
         return self.member.submit(requests)
 
     def _send(self, requests: list[Request]) -> list[Request]:
@@ -49,11 +52,13 @@ class ThrottleNode(Filter):
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         where = self.edge.node.file_range(offset, length)
-        return where if where is not None and self.member.admit([Request(READ, offset, length)]) else None
+        if where is None or not self.member.may_pass(READ_DIRECTION, [Request(READ, offset, length)]):
+            return None
+        return where
 
     def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
         where = self.edge.node.map_reads(requests, shift)
-        return where if where is not None and self.member.admit(requests) else None
+        return where if where is not None and self.member.may_pass(READ_DIRECTION, requests) else None
 
     def drain_begin(self) -> None:
         self.member.drain_begin()

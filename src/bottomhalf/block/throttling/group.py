@@ -26,8 +26,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 from bottomhalf.aio import AioContext
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 Submit: TypeAlias = Callable[[list[Request]], list[Request]]
 
-_lengths: Final = attrgetter("length")
-
 
 class ThrottleMember:
     """One queue for reads and one for writes in front of ``send``. Home thread of its context, except close()."""
@@ -51,7 +48,7 @@ class ThrottleMember:
     def __init__(self, group: ThrottleGroup, name: str, context: AioContext, send: Submit) -> None:
         self.group = group
         self.name = name
-        self.context = context
+        self._take_context(context)
         self.limits_disabled = 0  # depth of drained sections
         self.timers = ThrottleTimers(
             context, partial(self._due, READ_DIRECTION), partial(self._due, WRITE_DIRECTION), group.clock
@@ -68,19 +65,20 @@ class ThrottleMember:
     def submit(self, requests: list[Request]) -> list[Request]:
         """Take requests of one op; those that are not done yet."""
         group = self.group
-        if not group.state.enabled and not self.waiting:
-            return self._send(requests)
         direction = READ_DIRECTION if requests[0].op == READ else WRITE_DIRECTION
-        if group.admit(self, direction, requests):
+        if self.may_pass(direction, requests):
             return self._send(requests)
         now, later = group.admit_some(self, direction, requests)
         if not now:
             return later
         return [*self._send(now), *later]
 
-    def admit(self, requests: list[Request]) -> bool:
-        """Account for reads that somebody will do himself, if all of them may be done now; whether they may."""
-        return not self.group.state.enabled or self.group.admit(self, READ_DIRECTION, requests)
+    def may_pass(self, direction: int, requests: list[Request]) -> bool:
+        """Whether all of them may be done now; then they are accounted for."""
+        group = self.group
+        if not group.state.enabled and not group.queued:
+            return True
+        return group.admit(self, direction, requests)
 
     def _due(self, direction: int) -> None:
         self.group.timer_due(self, direction)
@@ -119,9 +117,13 @@ class ThrottleMember:
 
     def attach(self, context: AioContext) -> None:
         """Go on in another context, after detach(). Main thread, nothing is in flight below."""
-        self.context = context
+        self._take_context(context)
         self.timers.attach(context)
         self.group.restart(None)
+
+    def _take_context(self, context: AioContext) -> None:
+        self.context = context
+        self.now_ns = context.clocks[self.group.clock].now_ns  # asked for every list
 
     def close(self) -> None:
         """Leave the group. Nothing is queued."""
@@ -147,6 +149,11 @@ class ThrottleGroup:
         self._armed: list[ThrottleMember | None] = [None, None]  # whose timer is
 
     @property
+    def queued(self) -> int:
+        """Requests that wait, of all members."""
+        return self._waiting[READ_DIRECTION] + self._waiting[WRITE_DIRECTION]
+
+    @property
     def limits(self) -> Limits:
         return self.state.limits
 
@@ -159,7 +166,7 @@ class ThrottleGroup:
         self.restart(None)
 
     def _now_ns(self) -> int:
-        return self.members[0].context.now_ns(self.clock) if self.members else 0
+        return self.members[0].now_ns() if self.members else 0
 
     # -- members ------------------------------------------------------------------------------------------------
 
@@ -187,13 +194,9 @@ class ThrottleGroup:
 
     def admit(self, member: ThrottleMember, direction: int, requests: list[Request]) -> bool:
         """Whether all of them may go at once; then they are accounted for."""
-        state = self.state
-        lengths = list(map(_lengths, requests)) if state.counts_bytes[direction] else None
+        now_ns = member.now_ns()
         with self._lock:
-            if self._waiting[direction]:
-                return False
-            state.leak(member.context.now_ns(self.clock))
-            return state.admit(direction, lengths, len(requests))
+            return not self._waiting[direction] and self.state.admit(direction, requests, now_ns)
 
     def admit_some(
         self, member: ThrottleMember, direction: int, requests: list[Request]
@@ -201,7 +204,7 @@ class ThrottleGroup:
         """(those that may go at once, those that are queued)."""
         state, queue = self.state, member.queues[direction]
         with self._lock:
-            state.leak(member.context.now_ns(self.clock))
+            state.leak(member.now_ns())
             disabled, count = bool(member.limits_disabled) and not queue, 0
             for request in requests:
                 if not disabled and (self._waiting[direction] or state.wait_ns(direction)):
@@ -220,7 +223,7 @@ class ThrottleGroup:
             if self._armed[direction] is not member:
                 return
             self._armed[direction] = None
-            released = self._take(direction, member.context.now_ns(self.clock))
+            released = self._take(direction, member.now_ns())
         self._go(released, member.context)
 
     def restart(self, member: ThrottleMember | None) -> None:

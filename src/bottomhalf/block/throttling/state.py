@@ -18,6 +18,7 @@ Levels are floats in bytes or operations; the rates are bounded such that they s
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Final
 
 from bottomhalf.aio import AioContext
@@ -32,12 +33,15 @@ from bottomhalf.block.throttling.limits import (
     BucketLimit,
     Limits,
 )
+from bottomhalf.host.request import Request
 
 SECOND_NS: Final = 1_000_000_000
 BURST_FRACTION: Final = 10  # of a second: what may come at once where nothing else is said
 
 READ_DIRECTION: Final = 0
 WRITE_DIRECTION: Final = 1
+_length: Final = attrgetter("length")
+
 DIRECTIONS: Final = (READ_DIRECTION, WRITE_DIRECTION)
 
 
@@ -56,14 +60,15 @@ class Bucket:
         self.burst_size = limit.max / BURST_FRACTION
 
     def leak(self, elapsed_ns: int) -> None:
-        self.level = max(self.level - self.avg * elapsed_ns / SECOND_NS, 0.0)
+        level = self.level - self.avg * elapsed_ns / SECOND_NS
+        self.level = level if level > 0 else 0.0
         if self.burst_length > 1:
-            self.burst_level = max(self.burst_level - self.max * elapsed_ns / SECOND_NS, 0.0)
+            level = self.burst_level - self.max * elapsed_ns / SECOND_NS
+            self.burst_level = level if level > 0 else 0.0
 
     def fill(self, amount: float) -> None:
         self.level += amount
-        if self.burst_length > 1:
-            self.burst_level += amount
+        self.burst_level += amount  # of no meaning unless a burst lasts longer than a second
 
     def wait_ns(self) -> int:
         """How long until the next request may go, 0 for now."""
@@ -74,12 +79,6 @@ class Bucket:
         if self.burst_length > 1 and self.burst_level > self.burst_size:
             return int((self.burst_level - self.burst_size) * SECOND_NS / self.max)
         return 0
-
-    def has_room(self, amount: float) -> bool:
-        """Whether somebody may still go after ``amount`` more."""
-        return self.level + amount <= self.size and (
-            self.burst_length <= 1 or self.burst_level + amount <= self.burst_size
-        )
 
 
 class ThrottleState:
@@ -99,7 +98,6 @@ class ThrottleState:
         self._operations = [[buckets[IOPS_TOTAL], buckets[which]] for which in (IOPS_READ, IOPS_WRITE)]
         self._limited_bytes = [[bucket for bucket in pair if bucket.avg] for pair in self._bytes]
         self._limited_operations = [[bucket for bucket in pair if bucket.avg] for pair in self._operations]
-        self.counts_bytes = [bool(pair) or bool(limits.op_size) for pair in self._limited_bytes]
 
     def leak(self, now_ns: int) -> None:
         """Time has passed. A clock that went back does nothing."""
@@ -108,7 +106,7 @@ class ThrottleState:
             return
         self.previous_leak_ns = now_ns
         for bucket in self._leaking:
-            if bucket.level or bucket.burst_level:
+            if bucket.level:
                 bucket.leak(elapsed_ns)
 
     def wait_ns(self, direction: int) -> int:
@@ -132,31 +130,39 @@ class ThrottleState:
         for bucket in self._operations[direction]:
             bucket.fill(self.units(length))
 
-    def admit(self, direction: int, lengths: list[int] | None, count: int) -> bool:
-        """Account for ``count`` requests if each of them may go at once; whether they may. ``lengths`` is needed
-        where ``counts_bytes`` says so: others are spared looking at every request."""
-        units = float(count)
-        last_units = 1.0
+    def admit(self, direction: int, requests: list[Request], now_ns: int) -> bool:
+        """Account for a list of requests if each of them may go at once; whether they may. This is what every list
+        comes by, so it is one loop over the limits that there are, and looks at each request only for its length, and
+        only if somebody limits bytes."""
+        if now_ns > self.previous_leak_ns:
+            self.leak(now_ns)
+        units: float = len(requests)
+        last_units: float = 1
         if self.limits.op_size:
-            assert lengths is not None
-            units = sum(map(self.units, lengths))
-            last_units = self.units(lengths[-1])
-        limited_bytes = self._limited_bytes[direction]
+            units = sum([self.units(request.length) for request in requests])
+            last_units = self.units(requests[-1].length)
+        limited_bytes, limited_operations = self._limited_bytes[direction], self._limited_operations[direction]
         total = 0
         if limited_bytes:
-            assert lengths is not None
-            total = sum(lengths)
-            before_last = total - lengths[-1]
+            total = sum(map(_length, requests))
+            before_last = total - requests[-1].length
             for bucket in limited_bytes:
-                if not bucket.has_room(before_last):
+                if bucket.level + before_last > bucket.size or (
+                    bucket.burst_length > 1 and bucket.burst_level + before_last > bucket.burst_size
+                ):
                     return False
-        for bucket in self._limited_operations[direction]:
-            if not bucket.has_room(units - last_units):
+        units_before_last = units - last_units
+        for bucket in limited_operations:
+            if bucket.level + units_before_last > bucket.size or (
+                bucket.burst_length > 1 and bucket.burst_level + units_before_last > bucket.burst_size
+            ):
                 return False
         for bucket in limited_bytes:
-            bucket.fill(total)
-        for bucket in self._limited_operations[direction]:
-            bucket.fill(units)
+            bucket.level += total
+            bucket.burst_level += total
+        for bucket in limited_operations:
+            bucket.level += units
+            bucket.burst_level += units
         return True
 
 
