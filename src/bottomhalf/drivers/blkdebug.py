@@ -288,6 +288,10 @@ class BlkdebugNode(Filter):
     def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
         return None if self._watching else super().map_reads(requests, shift)
 
+    def allocated_size(self) -> int | None:
+        """QEMU's does not tell either."""
+        return None
+
     def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
         return held | self._take, shared & (PERM_ALL & ~self._unshare)
 

@@ -58,6 +58,10 @@ class BlkverifyNode(Node):
     def open_size(self) -> int:
         return self._test.node.size
 
+    def allocated_size(self) -> int | None:
+        """QEMU's does not tell either."""
+        return None
+
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         if requests[0].op == FLUSH:
             return self._test.node.submit_batch(requests)

@@ -36,8 +36,6 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
         *("align", "max_transfer", "opt_write_zero", "max_write_zero", "opt_discard", "max_discard"),
         *("inject_error", "set_state"),
     ),
-    "copy-on-read": ("bottom",),
-    "preallocate": ("prealloc_align", "prealloc_size"),
 }
 
 _NAMED_LIKE_THEIR_CHILD: Final = frozenset({"copy-before-write", "snapshot-access"})
@@ -84,6 +82,10 @@ def _plain_name(node: Node) -> str:
     given = _given(node)
     if node.driver == "file":
         return str(given["filename"])
+    if node.driver in ("blkdebug", "blkverify") and not given:
+        below = [_plain_name(edge.node) for edge in node.children]
+        middle = ":" if node.driver == "blkdebug" else ""  # between them is the config file, which is not there
+        return f"{node.driver}:{middle}{':'.join(below)}" if all(below) else ""
     if node.driver in _NAMED_LIKE_THEIR_CHILD:
         return file_name(node.children[0].node)
     if node.driver.startswith("null-"):
@@ -140,7 +142,7 @@ def _describe_image(node: Node, name: str) -> ImageInfo:
 
 
 def _dirty_flag(node: Node) -> bool | None:
-    """None where QEMU's driver knows nothing of the image; raw knows what its file knows."""
-    while node.driver == "raw":
+    """None where QEMU's driver knows nothing of the image; raw and filters know what their child knows."""
+    while node.driver == "raw" or node.is_filter:
         node = node.children[0].node
     return False if node.driver == "file" else None
