@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from bottomhalf.aio import AioContext, IOThread, kick, wait_while
+from bottomhalf.aio import AioContext, IOThread, kick, sleep_ns, wait_while
 from bottomhalf.block import BlockError
 from bottomhalf.block.throttling import (
     BucketLimit,
@@ -558,6 +559,28 @@ def test_members_in_different_threads(kind: str) -> None:
             user.backend.close()
         for thread in threads:
             thread.stop()
+
+
+def test_reads_that_would_leave_without_coming_by(seed: int) -> None:
+    """They count, and when they may not go they come by."""
+
+    class Cached(NullCoNode):
+        def file_range(self, offset: int, length: int) -> Any:
+            return "file", offset
+
+        def map_reads(self, requests: list[Request], shift: int = 0) -> Any:
+            return "file", shift
+
+    with sim_bench(seed) as it:
+        group = throttle_groups(it.graph).create("g", Limits.from_options({"bps-read": 1_000_000}))
+        node = ThrottleNode(it.graph, file=Cached(it.graph), group=group)
+        it.user(node)
+        assert node.file_range(0, 60_000) == ("file", 0)
+        assert node.map_reads([read(0, 30_000), read(0, 60_000)], 512) == ("file", 512)
+        assert group.state.buckets[BPS_READ].level == pytest.approx(150_000)
+        assert node.file_range(0, 1) is None and node.map_reads([read(0, 1)]) is None
+        it.context.run(sleep_ns(SECOND))
+        assert node.file_range(0, 1) is not None
 
 
 def test_closing_and_names(seed: int) -> None:
