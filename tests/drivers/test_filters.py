@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bottomhalf.aio import IOThread
 from bottomhalf.block import BlockError
 from bottomhalf.block.errors import check
 from bottomhalf.drivers.blkdebug import BlkdebugNode
@@ -231,6 +232,18 @@ def test_closing_cuts_back_as_well(seed: int) -> None:
         assert len(it.host.content("disk")) == 1 << 20
         user.backend.close()
         assert it.host.content("disk") == bytes(1000) + b"a" * 500
+
+
+def test_closing_in_an_iothread(seed: int) -> None:
+    with sim_bench(seed, disk=1000) as it:
+        node = PreallocateNode(it.graph, file=it.file("disk"), prealloc_size=8192)
+        user = it.user(node, held=READ_WRITE | PERM_RESIZE)
+        grow(it, node, WRITE, 1000, b"a" * 500)
+        thread = IOThread("t", it.host)
+        it.graph.move(node, thread.context)
+        user.backend.close()
+        assert it.host.content("disk") == bytes(1000) + b"a" * 500
+        thread.stop()
 
 
 def test_without_preallocation_it_still_grows(seed: int) -> None:

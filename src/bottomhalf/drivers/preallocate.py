@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from bottomhalf.aio import CoMutex, kick
+from bottomhalf.aio import CoMutex, Coroutine, kick, wait_while
 from bottomhalf.block import BlockError, permissions
 from bottomhalf.block.errors import check
 from bottomhalf.block.filter import Filter
@@ -146,6 +146,20 @@ class PreallocateNode(Filter):
         return held, shared & ~(PERM_WRITE | PERM_RESIZE)
 
     def close(self) -> None:
-        if self.file_end > self.data_end:
-            self.context.run(self.child.co_truncate(self.data_end), f"the end of {self.describe()}")
-            self.file_end = self.data_end
+        """The node may still belong to an iothread, whose backend is just going."""
+        if self.file_end <= self.data_end:
+            return
+        cutting = Coroutine(self.child.co_truncate(self.data_end), self.context)
+        self.file_end = self.data_end
+        self.context.schedule(self._co_tell(cutting))
+        wait_while(self.context, lambda: not cutting.done, f"the end of {self.describe()}")
+        cutting.result()
+
+    async def _co_tell(self, cutting: Coroutine) -> None:
+        self.context.enter(cutting)
+        try:
+            await cutting
+        except OSError:
+            pass  # close() raises it
+        finally:
+            kick()
