@@ -107,6 +107,7 @@ def measure_servers(rows: Sequence[Row], options: argparse.Namespace, before: Se
 
 def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:
     """Run all rounds of one row, each server in turn in each round."""
+    ours = row.ours or ours
     names = [ours, *(peer for peer in row.peers if peer != ours)]
     for name in names[1:].copy():
         try:

@@ -51,6 +51,7 @@ class Row(ABC):
     units: tuple[str, ...]
     more_is_better: bool = True
     about: str = ""
+    ours: str = ""  # the server in our place, if not the usual one
 
     @abstractmethod
     def measure(self, server: Server, settings: Settings) -> Sample:
@@ -119,6 +120,23 @@ _IOPS: Final = ("IOPS",)
 _BYTES: Final = ("MB/s",)
 _QSD: Final = "qemu-storage-daemon"
 
+_FILTERS: Final = tuple(
+    LoadRow(
+        f"filter-{name}",
+        {"null-co": 0.85},
+        _IOPS,
+        about=f"{what} above a disk that does nothing, beside that disk; 4 KiB reads, 32 in flight",
+        ours=f"null-co+{name}",
+        load=Load("randread", 4096, 32),
+        client="nbdload",
+    )
+    for name, what in (
+        ("throttle", "throttle, no limit reached,"),
+        ("blkdebug", "blkdebug without rules"),
+        ("cor", "copy-on-read with nothing to copy"),
+    )
+)
+
 ROWS: Final[tuple[Row, ...]] = (
     LoadRow(
         "randread-4k-qd32",
@@ -173,6 +191,23 @@ ROWS: Final[tuple[Row, ...]] = (
         about="random 4 KiB reads, one at a time: latency",
         load=Load("randread", 4096, 1),
     ),
+    LoadRow(
+        "throttle-randread-4k-qd32",
+        {"qsd+throttle": 1.5},
+        _IOPS,
+        about="random 4 KiB reads through throttle, raw and file, 32 in flight",
+        ours="bottomhalf+throttle",
+        load=Load("randread", 4096, 32),
+    ),
+    LoadRow(
+        "throttle-randwrite-4k-qd32",
+        {"qsd+throttle": 1.5},
+        _IOPS,
+        about="random 4 KiB writes through throttle, raw and file, 32 in flight",
+        ours="bottomhalf+throttle",
+        load=Load("randwrite", 4096, 32),
+    ),
+    *_FILTERS,
     StartupRow(
         "startup",
         {_QSD: None, "qemu-nbd": None},

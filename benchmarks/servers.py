@@ -28,6 +28,9 @@ class Unavailable(Exception):
     """A server or a client is not installed; the text says which package brings it."""
 
 
+Command = Callable[[str, Path, Path, bool], list[str]]  # program, socket, image, direct
+
+
 @dataclass(frozen=True)
 class Server:
     """One kind of server: its name, the program, the package that brings it, and its command line."""
@@ -35,7 +38,7 @@ class Server:
     name: str
     program: str
     package: str
-    command: Callable[[str, Path, Path, bool], list[str]]  # program, socket, image, direct
+    command: Command
     can_direct: bool = True
 
     def find(self) -> str:
@@ -71,6 +74,35 @@ def _qemu_storage_daemon(program: str, sock: Path, image: Path, direct: bool) ->
     return [program, "--object", "iothread,id=t", *command[1:]]
 
 
+def _throttled(of: Command) -> Command:
+    """The same server with a throttle group, whose limits nobody reaches, above the image."""
+
+    def command(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
+        words = [word.replace("node-name=d,name=d", "node-name=t,name=d") for word in of(program, sock, image, direct)]
+        limits = "limits.iops-total=100000000,limits.bps-total=1000000000000"
+        group = ["--object", f"throttle-group,id=g,{limits}"]
+        at = words.index("--nbd-server")
+        node = ["--blockdev", "driver=throttle,node-name=t,throttle-group=g,file=d"]
+        return [program, *group, *words[1:at], *node, *words[at:]]
+
+    return command
+
+
+def _above_null(filter_options: str = "") -> Command:
+    """Our daemon with a disk that does nothing, below a filter that has nothing to do."""
+
+    def command(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
+        null = "driver=null-co,node-name=n,size=1073741824"
+        top = ["--blockdev", f"{filter_options},node-name=f"] if filter_options else []
+        return [
+            *(program, "--object", "throttle-group,id=g,limits.iops-total=100000000,limits.bps-total=1000000000000"),
+            *("--blockdev", null, *top, "--nbd-server", f"addr.type=unix,addr.path={sock}"),
+            *("--export", f"type=nbd,id=e,node-name={'f' if top else 'n'},name=d,writable=on"),
+        ]
+
+    return command
+
+
 def _qemu_nbd(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
     cache = ["--cache=none"] if direct else []
     return [
@@ -101,6 +133,15 @@ SERVERS: Final = {
         Server(OURS, "bh-storage-daemon", "make install", _storage_daemon),
         Server("qemu-nbd", "qemu-nbd", "apt package qemu-utils", _qemu_nbd),
         Server("qemu-storage-daemon", "qemu-storage-daemon", "apt package qemu-utils", _qemu_storage_daemon),
+        Server("bottomhalf+throttle", "bh-storage-daemon", "make install", _throttled(_storage_daemon)),
+        Server("qsd+throttle", "qemu-storage-daemon", "apt package qemu-utils", _throttled(_qemu_storage_daemon)),
+        Server("null-co", "bh-storage-daemon", "make install", _above_null()),
+        Server(
+            *("null-co+throttle", "bh-storage-daemon", "make install"),
+            _above_null("driver=throttle,throttle-group=g,file=n"),
+        ),
+        Server("null-co+blkdebug", "bh-storage-daemon", "make install", _above_null("driver=blkdebug,image=n")),
+        Server("null-co+cor", "bh-storage-daemon", "make install", _above_null("driver=copy-on-read,file=n")),
         Server("nbdkit", "nbdkit", "apt package nbdkit", _nbdkit, can_direct=False),
     )
 }

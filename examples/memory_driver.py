@@ -32,8 +32,7 @@ class Memory(Node):
     async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         self.content[offset : offset + len(buffer)] = buffer
 
-    async def co_flush(self) -> None:
-        pass  # nothing here is safer than anything else
+    async def co_flush(self) -> None: ...  # nothing here is safer than anything else
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         await self.write_zero_bytes(offset, length, flags)
@@ -42,8 +41,9 @@ class Memory(Node):
 BlockdevOptions.register_branch("memory", MemoryOptions)
 register_driver("memory", Memory)
 
-if len(sys.argv) > 1:
-    sys.exit(bh_storage_daemon.main())
-with bottomhalf.open({"driver": "memory", "size": 1 << 20}) as disk:
-    disk.pwrite(b"hello", 4096)
-    print(f"{disk.size} bytes, at 4096: {disk.pread(5, 4096)!r}")
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(bh_storage_daemon.main())
+    with bottomhalf.open({"driver": "memory", "size": 1 << 20}) as disk:
+        disk.pwrite(b"hello", 4096)
+        print(f"{disk.size} bytes, at 4096: {disk.pread(5, 4096)!r}")

@@ -40,6 +40,15 @@ SUITES: Final = {
         /basic/in_coroutine /basic/order /locking/co-mutex /locking/co-mutex/lockable /locking/co-rwlock/upgrade
         /locking/co-rwlock/downgrade
     """,
+    "test-throttle": """
+        /throttle/leak_bucket /throttle/compute_wait /throttle/init /throttle/init_readonly /throttle/init_writeonly
+        /throttle/destroy /throttle/have_timer /throttle/detach_attach /throttle/config/enabled
+        /throttle/config/conflicting /throttle/config/is_valid /throttle/config/ranges /throttle/config/max
+        /throttle/config/iops_size /throttle/config_functions /throttle/accounting /throttle/groups
+    """,
+    "test-timed-average": "/timed-average/average",
+    "test-write-threshold": "/write-threshold/not-trigger /write-threshold/trigger",
+    "test-image-locking": "/image-locking/basic /image-locking/set-perm-abort",
     "test-thread-pool": """
         /thread-pool/submit-no-complete /thread-pool/submit-aio /thread-pool/submit-co /thread-pool/submit-many
         /thread-pool/cancel /thread-pool/cancel-async
@@ -151,8 +160,9 @@ TRAPS: Final = {
 }
 
 _NAME: Final = re.compile(
-    r"/(?:aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll|bdrv-drain"
-    r"|bdrv-graph-mod|sync-op|attach|propagate|block-backend)(?:/[\w/-]*|(?![\w-]))")
+    r"/(?:aio|aio-gsource|basic|locking|thread-pool|nested-aio-poll|bdrv-drain|bdrv-graph-mod|sync-op|attach|propagate"
+    r"|block-backend|throttle|timed-average|write-threshold|image-locking)(?:/[\w/-]*|(?![\w-]))"
+)
 _TRAP: Final = re.compile(r"\bT\d+\b")
 
 

@@ -59,7 +59,8 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
             raise ValueError(f"an image of {size} bytes")
         with _opened(fspath(path), writable=True, create=size):
             return
-    from bottomhalf.drivers.qcow2.create import CreateOptions, co_create
+    from bottomhalf.drivers.qcow2.create import CreateOptions
+    from bottomhalf.drivers.qcow2.create import create as create_image
 
     try:
         wanted = CreateOptions(size=size, **options)
@@ -69,7 +70,7 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
         raise ValueError(f"qcow2 images have no option {wrong!r}, but {known}") from None
     wanted.header()
     with _opened(fspath(path), writable=True, create=0) as (context, file):
-        context.run(co_create(file, wanted), what=f"the making of {fspath(path)}")
+        create_image(file, wanted)
         context.run(file.co_flush(), what=f"the making of {fspath(path)}")
 
 

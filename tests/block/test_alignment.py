@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 
-from bottomhalf.aio import AioContext, Coroutine
 from bottomhalf.block import BlockError
-from bottomhalf.block.alignment import WriteGate
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE
 from bottomhalf.host.request import FUA, MAY_UNMAP, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
-from bottomhalf.host.sim import SimHost, files
-from tests.block.bench import READ_WRITE, User, bench, discard, flush, read, sim_bench, write, zero
+from bottomhalf.host.sim import files
+from tests.block.bench import READ_WRITE, bench, discard, flush, read, sim_bench, write, zero
 
 SIZE = 16384
 
@@ -230,88 +228,3 @@ def test_the_tail_of_an_odd_file_on_the_real_host(direct_file: Path) -> None:
         grown = user.backend.size
     assert grown % 512 == 0
     assert direct_file.read_bytes() == b"z" * 999 + b"y" + bytes(grown - 1000)
-
-
-class TestGate:
-    """The gate alone: exclusion, order of arrival, and nobody forgotten."""
-
-    def test_order_of_arrival(self, seed: int) -> None:
-        chance = random.Random(seed)
-        context = AioContext(SimHost(seed))
-        gate = WriteGate("the gate")
-        arrived: list[int] = []
-        entered: list[int] = []
-        inside: set[int] = set()
-        alone_inside: set[int] = set()
-
-        async def pass_it(number: int, alone: bool) -> None:
-            from bottomhalf.aio import sleep_ns
-
-            await sleep_ns(chance.randrange(50))
-            arrived.append(number)
-            await gate.enter(alone=alone)
-            entered.append(number)
-            assert not alone_inside and not (alone and inside)
-            (alone_inside if alone else inside).add(number)
-            await sleep_ns(chance.randrange(50))
-            (alone_inside if alone else inside).remove(number)
-            gate.leave()
-
-        coroutines: list[Coroutine] = [context.enter(pass_it(n, chance.random() < 0.4)) for n in range(60)]
-        while not all(coroutine.done for coroutine in coroutines):
-            context.poll(True)
-        assert entered == arrived
-        assert not gate.closed
-        context.close()
-
-    def test_an_owner_who_raises_does_not_shut_it(self) -> None:
-        gate = WriteGate("the gate")
-
-        class Owner:
-            def complete(self, requests: list[Request]) -> None:
-                raise ZeroDivisionError
-
-        request = write(0, b"x")
-        request.owner = Owner()
-        assert gate.submit([request], lambda requests: requests) == [request]
-        request.result = 0
-        with pytest.raises(ZeroDivisionError):
-            request.owner.complete([request])
-        gate.submit([write(0, b"y")], lambda requests: [])
-
-    def test_a_result_that_is_known_early_does_not_end_a_pending_request(self) -> None:
-        """An engine may set ``result`` long before it tells."""
-        told = []
-        user = type("Owner", (), {"complete": lambda self, requests: told.extend(requests)})()
-        gate = WriteGate("the gate")
-        request = write(0, b"x")
-        request.owner = user
-
-        def submit(requests: list[Request]) -> list[Request]:
-            requests[0].result = 0
-            return requests
-
-        gate.submit([request], submit)
-        assert request.owner is not user
-        request.owner.complete([request])
-        assert told == [request] and request.owner is user
-        gate.submit([write(0, b"y")], lambda requests: [])
-        assert gate._shared == 0
-
-    def test_users_share_a_batch(self, seed: int) -> None:
-        """Requests of two owners in one batch come back to each."""
-        with sim_bench(seed, disk=SIZE) as it:
-            file = it.file("disk", direct=True)
-            backend = it.backend(file)
-            one, two = User(backend), User(backend)
-            mine, others = [write(n * 512, b"a" * 512) for n in range(4)], [write(n * 512, b"b") for n in range(4, 8)]
-            for user, requests in ((one, mine), (two, others)):
-                for request in requests:
-                    request.owner = user.queue
-                    user.waiting[id(request)] = request
-            mixed = [request for pair in zip(mine, others, strict=True) for request in pair]
-            pending = backend.submit(mixed)
-            waiting = {id(request) for request in pending}
-            for user, requests in ((one, mine), (two, others)):
-                user._completed([request for request in requests if id(request) not in waiting])
-                user.wait()

@@ -88,6 +88,7 @@ def test_a_failed_flush_is_told(seed: int) -> None:
     with sim_bench(seed, disk=SIZE) as it:
         it.host.fault(path="disk", op=FLUSH, errno=errno.EIO, times=1)
         user = it.user(RawNode(it.graph, file=it.file("disk")))
+        assert user.do(write(0, b"x")) == [0]
         assert user.do(flush()) == [-errno.EIO]
         assert user.do(flush()) == [0]
 

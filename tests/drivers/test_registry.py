@@ -156,9 +156,6 @@ class TestRefusals:
                 **FILE,
                 detect_zeroes="unmap",
             )
-            refused(
-                it, "detect-zeroes=on is not supported yet; leave it out or set it to off", **FILE, detect_zeroes="on"
-            )
             refused(it, "active=off is not supported yet; leave it out or set it to on", **FILE, active=False)
             refused(it, "Invalid node-name: '#x'", **FILE, node_name="#x")
             refused(it, "Could not open 'none': No such file or directory", driver="file", filename="none")

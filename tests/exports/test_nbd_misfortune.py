@@ -420,6 +420,7 @@ def test_io_error_is_told_and_the_connection_lives(seed: int, op: int) -> None:
             FLUSH: client.flush,
             WRITE_ZEROES: lambda: client.write_zeroes(0, 4096),
         }
+        client.good(client.write(0, bytes(512)))  # or a flush would have nothing to do
         bench.host.fault(path="disk.raw", op=op, errno=errno.EIO, times=1)
         cookie = asks[op]()
         others = [ask() for other, ask in asks.items() if other != op]

@@ -56,6 +56,19 @@ def test_query_version(client: QmpClient) -> None:
 # -- nodes
 
 
+def test_write_threshold(bench: QmpBench, client: QmpClient) -> None:
+    add_disk(client)
+    client.call("block-set-write-threshold", {"node-name": "disk", "write-threshold": 1000})
+    assert client.call("query-named-block-nodes")[0]["write_threshold"] == 1000
+    node = bench.storage.graph.nodes["disk"]
+    bench.storage.loop.main.run(node.co_pwrite(900, memoryview(bytes(300))))
+    event = client.wait_event("BLOCK_WRITE_THRESHOLD")
+    assert event == {"amount-exceeded": 200, "node-name": "disk", "write-threshold": 1000}
+    assert client.call("query-named-block-nodes")[0]["write_threshold"] == 0
+    text = client.fails("block-set-write-threshold", {"node-name": "nope", "write-threshold": 1})
+    assert text == "Device 'nope' not found"
+
+
 def test_blockdev_add_and_query(client: QmpClient) -> None:
     add_disk(client)
     client.call("blockdev-add", {"driver": "raw", "node-name": "top", "file": "disk", "offset": 512})

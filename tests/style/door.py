@@ -53,6 +53,7 @@ NAMES: Final = frozenset(
 BRIDGES: Final = {
     "aio/asyncio_bridge.py": {"asyncio"},
     "aio/asyncio_loop.py": {"asyncio", "selectors"},
+    "aio/asyncio_thread.py": {"asyncio"},
     "library.py": {"asyncio", "threading"},
 }
 

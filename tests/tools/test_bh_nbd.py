@@ -89,7 +89,6 @@ def test_version(nbd: Nbd, tool: Callable[..., Outcome]) -> None:
             "--detect-zeroes=unmap a",
             "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
         ),
-        ("--detect-zeroes=on a", "detect-zeroes is not supported yet; leave it out or set it to off"),
         ("-k s a", "socket path must be absolute"),
         ("-p abc a", "port 'abc' is not a number from 0 to 65535"),
         ("-p 70000 a", "port '70000' is not a number from 0 to 65535"),
@@ -227,7 +226,7 @@ def test_defaults(nbd: Nbd, image: Path, tmp_path: Path, look: dict[str, Any]) -
 def test_everything_else(nbd: Nbd, image: Path, tmp_path: Path, look: dict[str, Any]) -> None:
     outcome = nbd(
         *("-f", "raw", "-t", "-v", "-e", "0", "-x", "name", "-D", "text", "--handshake-limit=3", "-o", "4096"),
-        *("--cache=unsafe", "--aio=io_uring", "--discard=unmap", "--detect-zeroes=off", "-b", "127.0.0.1", "-p", "0"),
+        *("--cache=unsafe", "--aio=io_uring", "--discard=unmap", "--detect-zeroes=unmap", "-b", "127.0.0.1", "-p", "0"),
         *("--object", "iothread,id=t", image),
     )
     assert outcome.status == 0, outcome

@@ -5,7 +5,7 @@ A read takes the larger, aligned range into a bounce buffer and copies out what 
 the blocks at its two ends first. Between that read and the write nobody else may write there, or one of the two
 writes is lost. Nobody means nobody: not another user of the node, not one who comes through another window onto
 it. Therefore the node that has the alignment pads, not the backend above, and it has a gate: ordinary writes pass
-it together, a read-modify-write passes it alone, and who finds it closed queues up in order.
+it together, a read-modify-write has its blocks for itself (see ``serialising``).
 
     aligner = Aligner(node, node.submit_aligned)       # in a driver
     pending = aligner.submit(requests)                 # any offsets and lengths; not for FLUSH
@@ -21,12 +21,11 @@ then the node has a new, round size.
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from bottomhalf.aio import Coroutine, current, suspend
 from bottomhalf.block.errors import check
+from bottomhalf.block.serialising import RangeGate
 from bottomhalf.host.request import (
     DISCARD,
     FUA,
@@ -34,7 +33,6 @@ from bottomhalf.host.request import (
     READ,
     WRITE,
     WRITE_ZEROES,
-    Owner,
     Request,
 )
 
@@ -42,95 +40,6 @@ if TYPE_CHECKING:
     from bottomhalf.block.node import Node
 
 Submit: TypeAlias = Callable[[list[Request]], list[Request]]
-
-
-class WriteGate:
-    """Who may write now: many ordinary writers or one read-modify-write. In order of arrival: who leaves lets in
-    those who waited longest, and has done so before anybody else can come."""
-
-    __slots__ = ("_alone", "_queue", "_shared", "_what")
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._shared = 0  # ordinary writers inside
-        self._alone = False  # a read-modify-write is inside
-        self._queue: deque[tuple[Coroutine, bool]] = deque()
-
-    @property
-    def closed(self) -> bool:
-        """Whether an ordinary writer has to queue up."""
-        return self._alone or len(self._queue) > 0
-
-    def submit(self, requests: list[Request], submit: Submit) -> list[Request]:
-        """Let ordinary writes pass while the gate is open; they are inside until their owners know the result."""
-        assert not self.closed
-        passages: dict[int, _Passage] = {}
-        for request in requests:
-            owner = request.owner
-            passage = passages.get(id(owner))
-            if passage is None:
-                passage = passages[id(owner)] = _Passage(self, owner)
-            request.owner = passage
-        self._shared += len(requests)
-        pending = submit(requests)
-        if len(pending) < len(requests):
-            # An engine may have noted the result of a pending request already: membership counts, not ``result``.
-            waiting = {id(request) for request in pending}
-            for request in requests:
-                if id(request) not in waiting:
-                    assert isinstance(request.owner, _Passage)
-                    request.owner = request.owner.owner
-            self.leave(len(requests) - len(pending))
-        return pending
-
-    async def enter(self, *, alone: bool) -> None:
-        """Pass the gate as a coroutine: alone, or together with the other ordinary writers."""
-        if self.closed or (alone and self._shared):
-            self._queue.append((current(), alone))
-            await suspend(self._what)
-        elif alone:
-            self._alone = True
-        else:
-            self._shared += 1
-
-    def leave(self, count: int = 1) -> None:
-        """The read-modify-write, or so many ordinary writers, are done."""
-        if self._alone:
-            self._alone = False
-        else:
-            self._shared -= count
-            assert self._shared >= 0
-        queue = self._queue
-        while queue and not self._alone:
-            waiter, alone = queue[0]
-            if alone and self._shared:
-                return
-            queue.popleft()
-            if alone:
-                self._alone = True
-            else:
-                self._shared += 1
-            waiter.context.wake(waiter)
-
-
-class _Passage:
-    """Owner of a pending ordinary write: tells the real owner, then gives the place at the gate back."""
-
-    __slots__ = ("_gate", "owner")
-
-    def __init__(self, gate: WriteGate, owner: Owner | None) -> None:
-        self._gate = gate
-        self.owner = owner
-
-    def complete(self, requests: list[Request]) -> None:
-        count = len(requests)
-        for request in requests:
-            request.owner = self.owner
-        try:
-            if self.owner is not None:
-                self.owner.complete(requests)
-        finally:
-            self._gate.leave(count)
 
 
 class Aligner:
@@ -142,7 +51,7 @@ class Aligner:
         self._node = node
         self._alignment = alignment
         self._submit = submit
-        self._gate = WriteGate(f"other writes to {node.describe()}")
+        self._gate = RangeGate(f"other writes to {node.describe()}")
 
     def submit(self, requests: list[Request]) -> list[Request]:
         """Take requests of one op; returns those that are not done yet. A request of no bytes is done."""
@@ -159,10 +68,13 @@ class Aligner:
         if fitting:
             if requests[0].op == READ:
                 pending += self._submit(fitting)
-            elif not self._gate.closed:
-                pending += self._gate.submit(fitting, self._submit)
             else:
-                others += fitting  # a read-modify-write is going on: everything that writes waits its turn
+                clear = self._gate.clear(fitting)
+                if clear:
+                    pending += self._gate.submit(clear, self._submit)
+                if len(clear) < len(fitting):  # a read-modify-write is going on there: they wait their turn
+                    passed = {id(request) for request in clear}
+                    others += [request for request in fitting if id(request) not in passed]
         for request in others:
             if self._node.start(request, self._serve(request)):
                 pending.append(request)
@@ -177,7 +89,7 @@ class Aligner:
         if unaligned and op == WRITE_ZEROES and request.flags & NO_FALLBACK:
             raise OSError(errno.ENOTSUP, "the ends of the range would have to be written")
         alone = unaligned and op != DISCARD
-        await self._gate.enter(alone=alone)
+        place = await self._gate.enter(*self._round(start, end), alone=alone)
         try:
             if not unaligned:
                 await self._io(op, start, request.length, request.buffer, request.flags)
@@ -186,7 +98,7 @@ class Aligner:
             else:
                 await self._cut(op, start, end, request.flags)
         finally:
-            self._gate.leave()
+            self._gate.leave(place)
 
     async def _read(self, request: Request) -> None:
         start, end = request.offset, request.offset + request.length
@@ -209,9 +121,9 @@ class Aligner:
         bounce = arena.view[:length]
         try:
             if outer_start < start:
-                await self._io(READ, outer_start, alignment, bounce[:alignment], 0)
+                await self._read_block("head", outer_start, bounce[:alignment])
             if end < outer_end and (length > alignment or outer_start == start):
-                await self._io(READ, outer_end - alignment, alignment, bounce[-alignment:], 0)
+                await self._read_block("tail", outer_end - alignment, bounce[-alignment:])
             bounce[start - outer_start : end - outer_start] = data
             await self._io(WRITE, outer_start, length, bounce, flags)
         finally:
@@ -219,6 +131,11 @@ class Aligner:
             arena.close()
         if outer_end > self._node.size:
             self._node.refresh_size()
+
+    async def _read_block(self, which: str, offset: int, block: memoryview) -> None:
+        await self._node.co_debug_event(f"pwritev_rmw_{which}")
+        await self._io(READ, offset, len(block), block, 0)
+        await self._node.co_debug_event(f"pwritev_rmw_after_{which}")
 
     async def _cut(self, op: int, start: int, end: int, flags: int) -> None:
         """Zero or discard a range whose ends do not fit."""

@@ -72,6 +72,8 @@ class Node(Parent, metaclass=_NodeType):
     is_filter: ClassVar[bool] = False  # it shows its first child's data as its own
     is_protocol: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False  # what it has not got may be read from a child "backing"
+    # Whether the coroutine doors honour FUA themselves. Else it is taken off, and a flush follows the write.
+    handles_fua: ClassVar[bool] = False
 
     def __init__(self, graph: Graph, name: str = "", *, read_only: bool = False, unmap: bool = False) -> None:
         self.graph = graph
@@ -150,6 +152,39 @@ class Node(Parent, metaclass=_NodeType):
         """Point the buffers of READs at the stored bytes themselves; the host file and what to add to a
         request's offset to find its bytes there, or None. See host.protocol.File.map_reads."""
         return None
+
+    @property
+    def can_compress(self) -> bool:
+        """Whether writes with the flag COMPRESSED are understood."""
+        return False
+
+    @property
+    def cluster_bytes(self) -> int:
+        """What the image allocates at a time, 0 if it has no such thing."""
+        return 0
+
+    @property
+    def has_backing(self) -> bool:
+        """Whether bytes may be stored in a backing node instead of in this one."""
+        return False
+
+    def is_allocated(self, offset: int, length: int, bottom: Node | None = None) -> tuple[bool, int] | None:
+        """Whether the first ``count`` bytes of the range are stored in this node rather than in a backing one below;
+        None: ask co_is_allocated. With ``bottom``: whether in this node or in one below it, down to and with that."""
+        return True, length
+
+    async def co_is_allocated(self, offset: int, length: int, bottom: Node | None = None) -> tuple[bool, int]:
+        allocated = self.is_allocated(offset, length, bottom)
+        assert allocated is not None, "a driver without a plain is_allocated defines co_is_allocated"
+        return allocated
+
+    def debug_event(self, event: str) -> None:
+        """A parent comes by a named point of its work (QEMU's blkdebug events); most nodes do not care. For plain
+        code: what should wait at this point waits in the request that comes next."""
+
+    async def co_debug_event(self, event: str) -> None:
+        """debug_event for coroutines, which may be made to wait in it."""
+        self.debug_event(event)
 
     def allocated_size(self) -> int | None:
         """Bytes that the node occupies on the host, None if unknown. A node without a say asks its first child."""
@@ -278,13 +313,18 @@ class Node(Parent, metaclass=_NodeType):
         if op == READ:
             await self.co_pread(request.offset, request.buffer)
         elif op == WRITE:
-            await self.co_pwrite(request.offset, request.buffer, request.flags)
+            await self.co_pwrite(request.offset, request.buffer, self._own_flags(request))
         elif op == FLUSH:
             await self.co_flush()
         elif op == DISCARD:
             await self.co_discard(request.offset, request.length)
         else:
-            await self.co_write_zeroes(request.offset, request.length, request.flags)
+            await self.co_write_zeroes(request.offset, request.length, self._own_flags(request))
+        if request.flags & FUA and not self.handles_fua and op in (WRITE, WRITE_ZEROES):
+            await self.co_flush()
+
+    def _own_flags(self, request: Request) -> int:
+        return request.flags if self.handles_fua else request.flags & ~FUA
 
     async def _co_submit(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
         if not self._has_submit_batch:

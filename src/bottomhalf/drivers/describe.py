@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from bottomhalf.block import Node
 from bottomhalf.block.changes import skip_implicit
+from bottomhalf.block.watching import write_threshold
 from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
 from bottomhalf.qapi.block_info import (
     BlockdevCacheInfo,
@@ -22,6 +23,7 @@ from bottomhalf.qapi.block_info import (
     ImageInfoSpecificFileWrapper,
     ImageInfoSpecificKind,
 )
+from bottomhalf.qapi.types import Struct, members
 from bottomhalf.wire.json_writer import dumps
 
 # Options of a driver that decide what is read; children are added from the graph.
@@ -30,7 +32,14 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "raw": ("offset", "size"),
     "null-co": ("size", "read_zeroes"),
     "null-aio": ("size", "read_zeroes"),
+    "throttle": ("throttle_group",),
+    "blkdebug": (
+        *("align", "max_transfer", "opt_write_zero", "max_write_zero", "opt_discard", "max_discard"),
+        *("inject_error", "set_state"),
+    ),
 }
+
+_NAMED_LIKE_THEIR_CHILD: Final = frozenset({"copy-before-write", "snapshot-access"})
 
 
 def file_name(node: Node) -> str:
@@ -53,15 +62,34 @@ def _given(node: Node) -> dict[str, Any]:
     given = {}
     for attribute in _CONTENT_OPTIONS.get(node.driver, ()):
         value = getattr(source, attribute, None)
-        if value is not None:
-            given[attribute.replace("_", "-")] = value
+        name = attribute.replace("_", "-")
+        if isinstance(value, list):
+            given.update(_flattened(name, value))
+        elif value is not None:
+            given[name] = value
     return given
+
+
+def _flattened(name: str, rules: list[Struct]) -> dict[str, Any]:
+    """A list of structs as QEMU's options have them: "inject-error.0.event"."""
+    return {
+        f"{name}.{number}.{member.name}": value
+        for number, rule in enumerate(rules)
+        for member in members(type(rule))
+        if (value := getattr(rule, member.attribute)) is not None
+    }
 
 
 def _plain_name(node: Node) -> str:
     given = _given(node)
     if node.driver == "file":
         return str(given["filename"])
+    if node.driver in ("blkdebug", "blkverify") and not given:
+        below = [_plain_name(edge.node) for edge in node.children]
+        middle = ":" if node.driver == "blkdebug" else ""  # between them is the config file, which is not there
+        return f"{node.driver}:{middle}{':'.join(below)}" if all(below) else ""
+    if node.driver in _NAMED_LIKE_THEIR_CHILD:
+        return file_name(node.children[0].node)
     if node.driver.startswith("null-"):
         return "" if given else f"{node.driver}://"
     if node.driver == "raw" and not given:
@@ -82,7 +110,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
         backing_file_depth=0,
         active=True,
         encrypted=False,
-        detect_zeroes=BlockdevDetectZeroesOptions.OFF,
+        detect_zeroes=(node.options and node.options.detect_zeroes) or BlockdevDetectZeroesOptions.OFF,
         bps=0,
         bps_rd=0,
         bps_wr=0,
@@ -95,7 +123,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
             direct=bool(cache and cache.direct),
             no_flush=bool(cache and cache.no_flush),
         ),
-        write_threshold=0,
+        write_threshold=write_threshold(node),
     )
 
 
@@ -117,7 +145,7 @@ def _describe_image(node: Node, name: str) -> ImageInfo:
 
 
 def _dirty_flag(node: Node) -> bool | None:
-    """None where QEMU's driver knows nothing of the image; raw knows what its file knows."""
-    while node.driver == "raw":
+    """None where QEMU's driver knows nothing of the image; raw and filters know what their child knows."""
+    while node.driver == "raw" or node.is_filter:
         node = node.children[0].node
     return False if node.driver == "file" else None

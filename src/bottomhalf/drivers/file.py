@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.errors import check
+from bottomhalf.block.generations import Generations
 from bottomhalf.host.protocol import PERM_ALL, File, ImageInUse
 from bottomhalf.host.request import (
     DISCARD,
@@ -69,6 +70,7 @@ class FileNode(Node):
             raise
         self._use(self.file)
         self._can_discard = True
+        self._generations = Generations()
 
     def _open(self, filename: str, auto_read_only: bool, direct: bool, locking: str) -> File:
         host = self.graph.context.host
@@ -116,6 +118,8 @@ class FileNode(Node):
     def _submit(self, requests: list[Request]) -> list[Request]:
         """Take requests that are aligned."""
         op = requests[0].op
+        if op not in (READ, FLUSH):
+            self._generations.written += 1
         if op == READ:
             pending = self.file.read_inline(requests)
         elif op == WRITE:
@@ -126,7 +130,7 @@ class FileNode(Node):
         elif op == FLUSH:
             if self.no_flush:
                 return self.finish(requests, 0)
-            pending = requests
+            pending = self._generations.flush(requests, self.context.engine.in_flight == 0)
         elif op == DISCARD and not (self.unmap and self._can_discard):
             return self.finish(requests, 0)
         else:
@@ -146,6 +150,7 @@ class FileNode(Node):
             return  # fallocate would refuse it
         sent = Request(op, offset, length, None, flags if self.unmap else flags & ~MAY_UNMAP)
         await self.context.engine.co_submit(self.file, sent)
+        self._generations.written += 1  # now: a flush may have begun meanwhile
         if sent.result == -errno.ENOTSUP:
             if op == DISCARD:
                 self._can_discard = False
@@ -173,6 +178,7 @@ class FileNode(Node):
         self.file.prefetch(offset, length)
 
     async def co_truncate(self, size: int) -> None:
+        self._generations.written += 1
         self.file.truncate(size)
         self.refresh_size()
 

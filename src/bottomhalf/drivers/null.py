@@ -23,6 +23,7 @@ SIZE_DEFAULT: Final = 1 << 30
 
 class _NullNode(Node):
     is_protocol = True
+    handles_fua = True  # nothing is stored, so everything is safe
 
     def __init__(
         self,

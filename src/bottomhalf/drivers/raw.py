@@ -83,7 +83,10 @@ class RawNode(Node):
             offset = self.offset
             for request in requests:
                 request.offset += offset
-        return self._edge.node.submit_batch(requests)
+        child = self._edge.node
+        if op < FLUSH:
+            child.debug_event("write_aio" if op else "read_aio")
+        return child.submit_batch(requests)
 
     def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
         return self._edge.node.block_status(offset + self.offset, length)

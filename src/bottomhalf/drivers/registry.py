@@ -161,6 +161,10 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool
         node.options = options
         for child in opening.brought:
             child.inherits_from = node
+        if options.detect_zeroes not in (None, BlockdevDetectZeroesOptions.OFF):
+            from bottomhalf.block.watching import detect_zeroes
+
+            detect_zeroes(node, unmap=options.detect_zeroes == BlockdevDetectZeroesOptions.UNMAP)
         permissions.refresh(node)
     except BaseException:
         if node is not None:
@@ -203,8 +207,6 @@ def _check_common(options: BlockdevOptions) -> None:
     detect = options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
     if detect == BlockdevDetectZeroesOptions.UNMAP and options.discard != BlockdevDiscardOptions.UNMAP:
         raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-    if detect != BlockdevDetectZeroesOptions.OFF:
-        raise BlockError(f"detect-zeroes={detect} is not supported yet; leave it out or set it to off")
     if options.active is False:
         raise BlockError("active=off is not supported yet; leave it out or set it to on")
 
@@ -303,10 +305,24 @@ def _open_null(opening: Opening) -> Node:
     )
 
 
+def _open_filter(opening: Opening) -> Node:
+    from bottomhalf.drivers.filter_openers import OPENERS
+
+    return OPENERS[opening.options.driver](opening)
+
+
 _OPENERS: Final[dict[str, Opener]] = {
     "file": _open_file,
     "raw": _open_raw,
     "qcow2": _open_qcow2,
     "null-co": _open_null,
     "null-aio": _open_null,
+    "blkdebug": _open_filter,
+    "blkverify": _open_filter,
+    "compress": _open_filter,
+    "copy-before-write": _open_filter,
+    "copy-on-read": _open_filter,
+    "preallocate": _open_filter,
+    "snapshot-access": _open_filter,
+    "throttle": _open_filter,
 }

@@ -35,6 +35,7 @@ OP_NAMES: Final = ("read", "write", "flush", "discard", "write-zeroes")
 FUA: Final = 1  # durable before it completes
 MAY_UNMAP: Final = 2  # WRITE_ZEROES may deallocate
 NO_FALLBACK: Final = 4  # WRITE_ZEROES: fail with ENOTSUP rather than write zero bytes slowly
+COMPRESSED: Final = 8  # WRITE: store it compressed, if the image can
 
 IN_PROGRESS: Final = 1  # value of Request.result before completion; results are <= 0
 

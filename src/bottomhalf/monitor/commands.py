@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.block import BlockError
 from bottomhalf.monitor import block_commands
 from bottomhalf.monitor.addresses import host_address
-from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions
+from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions, BlockSetWriteThreshold, BlockWriteThreshold
 from bottomhalf.qapi.block_info import BlockDeviceInfo
 from bottomhalf.qapi.commands import COMMANDS
 from bottomhalf.qapi.control import CommandInfo, VersionInfo
@@ -59,6 +60,22 @@ def blockdev_del(storage: Storage, arguments: BlockdevDel) -> None:
     storage.graph.delete(arguments.node_name)
 
 
+def block_set_write_threshold(storage: Storage, arguments: BlockSetWriteThreshold) -> None:
+    """block-set-write-threshold: the event comes from the node's own thread."""
+    from bottomhalf.block.watching import set_write_threshold
+
+    node = storage.graph.nodes.get(arguments.node_name)
+    if node is None:
+        raise BlockError(f"Device '{arguments.node_name}' not found")
+
+    def exceeded(amount: int, threshold: int) -> None:
+        event = BlockWriteThreshold(node_name=node.name, amount_exceeded=amount, write_threshold=threshold)
+        storage.loop.main.schedule_oneshot(lambda: storage.emit(event))
+
+    with storage.graph.drained(node):
+        set_write_threshold(node, arguments.write_threshold, exceeded)
+
+
 def block_export_add(storage: Storage, options: BlockExportOptions) -> None:
     """block-export-add."""
     storage.exports.add(options)
@@ -102,6 +119,7 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "query-named-block-nodes": query_named_block_nodes,
     "blockdev-add": blockdev_add,
     "blockdev-del": blockdev_del,
+    "block-set-write-threshold": block_set_write_threshold,
     "block-export-add": block_export_add,
     "block-export-del": block_export_del,
     "nbd-server-start": nbd_server_start,

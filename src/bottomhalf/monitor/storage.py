@@ -77,15 +77,22 @@ class Storage:
 
     def add_object(self, options: ObjectOptions) -> None:
         """object-add, for the types that exist."""
+        from bottomhalf.block.throttling import Limits, throttle_groups
+        from bottomhalf.qapi.throttle import ThrottleGroupProperties
+
         if not is_well_formed_id(options.id):
             raise OptionError(
                 "Parameter 'id' expects an identifier",
                 key="id",
                 hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
             )
-        if options.id in self.iothreads:
+        groups = throttle_groups(self.graph)
+        if options.id in self.iothreads or options.id in groups.by_name:
             raise OptionError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         properties = options.branch
+        if isinstance(properties, ThrottleGroupProperties):
+            groups.create(options.id, Limits.from_options(properties.given()))
+            return
         assert isinstance(properties, IothreadProperties)
         for name in ("poll_max_ns", "poll_grow", "poll_shrink"):
             value = getattr(properties, name)

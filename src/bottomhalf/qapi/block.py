@@ -19,12 +19,33 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, TypeAlias
 
-from bottomhalf.qapi.common import OnOffAuto
-from bottomhalf.qapi.types import Alternate, Command, Doc, Null, OpenEnum, Struct, TaggedUnion, Uint64
+from bottomhalf.qapi.common import BlockDirtyBitmap, OnOffAuto
+from bottomhalf.qapi.types import (
+    Alternate,
+    Command,
+    Doc,
+    EventType,
+    Int32,
+    Null,
+    OpenEnum,
+    Size,
+    Struct,
+    TaggedUnion,
+    Uint32,
+    Uint64,
+)
+
+
+def _load_driver(name: str) -> None:
+    from bottomhalf.qapi.extensions import load_driver
+
+    load_driver(name)
 
 
 class BlockdevDriver(OpenEnum):
     """Block drivers: protocols, formats and filters."""
+
+    load = _load_driver
 
 
 class BlockdevDiscardOptions(StrEnum):
@@ -138,11 +159,172 @@ class BlockdevOptionsNull(Struct):
     read_zeroes: Annotated[bool | None, Doc("reads fill the buffer with zero bytes", default="off")] = None
 
 
+class BlockdevOptionsThrottle(BlockdevOptionsGenericFormat):
+    """A filter that shares the limits of a throttle group."""
+
+    throttle_group: Annotated[str, Doc("the group, an object of type throttle-group")]
+
+
+class BlockPermission(StrEnum):
+    """What a user of a node may need, or let others do."""
+
+    CONSISTENT_READ = "consistent-read"
+    WRITE = "write"
+    WRITE_UNCHANGED = "write-unchanged"
+    RESIZE = "resize"
+
+
+class BlkdebugEvent(StrEnum):
+    """Points in the work of a driver or of the block layer that blkdebug hears of."""
+
+    L1_UPDATE = "l1_update"
+    L1_GROW_ALLOC_TABLE = "l1_grow_alloc_table"
+    L1_GROW_WRITE_TABLE = "l1_grow_write_table"
+    L1_GROW_ACTIVATE_TABLE = "l1_grow_activate_table"
+    L2_LOAD = "l2_load"
+    L2_UPDATE = "l2_update"
+    L2_UPDATE_COMPRESSED = "l2_update_compressed"
+    L2_ALLOC_COW_READ = "l2_alloc_cow_read"
+    L2_ALLOC_WRITE = "l2_alloc_write"
+    READ_AIO = "read_aio"
+    READ_BACKING_AIO = "read_backing_aio"
+    READ_COMPRESSED = "read_compressed"
+    WRITE_AIO = "write_aio"
+    WRITE_COMPRESSED = "write_compressed"
+    VMSTATE_LOAD = "vmstate_load"
+    VMSTATE_SAVE = "vmstate_save"
+    COW_READ = "cow_read"
+    COW_WRITE = "cow_write"
+    REFTABLE_LOAD = "reftable_load"
+    REFTABLE_GROW = "reftable_grow"
+    REFTABLE_UPDATE = "reftable_update"
+    REFBLOCK_LOAD = "refblock_load"
+    REFBLOCK_UPDATE = "refblock_update"
+    REFBLOCK_UPDATE_PART = "refblock_update_part"
+    REFBLOCK_ALLOC = "refblock_alloc"
+    REFBLOCK_ALLOC_HOOKUP = "refblock_alloc_hookup"
+    REFBLOCK_ALLOC_WRITE = "refblock_alloc_write"
+    REFBLOCK_ALLOC_WRITE_BLOCKS = "refblock_alloc_write_blocks"
+    REFBLOCK_ALLOC_WRITE_TABLE = "refblock_alloc_write_table"
+    REFBLOCK_ALLOC_SWITCH_TABLE = "refblock_alloc_switch_table"
+    CLUSTER_ALLOC = "cluster_alloc"
+    CLUSTER_ALLOC_BYTES = "cluster_alloc_bytes"
+    CLUSTER_FREE = "cluster_free"
+    FLUSH_TO_OS = "flush_to_os"
+    FLUSH_TO_DISK = "flush_to_disk"
+    PWRITEV_RMW_HEAD = "pwritev_rmw_head"
+    PWRITEV_RMW_AFTER_HEAD = "pwritev_rmw_after_head"
+    PWRITEV_RMW_TAIL = "pwritev_rmw_tail"
+    PWRITEV_RMW_AFTER_TAIL = "pwritev_rmw_after_tail"
+    PWRITEV = "pwritev"
+    PWRITEV_ZERO = "pwritev_zero"
+    PWRITEV_DONE = "pwritev_done"
+    EMPTY_IMAGE_PREPARE = "empty_image_prepare"
+    L1_SHRINK_WRITE_TABLE = "l1_shrink_write_table"
+    L1_SHRINK_FREE_L2_CLUSTERS = "l1_shrink_free_l2_clusters"
+    COR_WRITE = "cor_write"
+    CLUSTER_ALLOC_SPACE = "cluster_alloc_space"
+    NONE = "none"
+
+
+class BlkdebugIOType(StrEnum):
+    """Kinds of requests that blkdebug tells apart."""
+
+    READ = "read"
+    WRITE = "write"
+    WRITE_ZEROES = "write-zeroes"
+    DISCARD = "discard"
+    FLUSH = "flush"
+    BLOCK_STATUS = "block-status"
+
+
+class BlkdebugInjectErrorOptions(Struct):
+    """Fail requests after an event."""
+
+    event: Annotated[BlkdebugEvent, Doc("what has to happen first")]
+    state: Annotated[int | None, Doc("only in this state; 0 is any", default="0")] = None
+    iotype: Annotated[BlkdebugIOType | None, Doc("only these requests", default="all but block-status")] = None
+    errno: Annotated[int | None, Doc("error number", default="5 (EIO)")] = None
+    sector: Annotated[int | None, Doc("only requests that touch this 512-byte sector", default="any")] = None
+    once: Annotated[bool | None, Doc("fail one request only", default="off")] = None
+    immediately: Annotated[bool | None, Doc("fail it before the call that submits it returns", default="off")] = None
+
+
+class BlkdebugSetStateOptions(Struct):
+    """Change the state after an event."""
+
+    event: Annotated[BlkdebugEvent, Doc("what has to happen")]
+    state: Annotated[int | None, Doc("only in this state; 0 is any", default="0")] = None
+    new_state: Annotated[int, Doc("the new state", name="new_state")]
+
+
+class BlockdevOptionsBlkdebug(Struct):
+    """A filter that injects errors, makes requests wait, and imposes limits."""
+
+    image: Annotated[BlockdevRef, Doc("node that holds the data")]
+    config: Annotated[str | None, Doc("file with rules; not supported, give them here")] = None
+    align: Annotated[Size | None, Doc("alignment of requests in bytes, a power of two")] = None
+    max_transfer: Annotated[Int32 | None, Doc("most bytes of a read or write, a multiple of the alignment")] = None
+    opt_write_zero: Annotated[Int32 | None, Doc("alignment of zero writes")] = None
+    max_write_zero: Annotated[Int32 | None, Doc("most bytes of a zero write")] = None
+    opt_discard: Annotated[Int32 | None, Doc("alignment of discards")] = None
+    max_discard: Annotated[Int32 | None, Doc("most bytes of a discard")] = None
+    inject_error: Annotated[list[BlkdebugInjectErrorOptions] | None, Doc("errors")] = None
+    set_state: Annotated[list[BlkdebugSetStateOptions] | None, Doc("changes of state")] = None
+    take_child_perms: Annotated[list[BlockPermission] | None, Doc("permissions to take in any case")] = None
+    unshare_child_perms: Annotated[list[BlockPermission] | None, Doc("permissions not to share")] = None
+
+
+class BlockdevOptionsBlkverify(Struct):
+    """Two images that are written alike and compared when they are read."""
+
+    test: Annotated[BlockdevRef, Doc("the image that is tested")]
+    raw: Annotated[BlockdevRef, Doc("the image that is right")]
+
+
+class BlockdevOptionsCor(BlockdevOptionsGenericFormat):
+    """A filter that stores what is read from a backing image in the image itself."""
+
+    bottom: Annotated[str | None, Doc("the lowest node from which to copy", default="all")] = None
+
+
+class BlockdevOptionsPreallocate(BlockdevOptionsGenericFormat):
+    """A filter that allocates ahead of an image that grows."""
+
+    prealloc_align: Annotated[Size | None, Doc("the allocated end is a multiple of this", default="1 MiB")] = None
+    prealloc_size: Annotated[Size | None, Doc("bytes to allocate ahead", default="128 MiB")] = None
+
+
+class OnCbwError(StrEnum):
+    """What a failed copy of old data does."""
+
+    BREAK_GUEST_WRITE = "break-guest-write"
+    BREAK_SNAPSHOT = "break-snapshot"
+
+
+class BlockdevOptionsCbw(BlockdevOptionsGenericFormat):
+    """A filter that saves what is about to be overwritten to another node."""
+
+    target: Annotated[BlockdevRef, Doc("node that gets the old data")]
+    bitmap: Annotated[BlockDirtyBitmap | None, Doc("what belongs to the snapshot", default="everything")] = None
+    on_cbw_error: Annotated[OnCbwError | None, Doc("if copying fails", default="break-guest-write")] = None
+    cbw_timeout: Annotated[Uint32 | None, Doc("seconds that copying may take; 0 is no limit", default="0")] = None
+    min_cluster_size: Annotated[Size | None, Doc("least bytes to copy at a time, a power of two", default="0")] = None
+
+
 BlockdevOptions.register_branch("file", BlockdevOptionsFile)
 BlockdevOptions.register_branch("raw", BlockdevOptionsRaw)
 BlockdevOptions.register_branch("qcow2", BlockdevOptionsQcow2)
 BlockdevOptions.register_branch("null-co", BlockdevOptionsNull)
 BlockdevOptions.register_branch("null-aio", BlockdevOptionsNull)
+BlockdevOptions.register_branch("blkdebug", BlockdevOptionsBlkdebug)
+BlockdevOptions.register_branch("blkverify", BlockdevOptionsBlkverify)
+BlockdevOptions.register_branch("compress", BlockdevOptionsGenericFormat, "Has everything stored compressed")
+BlockdevOptions.register_branch("copy-before-write", BlockdevOptionsCbw)
+BlockdevOptions.register_branch("copy-on-read", BlockdevOptionsCor)
+BlockdevOptions.register_branch("preallocate", BlockdevOptionsPreallocate)
+BlockdevOptions.register_branch("snapshot-access", BlockdevOptionsGenericFormat, "What copy-before-write saves")
+BlockdevOptions.register_branch("throttle", BlockdevOptionsThrottle)
 
 
 class BlockdevAdd(Command, name="blockdev-add", boxed=BlockdevOptions):
@@ -204,3 +386,18 @@ class XBlockdevSetIothread(Command, name="x-blockdev-set-iothread", features=("u
     node_name: Annotated[str, Doc("the node")]
     iothread: Annotated[StrOrNull, Doc("the iothread; null for the main thread")]
     force: Annotated[bool | None, Doc("move also what an export or a device is using", default="off")] = None
+
+
+class BlockSetWriteThreshold(Command, name="block-set-write-threshold"):
+    """Have an event emitted when somebody writes beyond an offset of a node."""
+
+    node_name: Annotated[str, Doc("the node")]
+    write_threshold: Annotated[Uint64, Doc("offset in bytes; 0 forgets it")]
+
+
+class BlockWriteThreshold(EventType, name="BLOCK_WRITE_THRESHOLD"):
+    """Somebody writes beyond a threshold, which is forgotten now."""
+
+    node_name: Annotated[str, Doc("the node")]
+    amount_exceeded: Annotated[Uint64, Doc("bytes by which the write ends beyond it")]
+    write_threshold: Annotated[Uint64, Doc("the threshold")]

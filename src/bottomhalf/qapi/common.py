@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
+
+from bottomhalf.qapi.types import Doc, Struct
 
 
 class OnOffAuto(StrEnum):
@@ -12,3 +15,10 @@ class OnOffAuto(StrEnum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+
+
+class BlockDirtyBitmap(Struct):
+    """A dirty bitmap of a node."""
+
+    node: Annotated[str, Doc("the node")]
+    name: Annotated[str, Doc("the bitmap's name")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, TypeAlias
 
+from bottomhalf.qapi.common import BlockDirtyBitmap
 from bottomhalf.qapi.sockets import SocketAddress, SocketAddressLegacy
 from bottomhalf.qapi.types import Alternate, Command, Doc, EventType, OpenEnum, Struct, TaggedUnion, Uint32
 
@@ -38,13 +39,6 @@ class NbdServerOptionsLegacy(NbdServerOptionsBase):
     def flatten(self) -> NbdServerOptions:
         """The same options with the address in the newer spelling."""
         return NbdServerOptions(**{**self.__dict__, "addr": self.addr.flatten()})
-
-
-class BlockDirtyBitmap(Struct):
-    """A dirty bitmap of a node."""
-
-    node: Annotated[str, Doc("the node")]
-    name: Annotated[str, Doc("the bitmap's name")]
 
 
 BlockDirtyBitmapOrStr: TypeAlias = Annotated[str | BlockDirtyBitmap, Alternate("BlockDirtyBitmapOrStr")]

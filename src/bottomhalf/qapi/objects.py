@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from bottomhalf.qapi.throttle import ThrottleGroupProperties
 from bottomhalf.qapi.types import Doc, OpenEnum, Struct, TaggedUnion
 
 
@@ -43,3 +44,4 @@ class IothreadProperties(EventLoopBaseProperties):
 
 
 ObjectOptions.register_branch("iothread", IothreadProperties)
+ObjectOptions.register_branch("throttle-group", ThrottleGroupProperties)

@@ -26,6 +26,7 @@ Rules:
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Final, Self, TypeAlias
 
@@ -130,9 +131,17 @@ class OpenEnum(str):
     """An enumeration that drivers add to: a ``str`` of which the class knows the permitted values."""
 
     values: ClassVar[dict[str, str]]  # value -> documentation
+    load: ClassVar[Callable[[str], object] | None] = None  # tries to add a value that is not known yet
 
     def __init_subclass__(cls) -> None:
         cls.values = {}
+
+    @classmethod
+    def knows(cls, value: str) -> bool:
+        """Whether the value is permitted; one that is not known yet may be brought along by an extension."""
+        if value not in cls.values and cls.load is not None:
+            cls.load(value)
+        return value in cls.values
 
     @classmethod
     def add(cls, value: str, text: str = "") -> None:

@@ -187,7 +187,7 @@ class _Visitor:
     def enumeration(self, type: Any, value: Any) -> Any:
         text = self.string(value)
         if issubclass(type, OpenEnum):
-            if text in type.values:
+            if type.knows(text):
                 return type(text)
             known = list(type.values)
         else:

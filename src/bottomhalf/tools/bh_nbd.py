@@ -116,7 +116,7 @@ Export:
   -n, --nocache             the same as --cache=none
       --aio=MODE            threads, native or io_uring; the best one is used
       --discard=MODE        ignore (the default) or unmap
-      --detect-zeroes=MODE  off
+      --detect-zeroes=MODE  off (the default), on or unmap: zero writes for writes of zeroes
 
 Process:
       --fork                go to the background once the server is ready
@@ -211,8 +211,6 @@ class Settings:
             raise UsageError(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap", ""
             )
-        if self.given.get("detect-zeroes", "off") != "off":
-            raise UsageError("detect-zeroes is not supported yet; leave it out or set it to off", "")
 
     def address(self) -> Address:
         """Where to listen, or with --list to connect to. OptionError if it cannot be one."""
@@ -370,7 +368,12 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
 def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
     """The file (in its format, if that is not raw), or what --image-opts describes."""
     from bottomhalf.drivers.registry import open_node
-    from bottomhalf.qapi.block import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
+    from bottomhalf.qapi.block import (
+        BlockdevCacheOptions,
+        BlockdevDetectZeroesOptions,
+        BlockdevDiscardOptions,
+        BlockdevOptions,
+    )
     from bottomhalf.qapi.keyval import parse_keyval
     from bottomhalf.qapi.visit import from_json, from_keyval
 
@@ -387,7 +390,11 @@ def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
             options = options.replace(discard=unmap)
     if options.cache is None:
         options = options.replace(cache=BlockdevCacheOptions(direct=settings.direct, no_flush=settings.no_flush))
-    return open_node(storage.graph, options.replace(read_only=read_only or options.read_only))
+    detect_zeroes = options.detect_zeroes
+    if detect_zeroes is None and "detect-zeroes" in settings.given:
+        detect_zeroes = BlockdevDetectZeroesOptions(settings.given["detect-zeroes"])
+    options = options.replace(read_only=read_only or options.read_only, detect_zeroes=detect_zeroes)
+    return open_node(storage.graph, options)
 
 
 def _open_window(storage: Storage, settings: Settings, below: Node, format: str) -> Node:

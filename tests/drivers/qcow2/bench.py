@@ -12,7 +12,7 @@ from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, Graph
 from bottomhalf.drivers.file import FileNode
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
-from bottomhalf.drivers.qcow2.create import CreateOptions, co_create
+from bottomhalf.drivers.qcow2.create import CreateOptions, create
 from bottomhalf.drivers.qcow2.node import Qcow2Node, co_read_header
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
@@ -30,7 +30,7 @@ def make(host: SimHost, path: str, **options: Any) -> None:
     graph = Graph(context)
     file = FileNode(graph, filename=path)
     file.monitor_owned = True
-    context.run(co_create(file, CreateOptions(**options)))
+    create(file, CreateOptions(**options))
     context.run(file.co_flush())
     graph.close()
     context.close()

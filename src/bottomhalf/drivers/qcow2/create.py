@@ -93,10 +93,20 @@ class CreateOptions:
             raise BlockError("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
 
 
-async def co_create(file: Node, options: CreateOptions) -> None:
-    """Make an image in ``file``, which is empty. OSError, BlockError."""
+def create(file: Node, options: CreateOptions) -> None:
+    """Make an image in ``file``, which is empty. Plain code in the home thread. OSError, BlockError."""
+    what = f"the making of an image in {file.describe()}"
     header = options.header()
-    size = options.cluster_size
+    file.context.run(_co_begin(file, header), what=what)
+    node = Qcow2Node(file.graph, file=file, header=header)
+    try:
+        file.context.run(_co_grow(node, options.size), what=what)
+    finally:
+        file.graph.forget(node)
+
+
+async def _co_begin(file: Node, header: Header) -> None:
+    size = header.cluster_size
     table = tables.unpack(bytes(size))
     table[0] = 2 * size
     block = refcounts.empty(header.cluster_bits, header.refcount_order)
@@ -106,12 +116,11 @@ async def co_create(file: Node, options: CreateOptions) -> None:
     await file.co_pwrite(0, memoryview(first))
     for below in _chain(file):
         below.refresh_size()
-    node = Qcow2Node(file.graph, file=file, header=header)
-    try:
-        await node.open()
-        await node.co_truncate(options.size)
-    finally:
-        node.graph.forget(node)
+
+
+async def _co_grow(node: Qcow2Node, size: int) -> None:
+    await node.open()
+    await node.co_truncate(size)
 
 
 def _chain(node: Node) -> list[Node]:

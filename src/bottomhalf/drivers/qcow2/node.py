@@ -68,6 +68,7 @@ class Qcow2Node(Node):
 
     driver = "qcow2"
     supports_backing = True
+    handles_fua = True
 
     def __init__(
         self,
@@ -396,6 +397,43 @@ class Qcow2Node(Node):
             if covered < run.length:
                 break
         return bits, count
+
+    @property
+    def cluster_bytes(self) -> int:
+        return self.mapping.cluster_size
+
+    @property
+    def has_backing(self) -> bool:
+        return self.backing is not None
+
+    def is_allocated(self, offset: int, length: int, bottom: Node | None = None) -> tuple[bool, int] | None:
+        return None
+
+    async def co_is_allocated(self, offset: int, length: int, bottom: Node | None = None) -> tuple[bool, int]:
+        found: tuple[bool, int] = await self._guarded(self._co_is_allocated(offset, length))
+        allocated, count = found
+        backing = self.backing
+        if allocated or bottom is None or bottom is self or backing is None or offset >= backing.size:
+            return allocated, count
+        return await backing.co_is_allocated(offset, min(count, backing.size - offset), bottom)
+
+    async def _co_is_allocated(self, offset: int, length: int) -> tuple[bool, int]:
+        mapping = self.mapping
+        index = offset >> mapping.l1_shift
+        length = min(length, ((index + 1) << mapping.l1_shift) - offset)
+        table = await self.metadata.l2_table(index)
+        if table is None:
+            return False, length
+        first: bool | None = None
+        count = 0
+        for run in mapping.runs(table.entries, offset, length):
+            allocated = run.kind != UNALLOCATED
+            if first is None:
+                first = allocated
+            if allocated != first:
+                break
+            count += run.length
+        return bool(first), count
 
     # -- the end ------------------------------------------------------------------------------------------------
 
