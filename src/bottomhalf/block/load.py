@@ -137,7 +137,6 @@ class Load:
             return
         for request, offset in zip(requests, islice(self._offsets, count), strict=True):
             request.offset = offset
-            request.flags = 0
             request.result = IN_PROGRESS
         self._left -= count
         if self._flush_interval:

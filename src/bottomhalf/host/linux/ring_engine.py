@@ -121,39 +121,55 @@ class RingEngine:
             self._ring.enter()
 
     def reap(self) -> list[Request]:
-        ring, whole, files, free = self._ring, self._whole, self._files, self._free
+        ring, whole, free = self._ring, self._whole, self._free
         finished: list[Request] = []
-        append, release = finished.append, free.append
         ring.clear_event()
         while True:
             if ring.needs_entering:
                 ring.enter()
             slots, results = ring.completions()
-            for slot, result in zip(slots, results, strict=True):
-                request = whole[slot]
-                if request is not None:
+            requests = [whole[slot] for slot in slots]
+            for request, result in zip(requests, results, strict=True):
+                if request is None or request.length != result:
+                    finished += self._take_singly(slots, results)
+                    break
+                request.result = 0
+            else:
+                finished += requests  # type: ignore[arg-type]  # none of them is None
+                free += slots
+                for slot in slots:
                     whole[slot] = None
-                    if request.length == result:
-                        request.result = 0
-                        append(request)
-                        release(slot)
-                        continue
-                    file = files[slot]
-                    assert file is not None
-                    self._jobs[slot] = Job(file, request)
-                job = self._jobs[slot]
-                assert job is not None, "the kernel completed an entry twice"
-                if job.step(result):
-                    append(job.request)
-                    self._jobs[slot] = None
-                    release(slot)
-                else:
-                    self._fill(slot, job)
             while self._waiting and free:
                 self._push(self._waiting.popleft())
             if not slots or not ring.needs_entering:
                 break  # the kernel takes no more just now, or has posted all (it posts some twenty at a time)
         self.in_flight -= len(finished)
+        return finished
+
+    def _take_singly(self, slots: list[int], results: list[int]) -> list[Request]:
+        """Requests that are finished among completions that are not all whole transfers."""
+        whole, files, jobs = self._whole, self._files, self._jobs
+        finished = []
+        for slot, result in zip(slots, results, strict=True):
+            request = whole[slot]
+            if request is not None:
+                whole[slot] = None
+                if request.length == result:
+                    request.result = 0
+                    finished.append(request)
+                    self._free.append(slot)
+                    continue
+                file = files[slot]
+                assert file is not None
+                jobs[slot] = Job(file, request)
+            job = jobs[slot]
+            assert job is not None, "the kernel completed an entry twice"
+            if job.step(result):
+                finished.append(job.request)
+                jobs[slot] = None
+                self._free.append(slot)
+            else:
+                self._fill(slot, job)
         return finished
 
     def close(self) -> None:
