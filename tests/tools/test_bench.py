@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from bottomhalf.tools import bench, bottomhalf
 from bottomhalf.tools.bench import OPTIONS, Settings
 from bottomhalf.tools.getopt import UsageError
-from tests.tools.conftest import Outcome, options_in
+from tests.tools.conftest import Outcome, argv, options_in
 
 Tool = Callable[..., Outcome]
 SIZE = 1 << 20
@@ -180,3 +181,19 @@ def test_command(tool: Tool, image: Path) -> None:
     assert outcome.stdout.startswith(
         "Sending 3 read requests, 4096 bytes each, 64 in parallel (starting at offset 0, step size 4096)\n"
     )
+
+
+@pytest.mark.parametrize("words", ["--image-opts driver=null-co", "-f raw", "-f raw -t none -w"])
+def test_ctrl_c_ends_it(image: Path, words: str) -> None:
+    """At any moment: nothing is left behind, nothing but the status says so."""
+    operands = [] if "null-co" in words else [str(image)]
+    command = argv("bottomhalf", ["bench", "-c", "2147483647", *words.split(), *operands])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("Sending 2147483647 ")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "")

@@ -97,6 +97,7 @@ def test_round_and_round(engine: RingEngine, file: LinuxFile, arena: LinuxArena)
 def test_any_mixture(engine: RingEngine, file: LinuxFile, tmp_path: Path, arena: LinuxArena, seed_: int) -> None:
     """Without an address, at a wrong address, durable, beyond the end; several lists in flight."""
     chance = random.Random(seed_)
+    crooked = LinuxArena(2 * BLOCKS * BLOCK)
     expected = bytearray(Path(file.path).read_bytes())
     places = iter(chance.sample(range(BLOCKS), BLOCKS))
     everything: list[Request] = []
@@ -113,7 +114,8 @@ def test_any_mixture(engine: RingEngine, file: LinuxFile, tmp_path: Path, arena:
             if kind == 0:
                 request.address = 0
             elif kind == 1:
-                request.buffer, request.address = memoryview(bytearray(BLOCK + 1))[1:], 0
+                at = (len(everything) + len(requests)) * 2 * BLOCK + 1
+                request.buffer, request.address = crooked.view[at : at + BLOCK], crooked.address + at
             elif kind == 2 and op == WRITE:
                 request.flags = FUA
             if op == WRITE:
@@ -192,3 +194,26 @@ def test_one_system_call_for_many(
     assert calls == [64]
     finish(engine)
     assert calls.count(64) == 1
+
+
+def test_a_reap_brings_all_that_is_finished(
+    engine: RingEngine, file: LinuxFile, arena: LinuxArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel posts some twenty completions of a kind per entry: the others must not wait for the next turn."""
+    slots: list[int] = []
+    results: list[int] = []
+    really = Ring.completions
+
+    def some(ring: Ring) -> tuple[list[int], list[int]]:
+        for held, new in zip((slots, results), really(ring), strict=True):
+            held += new
+        given = slots[:20], results[:20]
+        del slots[:20], results[:20]
+        return given
+
+    monkeypatch.setattr(Ring, "completions", some)
+    monkeypatch.setattr(Ring, "needs_entering", property(lambda ring: ring.unsubmitted or slots))
+    requests = [transfer(READ, arena, n) for n in range(64)]
+    engine.prepare_batch(file, requests)
+    engine._ring.enter(wait_for=64)
+    assert sorted(map(id, engine.reap())) == sorted(map(id, requests)) and engine.in_flight == 0
