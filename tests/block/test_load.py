@@ -31,13 +31,15 @@ class Watched(RawNode):
         self.seen: list[tuple[int, int]] = []  # op, offset
         self.batches: list[int] = []
         self.most = 0
-        self.at_flush: list[int] = []
+        self.at_flush: list[int] = []  # requests in flight when a flush was sent
+        self.beside: list[int] = []  # flushes in flight when requests were sent
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         if requests[0].op == FLUSH:
             self.at_flush.append(self.load._in_flight)
         else:
             self.batches.append(len(requests))
+            self.beside.append(self.load._flushes)
             self.most = max(self.most, self.load._in_flight)
         self.seen += [(request.op, request.offset) for request in requests]
         return super().submit_batch(requests)
@@ -129,7 +131,7 @@ def test_flushes(seed: int, drain: bool) -> None:
                 writes += 1
         assert writes == count and flushes == list(range(interval, count + 1, interval))
         if drain:
-            assert not any(node.at_flush)
+            assert not any(node.at_flush) and not any(node.beside)
 
 
 def test_a_failure_ends_it(seed: int) -> None:

@@ -122,8 +122,8 @@ class Load:
     def _send(self, requests: list[Request]) -> None:
         may = self._left
         if self._flush_interval:
-            if self._drain and (self._flushes or not self._until_flush):
-                may = 0  # a flush goes first
+            if self._drain and self._flushes:
+                may = 0
             elif not self._drain and not self._until_flush:
                 self._until_flush = self._flush_interval
                 self._flush()
