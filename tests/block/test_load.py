@@ -155,6 +155,16 @@ def test_a_failed_flush_ends_it(seed: int) -> None:
         assert caught.value.errno == errno.ENOSPC and len(node.seen) < 1000
 
 
+def test_stopped(seed: int) -> None:
+    """It ends, with everything back that was sent."""
+    with watched(seed) as (it, node):
+        it.host.set_cached("disk", random.Random(seed).choice(["never", "always"]))
+        node.load = load = Load(it.backend(node), count=1 << 30, depth=8, length=512)
+        it.context.timer(load.stop).arm_ns(it.context.now_ns() + 1_000_000)
+        load.run()
+        assert load.done and load._backend.in_flight == 0 and 0 < len(node.seen) < 1 << 30
+
+
 def test_beyond_the_end() -> None:
     with sim_bench(0, disk=SIZE) as it:
         load = Load(it.backend(it.file("disk")), count=2, depth=1, length=4096, offset=SIZE - 512)

@@ -185,7 +185,7 @@ def test_command(tool: Tool, image: Path) -> None:
 
 @pytest.mark.parametrize("words", ["--image-opts driver=null-co", "-f raw", "-f raw -t none -w"])
 def test_ctrl_c_ends_it(image: Path, words: str) -> None:
-    """At any moment: nothing is left behind, nothing but the status says so."""
+    """In the middle of everything: what is in flight finishes, and nothing but the status tells."""
     operands = [] if "null-co" in words else [str(image)]
     command = argv("bottomhalf", ["bench", "-c", "2147483647", *words.split(), *operands])
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -114,6 +114,11 @@ class Load:
         if self.failure is not None:
             raise self.failure
 
+    def stop(self) -> None:
+        """Send nothing more. It ends when nothing is in flight, as if what was sent had been all."""
+        self._left = 0
+        self._half.schedule()
+
     def _go(self) -> None:
         """Send as much as may be in flight."""
         requests, self._idle = self._idle, []

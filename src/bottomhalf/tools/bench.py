@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
@@ -18,6 +19,7 @@ from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
 if TYPE_CHECKING:
     from bottomhalf.aio import AioContext
     from bottomhalf.block import BlockBackend, Graph
+    from bottomhalf.block.load import Load
 
 PROGRAM: Final = "bottomhalf bench"
 
@@ -77,6 +79,7 @@ CACHE_MODES: Final = {
     "unsafe": (False, True, False),
 }
 ENGINES: Final = {"threads": "threads", "native": "linux-aio", "io_uring": "io_uring"}
+ENDING_SIGNALS: Final = (2, 15)  # SIGINT, SIGTERM
 INT_MAX: Final = (1 << 31) - 1
 OFFSET_MAX: Final = (1 << 63) - 1
 
@@ -200,27 +203,52 @@ def _run(settings: Settings, program: str) -> int:
         except (BlockError, OptionError) as error:
             text = f"Could not open '{settings.image}': {error}" if backend is None else str(error)
             fail(program, text, getattr(error, "hint", None))
-        print(
-            f"Sending {numbers['count']} {'write' if settings.write else 'read'} requests, {numbers['buffer-size']} "
-            f"bytes each, {numbers['depth']} in parallel (starting at offset {numbers['offset']}, "
-            f"step size {numbers['step-size'] or numbers['buffer-size']})"
-        )
-        if numbers["flush-interval"]:
-            print(f"Sending flush every {numbers['flush-interval']} requests")
-        sys.stdout.flush()
         try:
-            load.run()
+            ended_by = _run_until_signal(context, load, lambda: _introduce(settings))
         except OSError as error:
             fail(program, f"Failed request: {os.strerror(error.errno or 0)}", error.strerror)
+        if ended_by:
+            return 128 + ended_by
         print(f"Run completed in {load.seconds:.3f} seconds.")
-    except KeyboardInterrupt:
-        return 130
     finally:
         if backend is not None:
             backend.close()
         graph.close()
         context.close()
     return 0
+
+
+def _introduce(settings: Settings) -> None:
+    numbers = settings.numbers
+    print(
+        f"Sending {numbers['count']} {'write' if settings.write else 'read'} requests, {numbers['buffer-size']} "
+        f"bytes each, {numbers['depth']} in parallel (starting at offset {numbers['offset']}, "
+        f"step size {numbers['step-size'] or numbers['buffer-size']})"
+    )
+    if numbers["flush-interval"]:
+        print(f"Sending flush every {numbers['flush-interval']} requests")
+    sys.stdout.flush()
+
+
+def _run_until_signal(context: AioContext, load: Load, introduce: Callable[[], None]) -> int:
+    """Carry the load out; the number of the signal that ended it early, else 0."""
+    ended_by = 0
+    signals = context.host.signals(list(ENDING_SIGNALS))
+
+    def stop() -> None:
+        nonlocal ended_by
+        for number in signals.take():
+            ended_by = number
+            load.stop()
+
+    context.set_fd_handler(signals.fileno(), on_read=stop)
+    try:
+        introduce()
+        load.run()
+    finally:
+        context.set_fd_handler(signals.fileno())
+        signals.close()
+    return ended_by
 
 
 def _choose_engine(context: AioContext, settings: Settings) -> None:
