@@ -13,12 +13,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from benchmarks import interpreters, system
+from benchmarks import engine, interpreters, system
 from benchmarks.load import choose
 from benchmarks.report import Line, lines, table
-from benchmarks.rows import ROWS, LoadRow, Row, Sample, Settings
+from benchmarks.rows import ROWS, LoadRow, Row, Sample, ServerRow, Settings
 from benchmarks.servers import OURS, SERVERS, Unavailable
 
 EVENT_CORE_ROUNDS: Final = 8  # rounds of the event core, which are short, for one of the servers
@@ -54,14 +54,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Measure the chosen rows and print the table."""
     options = parse(arguments)
-    rows = [row for row in ROWS if not options.only or any(name in row.name for name in options.only)]
+    rows = chosen(ROWS, options.only)
+    file_rows = chosen(engine.ROWS, options.only)
     wanted = options.only or [interpreters.PREFIX]
     loop_rows = [name for name in interpreters.names() if any(word in name for word in wanted)]
-    if not rows and not loop_rows:
+    if not rows and not file_rows and not loop_rows:
         say(f"no row's name contains {' or '.join(options.only)}; --list names them")
         return 2
     if options.list:
-        for row in rows:
+        for row in [*rows, *file_rows]:
             goals = ", ".join(f"{peer} {goal or '-'}" for peer, goal in row.peers.items())
             print(f"{row.name:28} {row.about}\n{'':28} beside (goal): {goals}")
         for paragraph in interpreters.describe():
@@ -75,6 +76,12 @@ def main(arguments: Sequence[str]) -> int:
         result += interpreters.measure(loop_rows, options.rounds * EVENT_CORE_ROUNDS, options.dir, say)
         if options.json:
             write_json(options.json, result)
+    if file_rows:
+        settings = prepare(options)
+        for row in file_rows:
+            result += engine.measure(row, settings, options.rounds, say)
+            if options.json:
+                write_json(options.json, result)
     if rows:
         result += measure_servers(rows, options, result)
     if result:
@@ -82,21 +89,34 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if result else 1
 
 
-def measure_servers(rows: Sequence[Row], options: argparse.Namespace, before: Sequence[Line]) -> list[Line]:
-    """Run the rows of servers."""
-    try:
-        SERVERS[options.ours].find()
-    except Unavailable as missing:
-        say(f"{options.ours} {missing}")
-        return []
+RowKind = TypeVar("RowKind", bound=Row)
+
+
+def chosen(rows: Sequence[RowKind], only: Sequence[str] | None) -> list[RowKind]:
+    """Return the rows whose names contain one of the words, all of them if there is none."""
+    return [row for row in rows if not only or any(word in row.name for word in only)]
+
+
+def prepare(options: argparse.Namespace) -> Settings:
+    """Make the images."""
     say(f"image of {options.image_mib} MiB in {options.dir}")
-    settings = Settings(
+    return Settings(
         image=system.make_image(options.dir, options.image_mib),
         image_for_writes=system.make_image(options.dir, max(8, options.image_mib // 4)),
         cache=options.dir,
         seconds=options.seconds,
         client=options.client,
     )
+
+
+def measure_servers(rows: Sequence[ServerRow], options: argparse.Namespace, before: Sequence[Line]) -> list[Line]:
+    """Run the rows of servers."""
+    try:
+        SERVERS[options.ours].find()
+    except Unavailable as missing:
+        say(f"{options.ours} {missing}")
+        return []
+    settings = prepare(options)
     result: list[Line] = []
     for row in rows:
         result += measure(row, options.ours, settings, options.rounds)
@@ -105,7 +125,7 @@ def measure_servers(rows: Sequence[Row], options: argparse.Namespace, before: Se
     return result
 
 
-def measure(row: Row, ours: str, settings: Settings, rounds: int) -> list[Line]:
+def measure(row: ServerRow, ours: str, settings: Settings, rounds: int) -> list[Line]:
     """Run all rounds of one row, each server in turn in each round."""
     ours = row.ours or ours
     names = [ours, *(peer for peer in row.peers if peer != ours)]

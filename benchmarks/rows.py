@@ -43,7 +43,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Row(ABC):
+class Row:
     """One measurement, and its peers with the goal for each."""
 
     name: str
@@ -51,6 +51,12 @@ class Row(ABC):
     units: tuple[str, ...]
     more_is_better: bool = True
     about: str = ""
+
+
+@dataclass(frozen=True)
+class ServerRow(Row, ABC):
+    """One that is measured with a server."""
+
     ours: str = ""  # the server in our place, if not the usual one
 
     @abstractmethod
@@ -59,7 +65,7 @@ class Row(ABC):
 
 
 @dataclass(frozen=True)
-class LoadRow(Row):
+class LoadRow(ServerRow):
     """A client loads a fresh server for some seconds."""
 
     load: Load = field(default_factory=lambda: Load("randread", 4096, 32))
@@ -95,7 +101,7 @@ class LoadRow(Row):
 
 
 @dataclass(frozen=True)
-class StartupRow(Row):
+class StartupRow(ServerRow):
     """From exec to the NBD greeting on the socket."""
 
     def measure(self, server: Server, settings: Settings) -> Sample:
@@ -105,7 +111,7 @@ class StartupRow(Row):
 
 
 @dataclass(frozen=True)
-class MemoryRow(Row):
+class MemoryRow(ServerRow):
     """What the daemon with one export weighs when nobody is connected."""
 
     def measure(self, server: Server, settings: Settings) -> Sample:
@@ -137,7 +143,7 @@ _FILTERS: Final = tuple(
     )
 )
 
-ROWS: Final[tuple[Row, ...]] = (
+ROWS: Final[tuple[ServerRow, ...]] = (
     LoadRow(
         "randread-4k-qd32",
         {"qemu-nbd": 2.0, "nbdkit": 1.4, _QSD: None},

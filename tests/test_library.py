@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 import bottomhalf
+from bottomhalf import library
+from bottomhalf.aio import WrongContext
 from bottomhalf.block import BlockError
 from bottomhalf.host.request import Request
 from bottomhalf.qapi.errors import OptionError
@@ -348,6 +350,37 @@ def test_asyncio_goes_on_meanwhile(image: Path) -> None:
         assert turns > 16
 
     asyncio.run(main())
+
+
+def test_asyncio_takes_what_is_there_at_once() -> None:
+    """Without a turn of the loop, but for one now and then, so that nobody starves."""
+
+    async def main() -> None:
+        async with bottomhalf.open({"driver": "null-co", "size": 1 << 20, "read-zeroes": True}) as disk:
+            waits = 0
+            for _ in range(3 * library.AT_ONCE_MAX):
+                coroutine = disk.pread(512, 4096)
+                try:
+                    coroutine.send(None)
+                    waits += 1
+                    coroutine.send(None)
+                except StopIteration as ended:
+                    assert ended.value == bytes(512)
+            assert waits == 3
+
+    asyncio.run(main())
+
+
+def test_asyncio_other_loops_are_refused(image: Path) -> None:
+    async def main() -> library.AsyncDisk:
+        return await bottomhalf.open(image).__aenter__()
+
+    loop = asyncio.new_event_loop()
+    disk = loop.run_until_complete(main())
+    with pytest.raises(WrongContext, match="does not serve"):
+        asyncio.run(disk.pread(512, 0))
+    loop.run_until_complete(disk.close())
+    loop.close()
 
 
 def test_asyncio_errors(image: Path) -> None:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import errno
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, Graph
+from bottomhalf.block.errors import check
 from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE, ZERO
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, WRITE_ZEROES
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
     import asyncio
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from bottomhalf.aio.asyncio_bridge import Embedded
 
 __all__ = ["open", "Disk", "AsyncDisk", "Extent"]
+
+AT_ONCE_MAX: Final = 16  # requests in a row that are done without giving asyncio's other tasks a turn
 
 Extent: TypeAlias = "tuple[int, int, str]"
 """(offset, length, kind) with kind "data" or "zero"."""
@@ -207,11 +210,17 @@ class AsyncDisk:
     """An open image for asyncio code: the same calls, awaited, any number at once."""
 
     def __init__(self, image: _Image) -> None:
+        import asyncio
+
         from bottomhalf.aio.asyncio_bridge import Embedded
 
         self._image = image
         self._backend = image.backend
         self._embedded: Embedded = Embedded(image.context).__enter__()
+        self._running_loop = asyncio.get_running_loop
+        self._give_way = asyncio.sleep
+        self._queue = image.backend.queue(self._complete)
+        self._at_once = 0
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -219,30 +228,54 @@ class AsyncDisk:
         """Bytes."""
         return self._backend.size
 
+    async def _request(self, op: int, offset: int, length: int, view: memoryview | None = None, flags: int = 0) -> None:
+        """One request. What is in memory is there at once; every so often the other tasks get their turn all the
+        same. A task that is cancelled leaves, what it has started goes on."""
+        loop = self._running_loop()
+        if loop is not self._embedded.loop:  # that is an error, and the bridge has the words for it
+            await self._embedded.run(self._backend.co_request(op, offset, length, view, flags))
+        request = Request(op, offset, length, view, flags)
+        request.owner = self._queue
+        if self._queue.submit([request]):
+            request.context = loop.create_future()
+            self._embedded.arrange()
+            await request.context
+        else:
+            self._at_once += 1
+            if self._at_once % AT_ONCE_MAX == 0:
+                await self._give_way(0)
+        check(request.result, self._backend.name)
+
+    @staticmethod
+    def _complete(requests: list[Request]) -> None:
+        for request in requests:
+            if not request.context.done():
+                request.context.set_result(None)
+
     async def pread(self, length: int, offset: int) -> bytes:
         self._image.check(offset, length)
-        return bytes(await self._embedded.run(self._backend.co_pread(offset, length)))
+        buffer = bytearray(length)
+        await self._request(READ, offset, length, memoryview(buffer))
+        return bytes(buffer)
 
     async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> int:
         """Write all of ``data`` (not to be changed until then); returns its length."""
         view = memoryview(data).cast("B")
         self._image.check(offset, len(view))
-        await self._embedded.run(self._backend.co_pwrite(offset, view, FUA if fua else 0))
+        await self._request(WRITE, offset, len(view), view, FUA if fua else 0)
         return len(view)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._image.check(offset, length)
-        await self._embedded.run(
-            self._backend.co_write_zeroes(offset, length, MAY_UNMAP if unmap else 0)
-        )
+        await self._request(WRITE_ZEROES, offset, length, None, MAY_UNMAP if unmap else 0)
 
     async def discard(self, offset: int, length: int) -> None:
         self._image.check(offset, length)
-        await self._embedded.run(self._backend.co_discard(offset, length))
+        await self._request(DISCARD, offset, length)
 
     async def flush(self) -> None:
         self._image.check()
-        await self._embedded.run(self._backend.co_flush())
+        await self._request(FLUSH, 0, 0)
 
     async def block_status(self, offset: int = 0, length: int | None = None) -> list[Extent]:
         end = self.size if length is None else offset + length

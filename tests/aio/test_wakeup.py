@@ -177,6 +177,7 @@ class Walk:
 
     def __init__(self, context_class: type[Stepped], scheduler_class: type[Scheduler], places: tuple[int, ...]):
         self.host = SimHost(0)
+        self.host.explain = str  # a hang is what some of these are after; nobody reads about it
         self.context = context_class(self.host)
         self.ran = 0
         self.other = self.context.bottom_half(lambda: None, name="other work")

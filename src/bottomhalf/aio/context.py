@@ -98,6 +98,7 @@ class AioContext(Entering):
         "closed",
         "embedded",
         "ended_coroutines",
+        "engine_kind",
         "exception_handler",
         "host",
         "idle_halves",
@@ -155,6 +156,7 @@ class AioContext(Entering):
         self._timers: tuple[TimerList, ...] = ()
         self._failures: deque[Exception] = deque()
         self._engine: ContextEngine | None = None
+        self.engine_kind = "auto"
         self._thread_pool: ThreadPool | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
         self._instruments: tuple[Instrument, ...] = ()
@@ -451,11 +453,12 @@ class AioContext(Entering):
 
     @property
     def engine(self) -> ContextEngine:
-        """The context's file I/O engine, made at first use."""
+        """The context's file I/O engine, made at first use: of the kind that ``engine_kind`` names (see
+        host.protocol.Host.engine). OSError if that is not to be had here."""
         if self._engine is None:
             from bottomhalf.aio.io import ContextEngine
 
-            self._engine = ContextEngine(self, self.host.engine())
+            self._engine = ContextEngine(self, self.host.engine(self.engine_kind))
         return self._engine
 
     @property

@@ -55,6 +55,7 @@ class ContextEngine:
         self._engine = engine
         self._finished: deque[Request] = deque()
         self._prepared = 0
+        self._prepare = getattr(engine, "prepare_batch", self._prepare_singly)
         self.completions = context.bottom_half(self._complete, name=f"{engine.name} completions")
         context.set_fd_handler(
             engine.fileno(),
@@ -76,15 +77,23 @@ class ContextEngine:
         return EngineStatistics(self._engine.name, self.in_flight)
 
     def submit(self, file: File, requests: list[Request]) -> None:
-        """Start requests of any op. Their owners are told in a later turn of the loop, never from in here."""
-        prepare = self._engine.prepare
-        for request in requests:
-            self._prepared += 1
-            prepare(file, request)
+        """Start requests of one op. Their owners are told in a later turn of the loop, never from in here."""
+        at, count, prepare = 0, len(requests), self._prepare
+        while at < count:
+            part = requests[at : at + SUBMIT_AT - self._prepared]
+            at += len(part)
+            self._prepared += len(part)
+            prepare(file, part)
             if self._prepared >= SUBMIT_AT:
                 self._enter(None)
         if self._prepared:
             defer_call(self._enter, None)
+
+    def _prepare_singly(self, file: File, requests: list[Request]) -> None:
+        """For an engine that has no prepare_batch()."""
+        prepare = self._engine.prepare
+        for request in requests:
+            prepare(file, request)
 
     async def co_submit(self, file: File, request: Request) -> None:
         """Start one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
@@ -107,19 +116,17 @@ class ContextEngine:
         finished, completions = self._finished, self.completions
         completions.schedule()
         with deferred():
-            while True:
-                if not finished:
-                    finished.extend(self._engine.reap())
-                    if not finished:
-                        break
-                owner = finished[0].owner
-                group = [finished.popleft()]
-                while finished and finished[0].owner is owner:
-                    group.append(finished.popleft())
+            if not finished:
+                finished.extend(self._engine.reap())
+            while finished:
+                group = _take_of_one_owner(finished)
+                owner = group[0].owner
                 if owner is not None:
                     if not completions.scheduled:
                         completions.schedule()
                     owner.complete(group)
+                if not finished and self._engine.pending:
+                    finished.extend(self._engine.reap())
             # Inside the section: what its end submits may schedule it again.
             completions.cancel()
             if self._engine.pending:  # it could not submit all, and nobody will tell when it can
@@ -130,3 +137,19 @@ class ContextEngine:
         self._context.set_fd_handler(self._engine.fileno())
         self.completions.delete()
         self._engine.close()
+
+
+def _take_of_one_owner(finished: deque[Request]) -> list[Request]:
+    """The first requests that have the same owner, taken off."""
+    owner = finished[0].owner
+    for request in finished:
+        if request.owner is not owner:
+            break
+    else:
+        group = list(finished)
+        finished.clear()
+        return group
+    group = [finished.popleft()]
+    while finished[0].owner is owner:
+        group.append(finished.popleft())
+    return group

@@ -179,7 +179,10 @@ class ImageInUse(OSError):
 
 
 class Engine(Protocol):
-    """Asynchronous file I/O with completions that come in lists (io_uring, threads, simulated)."""
+    """Asynchronous file I/O with completions that come in lists (io_uring, threads, simulated).
+
+    One that can prepare a list faster than its requests one by one also has ``prepare_batch(file, requests)``: the
+    same as prepare() for each, where all are of one op."""
 
     name: str
     in_flight: int  # prepared or submitted, not yet reaped

@@ -12,6 +12,8 @@ HELP: Final = """\
 Usage: bottomhalf COMMAND [options]
 
   serve IMAGE    serve a disk image over NBD
+  bench IMAGE    measure a disk image
+  doctor [PATH]  say what this machine allows, and why not
   help           display this help and exit
   version        output version information and exit
 
@@ -36,11 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
         from bottomhalf.tools import serve
 
         return serve.main(rest)
+    if command == "bench":
+        from bottomhalf.tools import bench
+
+        return bench.main(rest)
+    if command == "doctor":
+        from bottomhalf.tools import doctor
+
+        return doctor.main(rest)
     if not command:
         fail("bottomhalf", "no command given", "Try 'bottomhalf --help' for more information.")
     from bottomhalf.qapi.errors import did_you_mean
 
-    hint = did_you_mean(command, ["serve", "help", "version"])
+    hint = did_you_mean(command, ["serve", "bench", "doctor", "help", "version"])
     return fail("bottomhalf", f"unknown command '{command}'", hint or "Try 'bottomhalf --help' for more information.")
 
 

@@ -22,10 +22,10 @@ from bottomhalf.host.linux import syscalls
 from bottomhalf.host.linux.ring import (
     _ENTER_GETEVENTS,
     _ENTRY,
-    _ENTRY_SIZE,
     _SETUP_TASKRUN_FLAG,
     _SQ_CQ_OVERFLOW,
     _SQ_TASKRUN,
+    ENTRY_SIZE,
     Ring,
 )
 
@@ -92,7 +92,7 @@ class PollRing(Ring):
         """Of the entries that the kernel has not taken yet."""
         first: int = self._words[self._sq_head_word]
         places = [(first + n) & self._sq_mask for n in range(self.unsubmitted)]
-        return [_NAME.unpack_from(self._sqes, place * _ENTRY_SIZE + _NAME_OFFSET)[0] for place in places]
+        return [_NAME.unpack_from(self.sqes, place * ENTRY_SIZE + _NAME_OFFSET)[0] for place in places]
 
     def check_process(self) -> None:
         """RuntimeError in a child: the ring goes on working for the parent."""
@@ -103,7 +103,7 @@ class PollRing(Ring):
         """Queue an entry; there is to be a ``free`` one. Its completion will carry ``name``."""
         tail = self._tail
         index = tail & self._sq_mask
-        _ENTRY.pack_into(self._sqes, index * _ENTRY_SIZE, opcode, 0, 0, fd, 0, address, length, op_flags, name)
+        _ENTRY.pack_into(self.sqes, index * ENTRY_SIZE, opcode, 0, 0, fd, 0, address, length, op_flags, name)
         self._words[self._sq_array_word + index] = index
         self._tail = (tail + 1) & 0xFFFFFFFF  # enter_named() shows it to the kernel
 

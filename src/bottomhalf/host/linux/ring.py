@@ -11,7 +11,8 @@ in the kernel ourselves, and afterwards two words of shared memory tell whether 
 
 The submission array names entries by slot, so slot i always lives in entry i and equals its ``user_data``: what
 completes finds its request by indexing a list. Completions are read in columns (one ``tolist`` for the slots, one
-for the results), not entry by entry.
+for the results), not entry by entry. So are submissions: half an entry is what differs between two transfers on one
+slot, one ``struct`` call fills it, and the array takes the slots of a whole batch in one store.
 
 What must live here: the ring. What a request means is ``engines``' business.
 """
@@ -23,6 +24,7 @@ import errno
 import mmap
 import os
 import struct
+from array import array
 from typing import Final
 
 from bottomhalf.host.linux.syscalls import (
@@ -56,7 +58,9 @@ _PARAMS_SIZE: Final = 120
 
 # opcode u8, flags u8, ioprio u16, fd s32, off u64, addr u64, len u32, op_flags u32, user_data u64
 _ENTRY: Final = struct.Struct("<BBHiQQIIQ")
-_ENTRY_SIZE: Final = 64
+ENTRY_SIZE: Final = 64
+# The same without user_data, its fields by eight bytes: what differs between two transfers on one slot.
+TRANSFER: Final = struct.Struct("<QQQQ")
 
 
 class Ring:
@@ -92,7 +96,7 @@ class Ring:
         length = max(sq_array + sq_entries * 4, cqes + cq_entries * 16)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._rings = mmap.mmap(self._fd, length, flags=flags, offset=0)
-        self._sqes = mmap.mmap(self._fd, sq_entries * _ENTRY_SIZE, flags=flags, offset=_OFF_SQES)
+        self.sqes = mmap.mmap(self._fd, sq_entries * ENTRY_SIZE, flags=flags, offset=_OFF_SQES)
         words = memoryview(self._rings)[: length - length % 8].cast("I")
         self._words = words
         self._sq_tail_word = sq_tail // 4
@@ -107,12 +111,19 @@ class Ring:
         self._slots_column = memoryview(self._rings)[cqes : cqes + cq_entries * 16].cast("Q")[::2]
         self._results_column = memoryview(self._rings)[cqes : cqes + cq_entries * 16].cast("i")[2::4]
         self._tail: int = words[self._sq_tail_word]
+        self._posted: int = words[self._cq_tail_word]  # when enter() last returned
+        for slot in range(sq_entries):
+            _ENTRY.pack_into(self.sqes, slot * ENTRY_SIZE, 0, 0, 0, 0, 0, 0, 0, 0, slot)
 
     def fileno(self) -> int:
         """Readable when something may have finished; clear_event() makes it unreadable."""
         return self._eventfd
 
     def clear_event(self) -> None:
+        """Not needed while completions() returns only what was posted inside enter(), for that makes no event."""
+        words = self._words
+        if words[self._cq_head_word] != self._posted == words[self._cq_tail_word]:
+            return  # an older event, if any, is cleared when nothing is found
         try:
             os.eventfd_read(self._eventfd)
         except BlockingIOError:
@@ -123,11 +134,24 @@ class Ring:
     ) -> None:
         """Fill entry ``slot`` (free, 0..entries-1) and queue it. It starts with the next enter()."""
         _ENTRY.pack_into(
-            self._sqes, slot * _ENTRY_SIZE, opcode, 0, 0, fd, offset, address, length, op_flags, slot
+            self.sqes, slot * ENTRY_SIZE, opcode, 0, 0, fd, offset, address, length, op_flags, slot
         )
         self._words[self._sq_array_word + (self._tail & self._sq_mask)] = slot
         self._tail = (self._tail + 1) & 0xFFFFFFFF
         self._unsubmitted += 1
+
+    def push_filled(self, slots: list[int]) -> None:
+        """Queue entries whose beginning stands in ``sqes`` already (see TRANSFER); they start with the next enter()."""
+        count, words, first = len(slots), self._words, self._tail & self._sq_mask
+        place = self._sq_array_word + first
+        room = self._sq_mask + 1 - first
+        if count <= room:
+            words[place : place + count] = array("I", slots)
+        else:
+            words[place : place + room] = array("I", slots[:room])
+            words[self._sq_array_word : self._sq_array_word + count - room] = array("I", slots[room:])
+        self._tail = (self._tail + count) & 0xFFFFFFFF
+        self._unsubmitted += count
 
     def enter(self, wait_for: int = 0) -> None:
         """Submit what was pushed and post what finished. Waits for ``wait_for`` completions. What finishes from
@@ -152,6 +176,7 @@ class Ring:
                 raise error(-taken)
         finally:
             words[self._cq_flags_word] = 0
+            self._posted = words[self._cq_tail_word]
 
     @property
     def pending(self) -> bool:
@@ -160,6 +185,11 @@ class Ring:
         if words[self._cq_head_word] != words[self._cq_tail_word]:
             return True
         return bool(words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW))
+
+    @property
+    def needs_entering(self) -> bool:
+        """Whether completions() may be more after an enter(): there is something to submit, or to be posted."""
+        return self._unsubmitted > 0 or bool(self._words[self._sq_flags_word] & (_SQ_TASKRUN | _SQ_CQ_OVERFLOW))
 
     @property
     def unsubmitted(self) -> int:
@@ -189,7 +219,7 @@ class Ring:
         self._slots_column.release()
         self._results_column.release()
         self._rings.close()  # the mappings hold descriptors of their own
-        self._sqes.close()
+        self.sqes.close()
         os.close(self._fd)
         if self._eventfd >= 0:
             os.close(self._eventfd)

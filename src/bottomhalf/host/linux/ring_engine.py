@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine on io_uring: reads, writes, flushes and fallocate in the ring."""
+"""The engine on io_uring: reads, writes, flushes and fallocate in the ring.
+
+Nearly all requests are reads and writes of a buffer that the device can reach, and nearly all of them come back whole.
+Those are prepared and finished a list at a time, in loops that call nothing but ``struct``: their slot holds the
+request itself. All others, and those that come back short or refused, get a ``Job``, which knows how to go on.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,13 @@ from typing import Final
 
 from bottomhalf.host.linux.job import Job
 from bottomhalf.host.linux.ring import (
+    ENTRY_SIZE,
     FSYNC_DATASYNC,
     OP_FALLOCATE,
     OP_FSYNC,
     OP_READ,
     OP_WRITE,
+    TRANSFER,
     Ring,
 )
 from bottomhalf.host.protocol import File
@@ -28,9 +35,11 @@ class RingEngine:
     name = "io_uring"
 
     def __init__(self) -> None:
-        self._ring = Ring()
-        self._jobs: list[Job | None] = [None] * self._ring.entries
-        self._free = list(range(self._ring.entries))
+        self._ring = ring = Ring()
+        self._whole: list[Request | None] = [None] * ring.entries  # transfers without a job
+        self._files: list[File | None] = [None] * ring.entries  # theirs
+        self._jobs: list[Job | None] = [None] * ring.entries
+        self._free = list(range(ring.entries))
         self._waiting: deque[Job] = deque()
         self.in_flight = 0
 
@@ -51,6 +60,37 @@ class RingEngine:
             self._push(job)
         else:
             self._waiting.append(job)
+
+    def prepare_batch(self, file: File, requests: list[Request]) -> None:
+        """prepare() for a list of requests of one op."""
+        op, free, count = requests[0].op, self._free, len(requests)
+        if op > WRITE or count > len(free) or (op == WRITE and any(request.flags & FUA for request in requests)):
+            for request in requests:
+                self.prepare(file, request)
+            return
+        head = (OP_READ if op == READ else OP_WRITE) | (file.fileno() & 0xFFFFFFFF) << 32  # no flags, no priority
+        misaligned = file.memory_alignment - 1
+        slots = free[-count:]
+        special: list[Request] = []
+        sqes, whole, files, pack_into = self._ring.sqes, self._whole, self._files, TRANSFER.pack_into
+        for slot, request in zip(slots, requests, strict=True):
+            address, length = request.address, request.length
+            if not address or address & misaligned or length > RING_OPERATION_BYTES_MAX:
+                special.append(request)
+                continue
+            pack_into(sqes, slot * ENTRY_SIZE, head, request.offset, address, length)
+            whole[slot] = request
+            files[slot] = file
+        if special:
+            unused = [slot for slot in slots if whole[slot] is None]
+            slots = [slot for slot in slots if whole[slot] is not None]
+            free[-count:] = unused
+        else:
+            del free[-count:]
+        self._ring.push_filled(slots)
+        self.in_flight += len(slots)
+        for request in special:
+            self.prepare(file, request)
 
     def _push(self, job: Job) -> None:
         slot = self._free.pop()
@@ -81,26 +121,55 @@ class RingEngine:
             self._ring.enter()
 
     def reap(self) -> list[Request]:
-        ring, jobs, free = self._ring, self._jobs, self._free
+        ring, whole, free = self._ring, self._whole, self._free
         finished: list[Request] = []
         ring.clear_event()
         while True:
-            ring.enter()
+            if ring.needs_entering:
+                ring.enter()
             slots, results = ring.completions()
-            for slot, result in zip(slots, results, strict=True):
-                job = jobs[slot]
-                assert job is not None, "the kernel completed an entry twice"
-                if job.step(result):
-                    finished.append(job.request)
-                    jobs[slot] = None
-                    free.append(slot)
-                else:
-                    self._fill(slot, job)
+            requests = [whole[slot] for slot in slots]
+            for request, result in zip(requests, results, strict=True):
+                if request is None or request.length != result:
+                    finished += self._take_singly(slots, results)
+                    break
+                request.result = 0
+            else:
+                finished += requests  # type: ignore[arg-type]  # none of them is None
+                free += slots
+                for slot in slots:
+                    whole[slot] = None
             while self._waiting and free:
                 self._push(self._waiting.popleft())
-            if not ring.unsubmitted or not slots:
-                break  # nothing to go on with, or the kernel takes no more just now
+            if not slots or not ring.needs_entering:
+                break  # the kernel takes no more just now, or has posted all (it posts some twenty at a time)
         self.in_flight -= len(finished)
+        return finished
+
+    def _take_singly(self, slots: list[int], results: list[int]) -> list[Request]:
+        """Requests that are finished among completions that are not all whole transfers."""
+        whole, files, jobs = self._whole, self._files, self._jobs
+        finished = []
+        for slot, result in zip(slots, results, strict=True):
+            request = whole[slot]
+            if request is not None:
+                whole[slot] = None
+                if request.length == result:
+                    request.result = 0
+                    finished.append(request)
+                    self._free.append(slot)
+                    continue
+                file = files[slot]
+                assert file is not None
+                jobs[slot] = Job(file, request)
+            job = jobs[slot]
+            assert job is not None, "the kernel completed an entry twice"
+            if job.step(result):
+                finished.append(job.request)
+                jobs[slot] = None
+                self._free.append(slot)
+            else:
+                self._fill(slot, job)
         return finished
 
     def close(self) -> None:
