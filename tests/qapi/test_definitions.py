@@ -40,12 +40,8 @@ def option(name: str, text: str) -> Any:
 
 
 def test_commands_and_events() -> None:
-    assert sorted(COMMANDS) == [
-        "block-export-add", "block-export-del", "blockdev-add", "blockdev-del", "nbd-server-start",
-        "nbd-server-stop", "qmp_capabilities", "query-block-exports", "query-commands",
-        "query-named-block-nodes", "query-version", "quit",
-    ]  # fmt: skip
-    assert list(EVENTS) == ["BLOCK_EXPORT_DELETED"]
+    assert {"qmp_capabilities", "blockdev-add", "object-add", "chardev-add", "qom-list", "quit"} <= set(COMMANDS)
+    assert "BLOCK_EXPORT_DELETED" in EVENTS
     for cls in (*COMMANDS.values(), *EVENTS.values()):
         assert cls.__doc__, cls
 

@@ -138,3 +138,14 @@ class BlockdevDel(Command, name="blockdev-del"):
     """
 
     node_name: Annotated[str, Doc("the node")]
+
+
+class BlockResize(Command, name="block_resize"):
+    """Change the size of a node.
+
+    Bytes beyond the new size are lost; new ones read as zeroes.
+    """
+
+    device: Annotated[str | None, Doc("the device that has the node, or the node")] = None
+    node_name: Annotated[str | None, Doc("the node")] = None
+    size: Annotated[int, Doc("bytes")]
