@@ -22,6 +22,8 @@ PATH = UnixAddress("/run/c.sock")
 class Recorder:
     """A front end that notes what it is told."""
 
+    has_user = True
+
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -63,7 +65,7 @@ def server(bench: QmpBench, more: str = "") -> SocketServerChardev:
         ("socket,id=x,host=h,port=1", "Failed to connect to 'h:1': Connection refused"),
         ("socket,id=x,path=/disk,server=on", "Failed to bind socket to /disk: Address already in use"),
         ("socket,id=x,host=127.0.0.1,port=5,server=on", "Failed to find an available port: Address already in use"),
-        ("socket,id=c,path=/s,server=on", "Duplicate ID 'c' for chardev"),
+        ("socket,id=c,path=/s,server=on", "attempt to add duplicate property 'c' to object (type 'container')"),
         ("socket,id=x,fd=5", "Socket address type 'fd' is not supported yet"),
     ],
 )

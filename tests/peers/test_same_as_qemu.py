@@ -18,6 +18,7 @@ from typing import IO
 
 import pytest
 
+from bottomhalf.qapi.schema import differences
 from bottomhalf.tools import bh_nbd, bh_storage_daemon
 
 pytestmark = pytest.mark.peer
@@ -99,6 +100,163 @@ xyz
 """
 
 
+# The same for objects, devices and out-of-band execution; lists whose order is that of a hash table are sorted.
+CONTROL = r"""
+{"exec-oob": "query-version", "id": 7}
+{"exec-oob": "qmp_capabilities"}
+{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
+{"exec-oob": "query-version", "id": 7}
+{"exec-oob": "nope", "id": 7}
+{"exec-oob": "query-version"}
+{"exec-oob": "query-version", "execute": "query-version"}
+{"exec-oob": 1}
+{"exec-oob": "qmp_capabilities"}
+{"exec-oob": "query-version", "x": 1}
+{"exec-oob": "query-version", "arguments": {"x": 1}}
+{"execute": "qom-list", "arguments": {"path": "/"}}
+{"execute": "qom-list", "arguments": {"path": "/objects"}}
+{"execute": "qom-list", "arguments": {"path": "/chardevs"}}
+{"execute": "qom-list", "arguments": {"path": "nope"}}
+{"execute": "qom-list", "arguments": {"path": ""}}
+{"execute": "qom-list", "arguments": {"path": "/machine"}}
+{"execute": "qom-list", "arguments": {"path": "m"}}
+{"execute": "qom-list-types", "arguments": {"implements": "nope"}}
+{"execute": "qom-list-types", "arguments": {"implements": "event-loop-base"}}
+{"execute": "qom-list-types", "arguments": {"implements": "event-loop-base", "abstract": true}}
+{"execute": "qom-list-types", "arguments": {"implements": "authz-list"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "iothread"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "secret"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "main-loop"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "authz-list"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "container"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "chardev-socket"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "event-loop-base"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "user-creatable"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "nope"}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io0"}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io0"}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "1x"}}
+{"execute": "object-add", "arguments": {"qom-type": "nope", "id": "x"}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "poll-max-ns": -1}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "thread-pool-min": 5, "thread-pool-max": 2}}
+{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "x": 2}}
+{"execute": "qom-list", "arguments": {"path": "/objects"}}
+{"execute": "qom-list", "arguments": {"path": "/objects/io0"}}
+{"execute": "qom-list", "arguments": {"path": "io0"}}
+{"execute": "qom-list", "arguments": {"path": "//objects//io0/"}}
+{"execute": "qom-get", "arguments": {"path": "io0", "property": "poll-max-ns"}}
+{"execute": "qom-get", "arguments": {"path": "io0", "property": "nope"}}
+{"execute": "qom-get", "arguments": {"path": "io0", "property": "type"}}
+{"execute": "qom-get", "arguments": {"path": "/", "property": "objects"}}
+{"execute": "qom-get", "arguments": {"path": "/objects", "property": "io0"}}
+{"execute": "qom-get", "arguments": {"path": "zz", "property": "nope"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns", "value": 5}}
+{"execute": "qom-get", "arguments": {"path": "io0", "property": "poll-max-ns"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns", "value": "5"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns", "value": -5}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns", "value": 1.5}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns", "value": 18446744073709551615}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "poll-max-ns"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "type", "value": "x"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "nope", "value": "x"}}
+{"execute": "qom-set", "arguments": {"path": "/objects", "property": "io0", "value": "x"}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "thread-pool-max", "value": 1}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "thread-pool-min", "value": 2}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "thread-pool-max", "value": 0}}
+{"execute": "qom-set", "arguments": {"path": "io0", "property": "aio-max-batch", "value": -1}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s0"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s0", "data": "abc", "file": "x"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s0", "file": "/nope"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s0", "data": "abc"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s1", "data": "!!", "format": "base64"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s1", "data": "YWI=", "format": "base64"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s2", "data": "YWI=", "keyid": "zz", "iv": "YWI="}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s2", "data": "YWI=", "keyid": "s0"}}
+{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s2", "data": "YWI=", "keyid": "io0"}}
+{"execute": "qom-list", "arguments": {"path": "s0"}}
+{"execute": "qom-get", "arguments": {"path": "s0", "property": "format"}}
+{"execute": "qom-get", "arguments": {"path": "s0", "property": "keyid"}}
+{"execute": "qom-set", "arguments": {"path": "s0", "property": "data", "value": "xyz"}}
+{"execute": "qom-set", "arguments": {"path": "s0", "property": "format", "value": "xyz"}}
+{"execute": "qom-set", "arguments": {"path": "s0", "property": "format", "value": 1}}
+{"execute": "object-add", "arguments": {"qom-type": "authz-list", "id": "a0"}}
+{"execute": "object-add", "arguments": {"qom-type": "authz-list", "id": "a2", "policy": "x"}}
+{"execute": "qom-get", "arguments": {"path": "a0", "property": "rules"}}
+{"execute": "qom-get", "arguments": {"path": "a0", "property": "policy"}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": [{"match": "fred"}]}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": [{"match": 1, "policy": "allow"}]}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": [{"match": "f", "policy": "maybe"}]}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": 1}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": [{"match": "f", "policy": "allow"}]}}
+{"execute": "qom-get", "arguments": {"path": "a0", "property": "rules"}}
+{"execute": "qom-set", "arguments": {"path": "a0", "property": "policy", "value": "zz"}}
+{"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml"}}
+{"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml2"}}
+{"execute": "qom-list", "arguments": {"path": "ml"}}
+{"execute": "object-del", "arguments": {"id": "ml"}}
+{"execute": "object-del", "arguments": {"id": "nope"}}
+{"execute": "object-del", "arguments": {"id": "io0"}}
+{"execute": "object-del", "arguments": {"id": "s0"}}
+{"execute": "qom-list", "arguments": {"path": "/objects"}}
+{"execute": "chardev-add", "arguments": {"id": "n", "backend": {"type": "null", "data": {}}}}
+{"execute": "chardev-add", "arguments": {"id": "n", "backend": {"type": "null", "data": {}}}}
+{"execute": "chardev-add", "arguments": {"id": "f", "backend": {"type": "file", "data": {"out": "{dir}/f"}}}}
+{"execute": "chardev-add", "arguments": {"id": "f2", "backend": {"type": "file", "data": {"out": "/nope/f"}}}}
+{"execute": "chardev-add", "arguments": {"id": "f2", "backend": {"type": "file", "data": {"out": "{dir}/f", "in": "/nope/x"}}}}
+{"execute": "chardev-add", "arguments": {"id": "p", "backend": {"type": "pipe", "data": {"device": "/nope/p"}}}}
+{"execute": "chardev-add", "arguments": {"id": "r", "backend": {"type": "ringbuf", "data": {"size": 1000}}}}
+{"execute": "chardev-add", "arguments": {"id": "r", "backend": {"type": "ringbuf", "data": {"size": 16}}}}
+{"execute": "chardev-add", "arguments": {"id": "mem", "backend": {"type": "memory", "data": {}}}}
+{"execute": "chardev-add", "arguments": {"id": "mux", "backend": {"type": "mux", "data": {"chardev": "zz"}}}}
+{"execute": "chardev-add", "arguments": {"id": "mux", "backend": {"type": "mux", "data": {"chardev": "r"}}}}
+{"execute": "chardev-add", "arguments": {"id": "s", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "{dir}/c"}}}}}}
+{"execute": "chardev-add", "arguments": {"id": "c", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "/nope/s"}}, "server": false}}}}
+{"execute": "chardev-add", "arguments": {"id": "x", "backend": {"type": "nope", "data": {}}}}
+{"execute": "chardev-add", "arguments": {"id": "x", "backend": {"type": "stdio", "data": {}}}}
+{"execute": "query-chardev"}
+{"execute": "ringbuf-write", "arguments": {"device": "r", "data": "hello"}}
+{"execute": "ringbuf-read", "arguments": {"device": "r", "size": 1000}}
+{"execute": "ringbuf-read", "arguments": {"device": "r", "size": 1000}}
+{"execute": "ringbuf-write", "arguments": {"device": "r", "data": "0123456789abcdefghij"}}
+{"execute": "ringbuf-read", "arguments": {"device": "r", "size": 1000}}
+{"execute": "ringbuf-write", "arguments": {"device": "mem", "data": "hello"}}
+{"execute": "ringbuf-write", "arguments": {"device": "mem", "data": "AAEC/w==", "format": "base64"}}
+{"execute": "ringbuf-read", "arguments": {"device": "mem", "size": 7, "format": "base64"}}
+{"execute": "ringbuf-read", "arguments": {"device": "mem", "size": 7, "format": "base64"}}
+{"execute": "ringbuf-read", "arguments": {"device": "mem", "size": 0}}
+{"execute": "ringbuf-read", "arguments": {"device": "n", "size": 1}}
+{"execute": "ringbuf-read", "arguments": {"device": "zz", "size": 1}}
+{"execute": "ringbuf-write", "arguments": {"device": "mem", "data": "!", "format": "base64"}}
+{"execute": "chardev-change", "arguments": {"id": "zz", "backend": {"type": "null", "data": {}}}}
+{"execute": "chardev-change", "arguments": {"id": "n", "backend": {"type": "ringbuf", "data": {}}}}
+{"execute": "chardev-change", "arguments": {"id": "m", "backend": {"type": "null", "data": {}}}}
+{"execute": "chardev-change", "arguments": {"id": "mux", "backend": {"type": "null", "data": {}}}}
+{"execute": "chardev-remove", "arguments": {"id": "zz"}}
+{"execute": "chardev-remove", "arguments": {"id": "m"}}
+{"execute": "chardev-remove", "arguments": {"id": "r"}}
+{"execute": "chardev-remove", "arguments": {"id": "mux"}}
+{"execute": "chardev-remove", "arguments": {"id": "r"}}
+{"execute": "chardev-send-break", "arguments": {"id": "n"}}
+{"execute": "chardev-send-break", "arguments": {"id": "zz"}}
+{"execute": "qom-list", "arguments": {"path": "/chardevs"}}
+{"execute": "qom-get", "arguments": {"path": "s", "property": "addr"}}
+{"execute": "qom-get", "arguments": {"path": "s", "property": "connected"}}
+{"execute": "query-chardev"}
+{"execute": "blockdev-add", "arguments": {"driver": "file", "node-name": "d", "filename": "{image}"}}
+{"execute": "block_resize", "arguments": {"node-name": "d", "size": 2097152}}
+{"execute": "block_resize", "arguments": {"node-name": "d", "size": -1}}
+{"execute": "block_resize", "arguments": {"node-name": "zz", "size": 1}}
+{"execute": "block_resize", "arguments": {"device": "zz", "size": 1}}
+{"execute": "block_resize", "arguments": {"size": 1}}
+{"execute": "block_resize", "arguments": {"device": "d", "size": 1048576}}
+{"execute": "block_resize", "arguments": {"device": "d", "node-name": "d", "size": 1048576}}
+{"execute": "query-named-block-nodes"}
+{"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "null"}}
+{"execute": "block_resize", "arguments": {"node-name": "null", "size": 1}}
+{"execute": "quit"}
+"""
+
+
 def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[str]]]:
     """What each line brought, in any order."""
     with subprocess.Popen(
@@ -115,7 +273,7 @@ def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[s
             for line in lines:
                 daemon.stdin.write(line.encode() + b"\n")
                 answers = [reader.line()]
-                while '"event"' in answers[-1]:
+                while '"event": ' in answers[-1]:
                     answers.append(reader.line())
                 if "-del" in line or "-stop" in line:
                     answers += reader.rest()
@@ -162,7 +320,6 @@ def normal(answer: str) -> str:
     """Without what may differ: time, generated numbers."""
     answer = re.sub(r'"(micro)?seconds": \d+', "T", answer)
     answer = re.sub(r'"package": "[^"]*"', "P", answer)
-    answer = re.sub(r'"capabilities": \[[^]]*\]', "C", answer)  # ours has no out-of-band commands
     return re.sub(r"#block\d+", "#block", answer)
 
 
@@ -179,6 +336,46 @@ def test_qmp(require: Callable[[str], str], tmp_path: Path) -> None:
         if [normal(each) for each in them] != [normal(each) for each in us]
     ]
     assert not different, "\n".join(different)
+
+
+def sorted_lists(answer: str) -> str:
+    message = json.loads(answer) if answer.startswith("{") else {}
+    if isinstance(message.get("return"), list):
+        message["return"].sort(key=json.dumps)
+        return json.dumps(message)
+    return answer
+
+
+def test_control_plane(require: Callable[[str], str], tmp_path: Path) -> None:
+    """Objects, character devices, out-of-band execution."""
+    daemon = require("qemu-storage-daemon")
+    (tmp_path / "d.raw").write_bytes(bytes(MIB))
+    lines = CONTROL.strip().replace("{dir}", str(tmp_path)).replace("{image}", f"{tmp_path}/d.raw").splitlines()
+    theirs = converse([daemon], lines)
+    (tmp_path / "d.raw").write_bytes(bytes(MIB))
+    ours = converse(OURS["qemu-storage-daemon"], lines)
+    different = [
+        f"{line}\n  QEMU  {them}\n  ours  {us}"
+        for (line, them), (_, us) in zip(theirs, ours, strict=True)
+        if [normal(sorted_lists(each)) for each in them] != [normal(sorted_lists(each)) for each in us]
+    ]
+    assert not different, "\n".join(different)
+
+
+OURS_ALONE = {"human-monitor-command", "x-explain"}  # of the system emulator; of nobody
+
+
+def test_schema(require: Callable[[str], str]) -> None:
+    """Every command and event that we have is QEMU's, member by member, as a client sees them."""
+    lines = ['{"execute": "qmp_capabilities"}', '{"execute": "query-qmp-schema"}', '{"execute": "quit"}']
+    theirs, ours = (
+        json.loads(converse(command, lines)[2][1][0])["return"]
+        for command in ([require("qemu-storage-daemon")], OURS["qemu-storage-daemon"])
+    )
+    names = {entity["name"] for entity in ours if entity["meta-type"] == "command"}
+    assert names >= OURS_ALONE
+    found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in OURS_ALONE]
+    assert not found, "\n".join(found)
 
 
 def compare(
@@ -238,7 +435,17 @@ def compare(
         "--chardev stdio,id=1a",
         "--chardev stdio,id=a --chardev stdio,id=b",
         "--chardev stdio,id=a --monitor a --monitor a",
-        "--chardev stdio,id=a --monitor a,mode=readline",
+        "--chardev null,id=a --chardev null,id=a",
+        "--chardev file,id=a",
+        "--chardev file,id=a,path=/nope/x",
+        "--chardev pipe,id=a,path=/nope/x",
+        "--chardev ringbuf,id=a,size=1000",
+        "--chardev socket,id=a,path=/nope/x,reconnect=1,server=on",
+        "--object secret,id=a",
+        "--object secret,id=a,file=/nope/x",
+        "--object main-loop,id=a,thread-pool-max=0",
+        "--object main-loop,id=a --object main-loop,id=b",
+        "--object authz-list,id=a,policy=x",
         "--chardev socket,id=a,path=/nope/x",
         "--chardev socket,id=a,path=/nope/x,server=on",
         "--chardev socket,id=a,path=/nope/x,wait=on",

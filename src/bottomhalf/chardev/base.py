@@ -29,6 +29,10 @@ UNSENT_BYTES_MAX: Final = 64 << 20  # answers and events that a peer does not re
 class FrontEnd(Protocol):
     """Who uses a character device. Called in the device's context."""
 
+    @property
+    def has_user(self) -> bool:
+        """Whether somebody takes what it is given: a device in between may have nobody behind it."""
+
     def opened(self, line: Line) -> None:
         """A peer is there; ``line`` reaches it."""
 
@@ -86,6 +90,11 @@ class Chardev:
     def busy(self) -> bool:
         """Whether somebody uses it, so that it must stay."""
         return self.front_end is not None
+
+    @property
+    def has_user(self) -> bool:
+        """Whether there is somebody to take what comes."""
+        return self.front_end is not None and self.front_end.has_user
 
     @property
     def unsent_bytes(self) -> int:

@@ -80,6 +80,10 @@ class MuxChardev(Chardev):
     def busy(self) -> bool:
         return bool(self.ports)
 
+    @property
+    def has_user(self) -> bool:
+        return self.busy
+
     def attach(self, front_end: FrontEnd, context: AioContext | None = None) -> Line:
         if len(self.ports) >= FRONT_ENDS_MAX:
             raise OptionError(

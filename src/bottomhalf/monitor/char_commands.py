@@ -104,7 +104,7 @@ def object_of(chardev: Chardev) -> ChardevObject:
 def query_chardev(storage: Storage, arguments: Any) -> list[ChardevInfo]:
     """query-chardev."""
     return [
-        ChardevInfo(label=each.id, filename=each.describe(), frontend_open=each.front_end is not None or each.busy)
+        ChardevInfo(label=each.id, filename=each.describe(), frontend_open=each.has_user)
         for each in storage.chardevs.values()
     ]
 

@@ -64,6 +64,8 @@ class HmpMonitor:
 
     # -- front end of the character device ----------------------------------------------------------------------
 
+    has_user = True
+
     def opened(self, line: Line) -> None:
         self._line = line
         line.set_echo(False)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 async def block_resize(storage: Storage, arguments: BlockResize) -> None:
     """block_resize."""
-    if (arguments.device is None) == (arguments.node_name is None):
-        raise BlockError("Either 'device' or 'node-name' must be specified, and not both")
     node = storage.graph.find(arguments.node_name or "", device=arguments.device or "")
     if arguments.size < 0:
         raise BlockError("Parameter 'size' expects a >0 size")

@@ -69,6 +69,8 @@ class QmpMonitor:
 
     # -- front end of the character device, in its context ------------------------------------------------------
 
+    has_user = True
+
     def opened(self, line: Line) -> None:
         self._line = line
         line.set_echo(True)

@@ -140,7 +140,9 @@ class Storage:
         if backend.type == "stdio" and any(each.kind == "stdio" for each in self.chardevs.values()):
             raise OptionError("cannot use stdio by multiple character devices")
         if chardev_id in self.chardevs and instead_of is None:
-            raise OptionError(f"Duplicate ID '{chardev_id}' for chardev", key="id")
+            raise OptionError(
+                f"attempt to add duplicate property '{chardev_id}' to object (type 'container')", key="id"
+            )
         surroundings = Surroundings(self.chardevs.get, self.log, self.quit)
         chardev = open_chardev(chardev_id, backend, self.loop.iohandler, surroundings)
         if instead_of is not None:

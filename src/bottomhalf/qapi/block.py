@@ -146,6 +146,6 @@ class BlockResize(Command, name="block_resize"):
     Bytes beyond the new size are lost; new ones read as zeroes.
     """
 
-    device: Annotated[str | None, Doc("the device that has the node, or the node")] = None
+    device: Annotated[str | None, Doc("the device that has the node; there are none here")] = None
     node_name: Annotated[str | None, Doc("the node")] = None
     size: Annotated[int, Doc("bytes")]
