@@ -78,6 +78,10 @@ class QmpBench:
             client.take_rest()
         assert not self.log, self.log
 
+    def end_log(self) -> None:
+        """What the program has said is expected."""
+        self.log.clear()
+
     def monitor(self, path: str = "/run/qmp.sock", *, pretty: bool = False) -> QmpMonitor:
         """A monitor that listens."""
         options = parse_chardev(f"socket,id=m{len(self.storage.chardevs)},path={path},server=on,wait=off")

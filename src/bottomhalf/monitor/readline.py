@@ -201,6 +201,7 @@ class LineEditor:
         width = max(max(map(len, candidates)) + 2, COLUMN_LEAST)
         per_line = max(COLUMNS // width, 1)
         shown = candidates[:CANDIDATES_MAX]
+        self._show()
         self._output += b"\r\n"
         for start in range(0, len(shown), per_line):
             row = "".join(f"{each:{width}}" for each in shown[start : start + per_line])
