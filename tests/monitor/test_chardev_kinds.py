@@ -105,11 +105,13 @@ def test_ringbuf_sizes(text: str) -> None:
         made(bench, f"ringbuf,id=r,size={text}")
 
 
-@given(st.lists(st.one_of(st.binary(max_size=5), st.sampled_from([b"\xff\xfb\x01", b"\xff\xfa\x18abc\xff\xf0", b"\xff\xf1"]))), st.data())
+TELNET_COMMANDS = (b"\xff\xfb\x01", b"\xff\xfa\x18abc\xff\xf0", b"\xff\xf1")
+
+
+@given(st.lists(st.one_of(st.binary(max_size=5), st.sampled_from(TELNET_COMMANDS))), st.data())
 def test_telnet_is_the_same_wherever_it_is_cut(parts: list[bytes], data: st.DataObject) -> None:
-    commands = (b"\xff\xfb\x01", b"\xff\xfa\x18abc\xff\xf0", b"\xff\xf1")
-    plain = b"".join(part for part in parts if part not in commands)
-    wire = b"".join(part if part in commands else escape(part) for part in parts)
+    plain = b"".join(part for part in parts if part not in TELNET_COMMANDS)
+    wire = b"".join(part if part in TELNET_COMMANDS else escape(part) for part in parts)
     cut = data.draw(st.integers(0, len(wire)))
     decoder = TelnetDecoder()
     assert decoder.feed(wire[:cut]) + decoder.feed(wire[cut:]) == plain

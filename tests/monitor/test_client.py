@@ -52,7 +52,8 @@ def test_until_an_event(seed: int) -> None:
     async def body(client: QmpClient) -> Event:
         assert client.greeting is not None and client.greeting.capabilities == ["oob"]
         await serve_null(client)
-        event = await client.execute("block-export-del", {"id": "e"}, until="BLOCK_EXPORT_DELETED", timeout_ns=SECOND_NS)
+        gone = "BLOCK_EXPORT_DELETED"
+        event = await client.execute("block-export-del", {"id": "e"}, until=gone, timeout_ns=SECOND_NS)
         assert isinstance(event, Event)
         return event
 

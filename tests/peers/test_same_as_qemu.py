@@ -138,7 +138,7 @@ CONTROL = r"""
 {"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "1x"}}
 {"execute": "object-add", "arguments": {"qom-type": "nope", "id": "x"}}
 {"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "poll-max-ns": -1}}
-{"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "thread-pool-min": 5, "thread-pool-max": 2}}
+{"execute":"object-add","arguments":{"qom-type":"iothread","id":"io1","thread-pool-min":5,"thread-pool-max":2}}
 {"execute": "object-add", "arguments": {"qom-type": "iothread", "id": "io1", "x": 2}}
 {"execute": "qom-list", "arguments": {"path": "/objects"}}
 {"execute": "qom-list", "arguments": {"path": "/objects/io0"}}
@@ -202,15 +202,15 @@ CONTROL = r"""
 {"execute": "chardev-add", "arguments": {"id": "n", "backend": {"type": "null", "data": {}}}}
 {"execute": "chardev-add", "arguments": {"id": "f", "backend": {"type": "file", "data": {"out": "{dir}/f"}}}}
 {"execute": "chardev-add", "arguments": {"id": "f2", "backend": {"type": "file", "data": {"out": "/nope/f"}}}}
-{"execute": "chardev-add", "arguments": {"id": "f2", "backend": {"type": "file", "data": {"out": "{dir}/f", "in": "/nope/x"}}}}
+{"execute":"chardev-add","arguments":{"id":"f2","backend":{"type":"file","data":{"out":"{dir}/f","in":"/nope/x"}}}}
 {"execute": "chardev-add", "arguments": {"id": "p", "backend": {"type": "pipe", "data": {"device": "/nope/p"}}}}
 {"execute": "chardev-add", "arguments": {"id": "r", "backend": {"type": "ringbuf", "data": {"size": 1000}}}}
 {"execute": "chardev-add", "arguments": {"id": "r", "backend": {"type": "ringbuf", "data": {"size": 16}}}}
 {"execute": "chardev-add", "arguments": {"id": "mem", "backend": {"type": "memory", "data": {}}}}
 {"execute": "chardev-add", "arguments": {"id": "mux", "backend": {"type": "mux", "data": {"chardev": "zz"}}}}
 {"execute": "chardev-add", "arguments": {"id": "mux", "backend": {"type": "mux", "data": {"chardev": "r"}}}}
-{"execute": "chardev-add", "arguments": {"id": "s", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "{dir}/c"}}}}}}
-{"execute": "chardev-add", "arguments": {"id": "c", "backend": {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "/nope/s"}}, "server": false}}}}
+{"execute":"chardev-add","arguments":{"id":"s","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"{dir}/c"}}}}}}
+{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/nope/s"}},"server":false}}}}
 {"execute": "chardev-add", "arguments": {"id": "x", "backend": {"type": "nope", "data": {}}}}
 {"execute": "chardev-add", "arguments": {"id": "x", "backend": {"type": "stdio", "data": {}}}}
 {"execute": "query-chardev"}
