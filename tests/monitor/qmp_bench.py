@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any
 
 from bottomhalf.aio.thread import own
+from bottomhalf.chardev.socket import SocketServerChardev
 from bottomhalf.host.protocol import UnixAddress
 from bottomhalf.host.sim import Odds, SimHost
 from bottomhalf.host.sim.sockets import SimSocket
-from bottomhalf.monitor.chardev import SocketServerChardev
+from bottomhalf.monitor.hmp import HmpMonitor
 from bottomhalf.monitor.qmp import QmpMonitor
 from bottomhalf.monitor.storage import Storage
 from bottomhalf.qapi.char import parse_chardev
@@ -44,6 +45,7 @@ class QmpBench:
         self.context = self.storage.loop.main  # of the clients, and what an NBD Peer asks for
         self.clients: list[QmpClient] = []
         self.peers: list[Peer] = []
+        self.people: list[HmpClient] = []
         self.ended = False
 
     def __enter__(self) -> QmpBench:
@@ -60,7 +62,7 @@ class QmpBench:
         """Everybody leaves; the program ends in order."""
         if self.ended:
             return
-        for client in self.clients:
+        for client in (*self.clients, *self.people):
             client.close()
         for peer in self.peers:
             peer.close()
@@ -76,12 +78,25 @@ class QmpBench:
             client.take_rest()
         assert not self.log, self.log
 
+    def end_log(self) -> None:
+        """What the program has said is expected."""
+        self.log.clear()
+
     def monitor(self, path: str = "/run/qmp.sock", *, pretty: bool = False) -> QmpMonitor:
         """A monitor that listens."""
         options = parse_chardev(f"socket,id=m{len(self.storage.chardevs)},path={path},server=on,wait=off")
         chardev = self.storage.add_chardev(options.id, options.backend)
         assert isinstance(chardev, SocketServerChardev)
         return QmpMonitor(self.storage, chardev, pretty=pretty)
+
+    def hmp(self, path: str = "/run/hmp.sock") -> HmpClient:
+        """A monitor for people that listens, and a person who sees its prompt."""
+        options = parse_chardev(f"socket,id=h{len(self.storage.chardevs)},path={path},server=on,wait=off")
+        HmpMonitor(self.storage, self.storage.add_chardev(options.id, options.backend))
+        person = HmpClient(self, self.host.connect(UnixAddress(path)))
+        self.people.append(person)
+        person.prompt()
+        return person
 
     def client(self, path: str = "/run/qmp.sock", *, negotiate: bool = True) -> QmpClient:
         """A client of the monitor there."""
@@ -255,3 +270,52 @@ class QmpClient:
         event = self.events.pop(0)
         assert event["event"] == name
         return event.get("data")
+
+
+class HmpClient:
+    """A person at a monitor: what is on the screen, and a keyboard."""
+
+    PROMPT = b"(qemu) "
+
+    def __init__(self, bench: QmpBench, socket: SimSocket) -> None:
+        self.bench = bench
+        self.socket = socket
+        self.screen = bytearray()
+        self.ended = False
+        self._buffer = bytearray(65536)
+        bench.context.set_fd_handler(socket.fileno(), self._on_read)
+
+    def _on_read(self) -> None:
+        try:
+            count = self.socket.recv_into(self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if count == 0:
+            self.close()
+        self.screen += self._buffer[:count]
+
+    def close(self) -> None:
+        if not self.socket.closed:
+            self.bench.context.set_fd_handler(self.socket.fileno())
+            self.socket.close()
+        self.ended = True
+
+    def type(self, keys: str | bytes) -> None:
+        """Press keys and do not wait."""
+        self.socket._outbound_put(keys.encode() if isinstance(keys, str) else keys)
+
+    def prompt(self) -> str:
+        """What was printed until the prompt came; without the echo's line."""
+        self.bench.until(lambda: self.screen.endswith(self.PROMPT) or self.ended, "a prompt")
+        text = self.screen.removesuffix(self.PROMPT).decode()
+        self.screen.clear()
+        return text.replace("\r\n", "\n")
+
+    def ask(self, line: str) -> str:
+        """What a command prints."""
+        self.type(f"{line}\n")
+        echo, _, text = self.prompt().partition("\n")
+        assert echo == line, echo
+        return text

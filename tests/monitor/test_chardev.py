@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from bottomhalf.chardev.base import Line
+from bottomhalf.chardev.socket import SocketClientChardev, SocketServerChardev
 from bottomhalf.host.protocol import InetAddress, UnixAddress
 from bottomhalf.host.sim import Odds
-from bottomhalf.monitor.chardev import ClientChardev, SocketServerChardev
 from bottomhalf.qapi.char import parse_chardev
 from bottomhalf.qapi.errors import OptionError
 from tests.monitor.qmp_bench import QmpBench
@@ -21,10 +22,13 @@ PATH = UnixAddress("/run/c.sock")
 class Recorder:
     """A front end that notes what it is told."""
 
+    has_user = True
+
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def opened(self) -> None:
+    def opened(self, line: Line) -> None:
+        self.line = line
         self.seen.append("opened")
 
     def received(self, data: memoryview) -> None:
@@ -48,15 +52,20 @@ def server(bench: QmpBench, more: str = "") -> SocketServerChardev:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("socket,id=x,path=/nodir/s,server=on,logfile=l", "Parameter 'logfile' is not supported yet"),
-        ("socket,id=x,path=/s,server=on,telnet=on", "Parameter 'telnet' is not supported yet"),
-        ("socket,id=x,path=/s,reconnect-ms=5", "Parameter 'reconnect-ms' is not supported yet"),
+        ("socket,id=x,path=/s,reconnect-ms=-5", "'reconnect' is not between 0 and 4294967296 milliseconds"),
+        ("socket,id=x,path=/s,server=on,websocket=on", "Parameter 'websocket' is not supported yet"),
+        ("null,id=x,logappend=on", "'logappend' needs 'logfile'"),
+        ("file,id=x,path=/out,input-path=/nope", "Could not open '/nope': No such file or directory"),
+        ("file,id=x", "chardev: file: no filename given"),
+        ("pipe,id=x,path=/nope", "Could not open '/nope': No such file or directory"),
+        ("ringbuf,id=x,size=1000", "size of ringbuf chardev must be power of two"),
+        ("mux,id=x,chardev=nope", "mux: base chardev nope not found"),
         ("socket,id=x,path=/s,server=on,tls-creds=t", "Parameter 'tls-creds' is not supported yet"),
         ("socket,id=x,path=/s", "Failed to connect to '/s': No such file or directory"),
         ("socket,id=x,host=h,port=1", "Failed to connect to 'h:1': Connection refused"),
         ("socket,id=x,path=/disk,server=on", "Failed to bind socket to /disk: Address already in use"),
         ("socket,id=x,host=127.0.0.1,port=5,server=on", "Failed to find an available port: Address already in use"),
-        ("socket,id=c,path=/s,server=on", "Duplicate ID 'c' for chardev"),
+        ("socket,id=c,path=/s,server=on", "attempt to add duplicate property 'c' to object (type 'container')"),
         ("socket,id=x,fd=5", "Socket address type 'fd' is not supported yet"),
     ],
 )
@@ -65,8 +74,8 @@ def test_refused(text: str, message: str) -> None:
         bench.host.add_file("/disk")
         server(bench)
         taken = bench.host.listen(InetAddress("127.0.0.1", 5))
-        options = parse_chardev(text)
         with pytest.raises(OptionError) as caught:
+            options = parse_chardev(text)
             bench.storage.add_chardev(options.id, options.backend)
         assert str(caught.value) == message
         assert list(bench.storage.chardevs) == ["c"]
@@ -196,7 +205,7 @@ def test_client_chardev() -> None:
         listener = bench.host.listen(PATH)
         options = parse_chardev(f"socket,id=c,path={PATH.path}")
         chardev, recorder = bench.storage.add_chardev("c", options.backend), Recorder()
-        assert isinstance(chardev, ClientChardev) and chardev.connected
+        assert isinstance(chardev, SocketClientChardev) and chardev.connected
         chardev.attach(recorder)
         peer = listener.accept()
         chardev.write(b"hello")

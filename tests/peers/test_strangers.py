@@ -325,3 +325,29 @@ def test_what_was_flushed_survives_the_end_in_the_middle(
     served.stop()  # whenever that is: before, between or after the writes
     writer.process.wait(SECONDS_MAX)
     assert served.image.read_bytes()[:MIB] == b"\x09" * MIB
+
+
+def test_qmp_shell(daemon: Daemon) -> None:
+    """The shell that people use, with commands that have arguments of every kind."""
+    pytest.importorskip("qemu.qmp", reason="needs qemu.qmp (pip)")
+    shell = Path(sys.executable).with_name("qmp-shell")
+    talk = """
+query-version
+blockdev-add driver=null-co node-name=n size=1048576
+object-add qom-type=iothread id=io poll-max-ns=5
+qom-get path=io property=poll-max-ns
+qom-set path=io property=poll-max-ns value=7
+qom-get path=io property=poll-max-ns
+chardev-add id=r backend={'type':'ringbuf','data':{'size':16}}
+ringbuf-write device=r data=hello
+ringbuf-read device=r size=16
+human-monitor-command command-line=qom-list
+nonsense
+"""
+    done = subprocess.run(
+        [shell, daemon.qmp], input=talk, capture_output=True, text=True, timeout=SECONDS_MAX, check=True
+    )
+    for part in ('"major": 10', '{"return": 5}', '{"return": 7}', '{"return": "hello"}', '{"return": "/\\n"}'):
+        assert part in done.stdout.replace("\\n", "\\n"), done.stdout
+    assert "CommandNotFound" in done.stdout
+    assert "GenericError" not in done.stdout

@@ -40,13 +40,8 @@ def option(name: str, text: str) -> Any:
 
 
 def test_commands_and_events() -> None:
-    assert sorted(COMMANDS) == [
-        "block-export-add", "block-export-del", "block-set-write-threshold", "block_resize", "blockdev-add",
-        "blockdev-del", "blockdev-reopen", "blockdev-snapshot", "nbd-server-start", "nbd-server-stop",
-        "qmp_capabilities", "query-block", "query-block-exports", "query-commands", "query-named-block-nodes",
-        "query-version", "quit", "x-blockdev-change", "x-blockdev-set-iothread", "x-debug-query-block-graph",
-    ]  # fmt: skip
-    assert sorted(EVENTS) == ["BLOCK_EXPORT_DELETED", "BLOCK_WRITE_THRESHOLD"]
+    assert {"qmp_capabilities", "blockdev-add", "object-add", "chardev-add", "qom-list", "quit"} <= set(COMMANDS)
+    assert "BLOCK_EXPORT_DELETED" in EVENTS
     for cls in (*COMMANDS.values(), *EVENTS.values()):
         assert cls.__doc__, cls
 

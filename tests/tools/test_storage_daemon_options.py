@@ -128,7 +128,7 @@ def test_help_of_an_option(daemon: Daemon, words: list[str], expected: list[str]
         (["--chardev", "socket,id=q,path=/s"], "Failed to connect to '/s': No such file or directory"),
         (["--chardev", "nope,id=q"], "'nope' is not a valid char driver name"),
         (["--chardev", "stdio"], "chardev: no id specified"),
-        (["--chardev", "stdio,id=q,mux=on"], "Parameter 'mux' is not supported yet"),
+        (["--chardev", "mux,id=q,chardev=none"], "mux: base chardev none not found"),
         (["--nbd-server", "addr.type=unix,addr.path=/nope/s"], "Failed to bind socket to /nope/s: No such file"),
         (["--nbd-server", "addr.type=unix"], "Parameter 'addr.path' is missing"),
         (["--object", "iothread"], "--object iothread: Parameter 'id' is missing"),
@@ -150,7 +150,8 @@ def test_error_after_something_was_set_up(daemon: Daemon, sock: Path) -> None:
 
 def test_monitor_modes(daemon: Daemon, sock: Path) -> None:
     chardev = ["--chardev", f"socket,id=q,path={sock},server=on,wait=off"]
-    assert "Only QMP is supported" in refused(daemon(*chardev, "--monitor", "q,mode=readline"))
+    hint = "'pretty' is not compatible with HMP monitors"
+    assert hint in refused(daemon(*chardev, "--monitor", "q,mode=readline,pretty=on"))
     assert "chardev 'q' is already in use" in refused(daemon(*chardev, "--monitor", "q", "--monitor", "q"))
     chardev = ["--chardev", f"socket,id=qmp0,path={sock},server=on,wait=off"]
     assert "Did you mean 'qmp0'?" in refused(daemon(*chardev, "--monitor", "qmp"))
@@ -181,7 +182,7 @@ def test_everything(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             limits=storage.exports.nbd_server and storage.exports.nbd_server.connections_max,
             monitors=[monitor.chardev.id for monitor in storage.monitors],
             pid=(tmp_path / "pid").read_text(),
-            poll_max_ns=storage.iothreads["t"].context.poll_max_ns,
+            poll_max_ns=storage.tree.resolve("t").get("poll-max-ns"),
         )
 
     monkeypatch.setattr(Storage, "run_forever", look)

@@ -50,6 +50,7 @@ def serve(session: ServerSession, data: bytes) -> bytes:
                 output += session.error(failure, item.id)
         else:
             output += session.response(item.arguments, item.id)
+        session.finished()
     return output
 
 
@@ -161,12 +162,27 @@ def test_unknown_capability() -> None:
 def test_out_of_band() -> None:
     session = server(negotiated=False)
     session.negotiate(["oob"])
-    session.receive(b"{'exec-oob': 'a', 'id': 1}")
-    item = session.next_request()
+    session.receive(b"{'execute': 'slow'}")
+    (item,) = session.receive(b"{'execute': 'slow'}{'exec-oob': 'a', 'id': 1}{'execute': 'slow'}")
     assert isinstance(item, Request)
-    assert item.oob
+    assert item.oob and item.id == 1
+    assert session.pending == 3
+    (wrong,) = session.receive(b"{'exec-oob': 1}")
+    assert isinstance(wrong, Refusal) and "must be a string" in wrong.error.desc
+    while session.next_request() is not None:
+        pass
     both = refusal(session, b"{'exec-oob': 'a', 'execute': 'b'}")
     assert "clashes with" in both.error.desc
+
+
+def test_out_of_band_commands_behind_the_negotiation() -> None:
+    session = server(negotiated=False)
+    assert session.receive(b"{'execute': 'qmp_capabilities'}{'execute': 'a'}{'exec-oob': 'b'}{'execute': 'c'}") == []
+    session.next_request()
+    (item,) = session.negotiate(["oob"])
+    assert isinstance(item, Request) and item.command == "b"
+    rest = [session.next_request(), session.next_request()]
+    assert [each.command for each in rest if isinstance(each, Request)] == ["a", "c"]
 
 
 def test_reading_stops_while_the_queue_is_full() -> None:
@@ -176,6 +192,8 @@ def test_reading_stops_while_the_queue_is_full() -> None:
     assert session.pending == 1
     assert not session.wants_data
     session.next_request()
+    assert not session.wants_data
+    session.finished()
     assert session.wants_data
     fast = server(negotiated=False)
     fast.negotiate(["oob"])

@@ -237,6 +237,23 @@ class Socket(Protocol):
     def close(self) -> None: ...
 
 
+class Terminal(Socket, Protocol):
+    """A stream behind which a person may sit."""
+
+    def set_echo(self, echo: bool, signals: bool = True) -> None:
+        """Whether the terminal shows what is typed and hands it on line by line, or leaves both to the program; and
+        whether ^C and its kin are signals. No effect where there is no terminal. close() restores it."""
+
+
+class PtyMaster(Socket, Protocol):
+    """Our end of a pseudo-terminal."""
+
+    name: str  # of the other end, for whoever opens it
+
+    def hung_up(self) -> bool:
+        """Whether nobody has the other end open."""
+
+
 class Listener(Protocol):
     """A listening stream socket."""
 
@@ -339,5 +356,19 @@ class Host(Protocol):
 
     def connect(self, address: Address) -> Socket: ...
 
-    def stdio(self) -> Socket:
+    def stdio(self) -> Terminal:
         """Standard input and output as one stream."""
+
+    def open_stream(self, input_path: str | None, output_path: str | None, mode: str) -> Socket:
+        """Files, devices or named pipes as one stream; OSError with the path. Without an input, recv_into() raises
+        BlockingIOError. ``mode`` is "truncate" or "append" (the output is made if it is not there), or "existing"
+        (both are there and opened for both directions, so that a pipe does not wait for its peer)."""
+
+    def open_pty(self) -> PtyMaster:
+        """A new pseudo-terminal, raw and without echo."""
+
+    def symlink(self, target: str, path: str) -> None:
+        """Make a symbolic link. OSError."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a link. OSError."""

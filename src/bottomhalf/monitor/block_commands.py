@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block import BlockBackend, BlockError, Edge, Node
 from bottomhalf.block.permissions import cumulative
-from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE
+from bottomhalf.host.protocol import PERM_CONSISTENT_READ
 from bottomhalf.qapi.block import (
     BlockdevReopen,
     BlockdevSnapshot,
-    BlockResize,
     XBlockdevChange,
     XBlockdevSetIothread,
 )
@@ -52,24 +51,6 @@ def blockdev_snapshot(storage: Storage, arguments: BlockdevSnapshot) -> None:
     graph.append(overlay, node)
 
 
-def block_resize(storage: Storage, arguments: BlockResize) -> None:
-    """block_resize. There is no device that could be named."""
-    device, name, graph = arguments.device or "", arguments.node_name or "", storage.graph
-    node = graph.nodes.get(name)
-    if node is None:
-        raise BlockError(f"Cannot find device='{device}' nor node-name='{name}'")
-    if arguments.size < 0:
-        raise OptionError("Parameter 'size' expects a >0 size", key="size")
-    if node.read_only:
-        raise BlockError("Image is read-only")
-    backend = BlockBackend(graph, held=PERM_RESIZE)
-    try:
-        backend.insert(node)
-        graph.context.run(backend.co_truncate(arguments.size), f"{node.describe()} to change its size")
-    finally:
-        backend.close()
-
-
 def x_blockdev_change(storage: Storage, arguments: XBlockdevChange) -> None:
     """x-blockdev-change."""
     parent = storage.graph.find(arguments.parent, device=arguments.parent)
@@ -101,10 +82,12 @@ def x_blockdev_set_iothread(storage: Storage, arguments: XBlockdevSetIothread) -
         )
     context = storage.loop.main
     if isinstance(arguments.iothread, str):
-        thread = storage.iothreads.get(arguments.iothread)
-        if thread is None:
+        from bottomhalf.qom.event_loop import Iothread
+
+        found = storage.tree.user_object(arguments.iothread, Iothread)
+        if found is None or found.context is None:
             raise BlockError(f"Cannot find iothread {arguments.iothread}")
-        context = thread.context
+        context = found.context
     storage.graph.move(node, context)
 
 
@@ -168,7 +151,6 @@ def _permissions(mask: int) -> list[BlockPermission]:
 HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "blockdev-reopen": blockdev_reopen,
     "blockdev-snapshot": blockdev_snapshot,
-    "block_resize": block_resize,
     "query-block": query_block,
     "x-blockdev-change": x_blockdev_change,
     "x-blockdev-set-iothread": x_blockdev_set_iothread,

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.aio import explain
 from bottomhalf.block import BlockError
-from bottomhalf.monitor import block_commands
-from bottomhalf.monitor.addresses import host_address
+from bottomhalf.chardev.addresses import host_address
+from bottomhalf.monitor import block_commands, char_commands, node_commands, object_commands
 from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions, BlockSetWriteThreshold, BlockWriteThreshold
 from bottomhalf.qapi.block_info import BlockDeviceInfo
 from bottomhalf.qapi.commands import COMMANDS
-from bottomhalf.qapi.control import CommandInfo, VersionInfo
+from bottomhalf.qapi.control import CommandInfo, HumanMonitorCommand, VersionInfo
 from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.export import (
     BlockExportDel,
@@ -36,6 +37,25 @@ def query_version(storage: Storage, arguments: Any) -> VersionInfo:
 def query_commands(storage: Storage, arguments: Any) -> list[CommandInfo]:
     """query-commands: those that are carried out."""
     return [CommandInfo(name=name) for name in COMMANDS if name in HANDLERS or name == "qmp_capabilities"]
+
+
+def query_qmp_schema(storage: Storage, arguments: Any) -> list[dict[str, Any]]:
+    """query-qmp-schema, of the commands that are carried out."""
+    from bottomhalf.qapi.schema import schema
+
+    return schema(masked=True)
+
+
+def x_explain(storage: Storage, arguments: Any) -> str:
+    """x-explain. In whatever thread: it locks nothing and waits for nothing."""
+    return explain()
+
+
+def human_monitor_command(storage: Storage, arguments: HumanMonitorCommand) -> str:
+    """human-monitor-command."""
+    from bottomhalf.monitor.hmp import run_command_line
+
+    return run_command_line(storage, arguments.command_line)
 
 
 def query_block_exports(storage: Storage, arguments: Any) -> list[BlockExportInfo]:
@@ -113,6 +133,12 @@ def quit(storage: Storage, arguments: Any) -> None:
 
 
 HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
+    **object_commands.HANDLERS,
+    **char_commands.HANDLERS,
+    "query-qmp-schema": query_qmp_schema,
+    "x-explain": x_explain,
+    "human-monitor-command": human_monitor_command,
+    "block_resize": node_commands.block_resize,
     "query-version": query_version,
     "query-commands": query_commands,
     "query-block-exports": query_block_exports,

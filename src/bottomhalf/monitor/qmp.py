@@ -1,31 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QMP monitors: a protocol session on a character device, commands run one at a time.
+"""QMP monitors: a protocol session on a character device.
 
-Bytes are taken and parsed in the I/O handler context; a command is then run by a bottom half of that same context,
-one at a time over all monitors, taking turns. A command that waits polls the main context only, so no second
-command can start inside it; it finds the disks served and the other monitors silent, as in QEMU.
+Greeting, parsing and out-of-band commands live in a thread that all QMP monitors of a program share, so that they go on
+while the main thread waits, whatever for. Other commands are queued there and run in the main thread (``dispatcher``),
+one at a time. Without out-of-band execution a monitor reads no further while a command of its own runs; with it, until
+eight commands wait. A device that no other thread can have (one behind a mux) is served in the I/O handler context, and
+there is no out-of-band execution on it.
+
+    main thread                                 monitors' thread
+    take() the next request       <- wake() --  received(): parse, queue; run what is out of band
+    run it, finish()              -- outbox ->  write the answer, read on
+
+A session belongs to both threads, and a lock guards it. Its bytes are written by the monitors' thread alone, in the
+order in which they come; what is meant for a client that has gone meanwhile is dropped.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf import __version__
-from bottomhalf.aio import BottomHalf
-from bottomhalf.block import BlockError
-from bottomhalf.monitor.chardev import Chardev
+from bottomhalf.chardev.base import Chardev, Line
 from bottomhalf.monitor.commands import HANDLERS
-from bottomhalf.qapi.commands import event_data, parse_command
+from bottomhalf.monitor.dispatcher import as_failure
+from bottomhalf.qapi.commands import parse_command
 from bottomhalf.qapi.control import VersionInfo, VersionTriple
-from bottomhalf.qapi.errors import GENERIC_ERROR, OptionError, QmpError
-from bottomhalf.qapi.types import EventType
+from bottomhalf.qapi.errors import GENERIC_ERROR, QmpError
 from bottomhalf.qapi.visit import to_json
-from bottomhalf.wire.qmp import Failure, Refusal, Request, ServerSession
+from bottomhalf.wire.qmp import Refusal, Request, ServerSession
 
 if TYPE_CHECKING:
     from bottomhalf.monitor.storage import Storage
 
 QEMU_VERSION: Final = (10, 0, 2)  # whose interface this is
+CAPABILITIES: Final = ("oob",)
 
 
 def version_info() -> VersionInfo:
@@ -37,98 +47,146 @@ def version_info() -> VersionInfo:
 
 
 class QmpMonitor:
-    """One QMP session after another on a character device. Home thread of the device's context."""
+    """One QMP session after another on a character device. Made and closed by the main thread."""
+
+    to_json = staticmethod(to_json)
 
     def __init__(self, storage: Storage, chardev: Chardev, *, pretty: bool = False) -> None:
         self.storage = storage
+        self.id = chardev.id
         self.chardev = chardev
-        self._pretty = pretty
         self.session: ServerSession | None = None
-        self._dispatch = _dispatcher(storage)
-        storage.monitors.append(self)
-        chardev.attach(self)
+        self._capabilities = CAPABILITIES if chardev.movable else ()
+        self._pretty = pretty
+        self._line: Line | None = None
+        self._lock = storage.host.lock()  # of the session
+        self._outbox: deque[tuple[ServerSession, bytes]] = deque()
+        self._dispatcher = storage.dispatcher
+        self.context = storage.monitor_context() if chardev.movable else chardev.context
+        self._half = self.context.bottom_half(self._go_on, name=f"outbox of monitor {chardev.id}")
+        chardev.attach(self, self.context)
+        self._dispatcher.monitors.append(self)
 
-    # -- front end of the character device ----------------------------------------------------------------------
+    # -- front end of the character device, in its context ------------------------------------------------------
 
-    def opened(self) -> None:
-        self.session = ServerSession(to_json(version_info()), pretty=self._pretty)
-        self.chardev.write(self.session.greeting())
+    has_user = True
+
+    def opened(self, line: Line) -> None:
+        self._line = line
+        line.set_echo(True)
+        session = ServerSession(to_json(version_info()), self._capabilities, pretty=self._pretty)
+        with self._lock:
+            self.session = session
+        line.write(session.greeting())
 
     def received(self, data: memoryview) -> None:
-        assert self.session is not None
-        self.session.receive(data)
-        self._after_input()
+        with self._lock:
+            session = self.session
+            urgent = session.receive(data) if session is not None else []
+        if session is not None:
+            self._answer_urgent(session, urgent)
+            self._after_input(session)
 
     def closed(self) -> None:
         """What the client still wanted is forgotten."""
-        self.session = None
+        with self._lock:
+            self.session = None
 
-    def _after_input(self) -> None:
-        session = self.session
-        if session is not None:
-            if session.pending:
-                self._dispatch.schedule()
-            self.chardev.set_reading(session.wants_data)
+    def _after_input(self, session: ServerSession) -> None:
+        with self._lock:
+            pending, reading = session.pending, session.wants_data
+        if pending:
+            self._dispatcher.wake()
+        if self._line is not None and self.session is session:
+            self._line.set_reading(reading)
 
-    # -- commands -----------------------------------------------------------------------------------------------
+    def _answer_urgent(self, session: ServerSession, items: list[Request | Refusal]) -> None:
+        """Run what is out of band, here and now."""
+        for item in items:
+            answer = self._run_urgent(session, item)
+            if self.session is session and self._line is not None:
+                self._line.write(answer)
 
-    def serve_next(self) -> bool:
-        """Run one command and answer it; whether there was one."""
-        session = self.session
-        item = session.next_request() if session is not None else None
-        if session is None or item is None:
-            return False
+    def _run_urgent(self, session: ServerSession, item: Request | Refusal) -> bytes:
+        if isinstance(item, Refusal):
+            return session.error(item.error, item.id)
         try:
-            if isinstance(item, Refusal):
-                answer = session.error(item.error, item.id)
-            else:
-                answer = session.response(self._run(session, item), item.id)
-        except (QmpError, Failure) as error:
-            answer = session.error(error, item.id)
-        except (BlockError, OptionError) as error:
-            answer = session.error(QmpError(GENERIC_ERROR, str(error).partition("\n")[0]), item.id)
-        except OSError as error:
-            answer = session.error(QmpError(GENERIC_ERROR, error.strerror or str(error)), item.id)
-        except Exception as error:  # the client shall not wait for an answer, nor the other clients for their turn
-            answer = session.error(QmpError(GENERIC_ERROR, f"internal error: {type(error).__name__}: {error}"), item.id)
-            self.storage.report_defect(error, f"a command of monitor {self.chardev.id}")
-        if self.session is session:
-            self.chardev.write(answer)
-            self._after_input()
-        return True
+            command, arguments = parse_command(item.command, item.arguments, oob=True)
+            return session.response(to_json(HANDLERS[command.qmp_name](self.storage, arguments)), item.id)
+        except Exception as error:
+            told = as_failure(error)
+            if told is None:
+                told = QmpError(GENERIC_ERROR, f"internal error: {type(error).__name__}: {error}")
+                self.storage.report_defect(error, f"an out-of-band command of monitor {self.id}")
+            return session.error(told, item.id)
 
-    def _run(self, session: ServerSession, request: Request) -> object:
+    def _go_on(self) -> None:
+        """Say what the main thread has for the client, and read on if it has taken something."""
+        while self._outbox:
+            session, data = self._outbox.popleft()
+            if self.session is session and self._line is not None:
+                self._line.write(data)
+        current = self.session
+        if current is not None:
+            self._after_input(current)
+
+    # -- for the dispatcher, in the main thread -----------------------------------------------------------------
+
+    def take(self) -> tuple[ServerSession, Request | Refusal] | None:
+        """The next thing to run or refuse, with the session that it came by."""
+        with self._lock:
+            session = self.session
+            item = session.next_request() if session is not None else None
+        if session is None or item is None:
+            return None
+        if session.enabled:
+            self._half.schedule()  # there is room in the queue
+        return session, item
+
+    def prepare(self, session: ServerSession, request: Request) -> tuple[Callable[[Storage, Any], Any], Any]:
+        """The function that carries a request out, and its arguments. QmpError, Failure."""
         if session.negotiated and request.command == "qmp_capabilities":
             session.negotiate()
         command, arguments = parse_command(request.command, request.arguments, oob=request.oob)
         if command.qmp_name == "qmp_capabilities":
-            session.negotiate(getattr(arguments, "enable", None) or ())
-            return None
-        return to_json(HANDLERS[command.qmp_name](self.storage, arguments))
+            enable = getattr(arguments, "enable", None) or ()
+            return lambda storage, _: self._negotiate(session, enable), arguments
+        handler = HANDLERS.get(command.qmp_name)
+        if handler is None:
+            raise QmpError("CommandNotFound", f"The command {request.command} has not been found")
+        return handler, arguments
 
-    def emit(self, event: EventType) -> None:
+    def _negotiate(self, session: ServerSession, enable: Any) -> None:
+        with self._lock:
+            urgent = session.negotiate(enable)
+        if urgent:
+            self.context.schedule_oneshot(lambda: self._answer_urgent(session, urgent))
+
+    def finish(self, session: ServerSession, answer: bytes) -> None:
+        """What take() gave is done; ``answer`` is for its client."""
+        with self._lock:
+            session.finished()
+        self._send(session, answer)
+
+    def _send(self, session: ServerSession, data: bytes) -> None:
+        self._outbox.append((session, data))
+        if self.context.is_home:
+            self._go_on()
+        else:
+            self._half.schedule()
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def send_event(self, name: str, data: dict[str, Any] | None, realtime_ns: int) -> None:
         """Send an event, if the client has negotiated."""
         session = self.session
         if session is not None:
-            now_ns = self.storage.host.realtime_ns()
-            self.chardev.write(session.event(type(event).qmp_name, event_data(event), now_ns))
+            line = session.event(name, data, realtime_ns)
+            if line:
+                self._send(session, line)
 
     def close(self) -> None:
-        self.session = None
-
-
-def _dispatcher(storage: Storage) -> BottomHalf:
-    """The one bottom half that runs commands, shared by all monitors of a program."""
-    if storage.dispatcher is None:
-
-        def dispatch() -> None:
-            for monitor in list(storage.monitors):
-                if monitor.serve_next():
-                    storage.monitors.remove(monitor)  # served last: the others come first next time
-                    storage.monitors.append(monitor)
-                    assert storage.dispatcher is not None
-                    storage.dispatcher.schedule()
-                    return
-
-        storage.dispatcher = storage.loop.iohandler.bottom_half(dispatch, name="QMP dispatcher")
-    return storage.dispatcher
+        """Say what is left to say, then nothing more. Runs in the monitor's context."""
+        self._go_on()
+        self.closed()
+        self._half.delete()

@@ -8,10 +8,10 @@ QEMU's: no new clients, exports closed when nothing is in flight, nodes, monitor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
-from bottomhalf.aio import AioContext, BottomHalf, IOThread, MainLoop
-from bottomhalf.aio.context import POLL_MAX_NS
+from bottomhalf.aio import AioContext, IOThread, MainLoop, run_in, wait_while
 from bottomhalf.block import BlockError, Graph, Node
 from bottomhalf.block.graph import is_well_formed_id
 from bottomhalf.exports.registry import ExportRegistry
@@ -19,13 +19,17 @@ from bottomhalf.host.protocol import Host, SignalSource
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.export import BlockExportDeleted
-from bottomhalf.qapi.objects import IothreadProperties, ObjectOptions
+from bottomhalf.qapi.objects import ObjectOptions
 from bottomhalf.qapi.types import EventType
 
 if TYPE_CHECKING:
-    from bottomhalf.monitor.chardev import Chardev
+    from bottomhalf.chardev.base import Chardev
+    from bottomhalf.monitor.dispatcher import Dispatcher
+    from bottomhalf.monitor.events import Broadcast
+    from bottomhalf.monitor.hmp import HmpMonitor
     from bottomhalf.monitor.qmp import QmpMonitor
     from bottomhalf.qapi.char import ChardevBackend
+    from bottomhalf.qom import QomObject, Tree
 
 # How long the main context looks for the next request before it sleeps. It must be longer than a local client needs
 # to answer, and in a virtual machine waking the client's idle processor takes some 45 us of that. The time adapts
@@ -47,10 +51,12 @@ class Storage:
         for context in (self.loop.main, self.loop.iohandler):
             context.exception_handler = self._callback_failed
         self.graph = Graph(self.loop.main)
-        self.iothreads: dict[str, IOThread] = {}
         self.chardevs: dict[str, Chardev] = {}
-        self.monitors: list[QmpMonitor] = []
-        self.dispatcher: BottomHalf | None = None  # runs the monitors' commands
+        self.hmp_monitors: list[HmpMonitor] = []
+        self._tree: Tree | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._broadcast: Broadcast | None = None
+        self._monitor_thread: IOThread | None = None
         self.exports = ExportRegistry(
             self.graph, self.iothread_context, lambda export_id: self.emit(BlockExportDeleted(id=export_id)), log
         )
@@ -75,10 +81,36 @@ class Storage:
         node.monitor_owned = True
         return node
 
+    # -- objects ------------------------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> Tree:
+        """All objects. Made when it is first needed, since most programs that only serve a disk need none."""
+        if self._tree is None:
+            from bottomhalf.monitor import throttle_object  # noqa: F401  # its type
+            from bottomhalf.qom import authz, event_loop, secret  # noqa: F401  # their types
+            from bottomhalf.qom.tree import Tree
+
+            self._tree = Tree(self.host, self.loop.main, self._callback_failed)
+            self._tree.in_use = self._is_needed
+            self._tree.graph = self.graph
+            for path in ("/chardevs", "/objects", "/backend"):
+                self._tree.container(path)
+            for chardev in self.chardevs.values():
+                self._show(chardev)
+        return self._tree
+
+    def _is_needed(self, user_object: QomObject) -> bool:
+        """Whether a node or one of its users is served by an object's thread."""
+        context = getattr(user_object, "context", None)
+        used = [node.context for node in self.graph.nodes.values()]
+        used += [backend.context for backend in self.graph.backends]
+        return context is not None and context in used
+
     def add_object(self, options: ObjectOptions) -> None:
-        """object-add, for the types that exist."""
-        from bottomhalf.block.throttling import Limits, throttle_groups
-        from bottomhalf.qapi.throttle import ThrottleGroupProperties
+        """object-add. OptionError."""
+        from bottomhalf.qapi.visit import to_json
+        from bottomhalf.qom import QomError
 
         if not is_well_formed_id(options.id):
             raise OptionError(
@@ -86,49 +118,95 @@ class Storage:
                 key="id",
                 hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
             )
-        groups = throttle_groups(self.graph)
-        if options.id in self.iothreads or options.id in groups.by_name:
-            raise OptionError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
-        properties = options.branch
-        if isinstance(properties, ThrottleGroupProperties):
-            groups.create(options.id, Limits.from_options(properties.given()))
-            return
-        assert isinstance(properties, IothreadProperties)
-        for name in ("poll_max_ns", "poll_grow", "poll_shrink"):
-            value = getattr(properties, name)
-            if value is not None and value < 0:
-                raise OptionError(f"{name.replace('_', '-')} value must be in range [0, 9223372036854775807]")
-        poll_max_ns = POLL_MAX_NS if properties.poll_max_ns is None else properties.poll_max_ns
-        thread = IOThread(
-            options.id, self.host, poll_max_ns, properties.poll_grow or 0, properties.poll_shrink or 0
-        )
-        thread.context.exception_handler = self._callback_failed
-        self.iothreads[options.id] = thread
+        try:
+            self.tree.create(str(options.qom_type), options.id, to_json(options.branch))
+        except QomError as error:
+            raise OptionError(error.desc) from error
 
-    def add_chardev(self, chardev_id: str, backend: ChardevBackend) -> Chardev:
-        """chardev-add: a character device that listens or is connected when this returns."""
-        from bottomhalf.monitor.chardev import ClientChardev, open_chardev
-        from bottomhalf.qapi.char import ChardevStdioWrapper
+    def iothread_context(self, name: str) -> AioContext:
+        from bottomhalf.qom.event_loop import Iothread
 
-        is_stdio = isinstance(backend.branch, ChardevStdioWrapper)
-        if is_stdio and any(isinstance(each, ClientChardev) and each.is_stdio for each in self.chardevs.values()):
+        found = self.tree.user_object(name, Iothread)
+        if found is None or found.thread is None:
+            raise BlockError(f'iothread "{name}" not found')
+        return found.thread.context
+
+    # -- character devices --------------------------------------------------------------------------------------
+
+    def add_chardev(
+        self, chardev_id: str, backend: ChardevBackend, *, instead_of: Chardev | None = None
+    ) -> Chardev:
+        """chardev-add: a character device that listens or is connected when this returns. OptionError."""
+        from bottomhalf.chardev.open import Surroundings, open_chardev
+
+        if backend.type == "stdio" and any(each.kind == "stdio" for each in self.chardevs.values()):
             raise OptionError("cannot use stdio by multiple character devices")
-        if chardev_id in self.chardevs:
-            raise OptionError(f"Duplicate ID '{chardev_id}' for chardev", key="id")
-        chardev = self.chardevs[chardev_id] = open_chardev(chardev_id, backend, self.loop.iohandler)
+        if chardev_id in self.chardevs and instead_of is None:
+            raise OptionError(
+                f"attempt to add duplicate property '{chardev_id}' to object (type 'container')", key="id"
+            )
+        surroundings = Surroundings(self.chardevs.get, self.log, self.quit)
+        chardev = open_chardev(chardev_id, backend, self.loop.iohandler, surroundings)
+        if instead_of is not None:
+            self.remove_chardev(instead_of)
+        self.chardevs[chardev_id] = chardev
+        if self._tree is not None:
+            self._show(chardev)
         chardev.start()
         return chardev
 
-    def iothread_context(self, name: str) -> AioContext:
-        thread = self.iothreads.get(name)
-        if thread is None:
-            raise BlockError(f'iothread "{name}" not found')
-        return thread.context
+    def _show(self, chardev: Chardev) -> None:
+        from bottomhalf.monitor.char_commands import object_of
+
+        self.tree.container("/chardevs").add_child(chardev.id, object_of(chardev))
+
+    def await_client(self, chardev: Chardev) -> None:
+        """Wait until a client of a socket with wait=on is there. Only the main context is served meanwhile."""
+        if getattr(chardev, "wait", False) and not chardev.connected:
+            chardev.move(self.loop.main)
+            wait_while(self.loop.main, lambda: not chardev.connected, f"a client of chardev {chardev.id}")
+            chardev.move(self.loop.iohandler)
+
+    def remove_chardev(self, chardev: Chardev) -> None:
+        """chardev-remove, for one that nobody uses."""
+        chardev.end()
+        del self.chardevs[chardev.id]
+        if self._tree is not None:
+            self._tree.container("/chardevs").children[chardev.id].unparent()
+
+    # -- monitors -----------------------------------------------------------------------------------------------
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Runs the commands of QMP monitors."""
+        if self._dispatcher is None:
+            from bottomhalf.monitor.dispatcher import Dispatcher
+            from bottomhalf.monitor.events import Broadcast
+
+            self._dispatcher = Dispatcher(self)
+            self._broadcast = Broadcast(self.loop, self._send_event)
+        return self._dispatcher
+
+    @property
+    def monitors(self) -> list[QmpMonitor]:
+        """The QMP monitors."""
+        return [] if self._dispatcher is None else self._dispatcher.monitors
+
+    def monitor_context(self) -> AioContext:
+        """The context of the thread that serves QMP monitors, however busy this one is."""
+        if self._monitor_thread is None:
+            self._monitor_thread = IOThread("monitors", self.host, poll_max_ns=0)
+            self._monitor_thread.context.exception_handler = self._callback_failed
+        return self._monitor_thread.context
 
     def emit(self, event: EventType) -> None:
-        """Tell all monitors."""
-        for monitor in self.monitors:
-            monitor.emit(event)
+        """Tell all monitors. From any thread."""
+        if self._broadcast is not None:
+            self._broadcast.emit(event)
+
+    def _send_event(self, name: str, data: dict[str, Any] | None, realtime_ns: int) -> None:
+        for monitor in tuple(self.monitors):
+            monitor.send_event(name, data, realtime_ns)
 
     def watch_signals(self) -> None:
         """Let SIGINT, SIGTERM and SIGHUP end run(). Until close() is done they have no other effect, so that an
@@ -170,17 +248,25 @@ class Storage:
             raise first
 
     def _last_steps(self) -> Iterator[Callable[[], object]]:
+        if self._dispatcher is not None:
+            yield self._dispatcher.stop
         yield self.exports.close
         yield self.graph.close
         yield self._finish
-        if self.dispatcher is not None:
-            yield self.dispatcher.delete
+        if self._broadcast is not None:
+            yield self._broadcast.close
         for monitor in self.monitors:
-            yield monitor.close
-        for chardev in self.chardevs.values():
-            yield chardev.close
-        for thread in self.iothreads.values():
-            yield thread.stop
+            yield partial(run_in, monitor.context, monitor.close, f"monitor {monitor.id} to close")
+        for hmp in self.hmp_monitors:
+            yield hmp.close
+        for chardev in reversed(self.chardevs.values()):
+            yield chardev.end
+        if self._monitor_thread is not None:
+            yield self._monitor_thread.stop
+        if self._dispatcher is not None:
+            yield self._dispatcher.close
+        if self._tree is not None:
+            yield self._tree.close
         if self._signals is not None:
             yield self._forget_signals
         yield self.loop.close

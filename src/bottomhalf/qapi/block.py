@@ -159,10 +159,11 @@ class BlockdevOptionsNull(Struct):
     read_zeroes: Annotated[bool | None, Doc("reads fill the buffer with zero bytes", default="off")] = None
 
 
-class BlockdevOptionsThrottle(BlockdevOptionsGenericFormat):
+class BlockdevOptionsThrottle(Struct):
     """A filter that shares the limits of a throttle group."""
 
     throttle_group: Annotated[str, Doc("the group, an object of type throttle-group")]
+    file: Annotated[BlockdevRef, Doc("node that holds the data")]
 
 
 class BlockPermission(StrEnum):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Character devices (qapi/char.json): ``--chardev`` and, later, ``chardev-add``.
+"""Character devices (qapi/char.json): ``--chardev`` and ``chardev-add``.
 
 The command line is older than the schema: ``--chardev`` takes flat options from one list for all backends,
 with other defaults (a socket is a client unless ``server=on``, and a server waits for its first client unless
@@ -13,11 +13,12 @@ says, and ``parse_chardev`` leads from the text to the second.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 from bottomhalf.qapi.errors import OptionError, did_you_mean
 from bottomhalf.qapi.sockets import SocketAddressLegacy, SocketAddressType
-from bottomhalf.qapi.types import Doc, OpenEnum, Struct, TaggedUnion
+from bottomhalf.qapi.types import Command, Doc, OpenEnum, Struct, TaggedUnion, Uint64
 
 
 class ChardevCommon(Struct):
@@ -55,6 +56,38 @@ class ChardevStdio(ChardevCommon):
     signal: Annotated[bool | None, Doc("^C and its kin are signals, not input", default="on")] = None
 
 
+class ChardevFile(ChardevCommon):
+    """A file that output goes to."""
+
+    input: Annotated[str | None, Doc("file that input comes from", name="in")] = None
+    out: Annotated[str, Doc("file that output goes to")]
+    append: Annotated[bool | None, Doc("add to the file instead of starting anew", default="off")] = None
+
+
+class ChardevHostdev(ChardevCommon):
+    """A device or a pipe of the host."""
+
+    device: Annotated[str, Doc("its path; for a pipe, PATH.in and PATH.out if they are there")]
+
+
+class ChardevPty(ChardevCommon):
+    """A pseudo-terminal."""
+
+    path: Annotated[str | None, Doc("make a symbolic link to it here")] = None
+
+
+class ChardevMux(ChardevCommon):
+    """Several users of one character device that take turns."""
+
+    chardev: Annotated[str, Doc("the device that they share")]
+
+
+class ChardevRingbuf(ChardevCommon):
+    """Memory that keeps what was written last."""
+
+    size: Annotated[int | None, Doc("bytes, a power of two", default="65536")] = None
+
+
 class ChardevSocketWrapper(Struct):
     """A stream socket, wrapped."""
 
@@ -67,6 +100,42 @@ class ChardevStdioWrapper(Struct):
     data: Annotated[ChardevStdio, Doc("the options")]
 
 
+class ChardevFileWrapper(Struct):
+    """A file, wrapped."""
+
+    data: Annotated[ChardevFile, Doc("the options")]
+
+
+class ChardevHostdevWrapper(Struct):
+    """A pipe, wrapped."""
+
+    data: Annotated[ChardevHostdev, Doc("the options")]
+
+
+class ChardevPtyWrapper(Struct):
+    """A pseudo-terminal, wrapped."""
+
+    data: Annotated[ChardevPty, Doc("the options")]
+
+
+class ChardevCommonWrapper(Struct):
+    """Options of every character device, wrapped."""
+
+    data: Annotated[ChardevCommon, Doc("the options")]
+
+
+class ChardevMuxWrapper(Struct):
+    """A multiplexer, wrapped."""
+
+    data: Annotated[ChardevMux, Doc("the options")]
+
+
+class ChardevRingbufWrapper(Struct):
+    """Memory, wrapped."""
+
+    data: Annotated[ChardevRingbuf, Doc("the options")]
+
+
 class ChardevBackendKind(OpenEnum):
     """Kinds of character devices."""
 
@@ -77,8 +146,98 @@ class ChardevBackend(TaggedUnion, tag="type", tag_values=ChardevBackendKind):
     type: Annotated[ChardevBackendKind, Doc("its kind")]
 
 
-ChardevBackend.register_branch("socket", ChardevSocketWrapper, "A stream socket")
-ChardevBackend.register_branch("stdio", ChardevStdioWrapper, "Standard input and output")
+for _kind, _wrapper, _text in (
+    ("file", ChardevFileWrapper, "A file that output goes to"),
+    ("pipe", ChardevHostdevWrapper, "A named pipe"),
+    ("socket", ChardevSocketWrapper, "A stream socket"),
+    ("pty", ChardevPtyWrapper, "A pseudo-terminal"),
+    ("null", ChardevCommonWrapper, "Nobody is ever there"),
+    ("mux", ChardevMuxWrapper, "Several users of one device that take turns"),
+    ("stdio", ChardevStdioWrapper, "Standard input and output"),
+    ("ringbuf", ChardevRingbufWrapper, "Memory that keeps what was written last"),
+    ("memory", ChardevRingbufWrapper, "The old name of ringbuf"),
+):
+    ChardevBackend.register_branch(_kind, _wrapper, _text)
+
+
+class ChardevInfo(Struct):
+    """A character device that exists."""
+
+    label: Annotated[str, Doc("its id")]
+    filename: Annotated[str, Doc("what it is, with its address")]
+    frontend_open: Annotated[bool, Doc("somebody uses it")]
+
+
+class ChardevBackendInfo(Struct):
+    """A kind of character devices."""
+
+    name: Annotated[str, Doc("its name")]
+
+
+class ChardevReturn(Struct):
+    """What a new device tells."""
+
+    pty: Annotated[str | None, Doc("name of the pseudo-terminal")] = None
+
+
+class DataFormat(StrEnum):
+    """How bytes are written in JSON."""
+
+    UTF8 = "utf8"
+    BASE64 = "base64"
+
+
+class QueryChardev(Command, name="query-chardev", returns=list[ChardevInfo]):
+    """List the character devices."""
+
+
+class QueryChardevBackends(Command, name="query-chardev-backends", returns=list[ChardevBackendInfo]):
+    """List the kinds of character devices."""
+
+
+class ChardevAdd(Command, name="chardev-add", returns=ChardevReturn):
+    """Create a character device."""
+
+    id: Annotated[str, Doc("its id")]
+    backend: Annotated[ChardevBackend, Doc("what it is")]
+
+
+class ChardevChange(Command, name="chardev-change", returns=ChardevReturn):
+    """Replace a character device that nobody uses by another one."""
+
+    id: Annotated[str, Doc("the device")]
+    backend: Annotated[ChardevBackend, Doc("what it is to be")]
+
+
+class ChardevRemove(Command, name="chardev-remove"):
+    """Remove a character device that nobody uses."""
+
+    id: Annotated[str, Doc("the device")]
+
+
+class ChardevSendBreak(Command, name="chardev-send-break"):
+    """Have a device tell its user of a break, which monitors ignore."""
+
+    id: Annotated[str, Doc("the device")]
+
+
+class RingbufWrite(Command, name="ringbuf-write"):
+    """Write to a ringbuf device."""
+
+    device: Annotated[str, Doc("the device")]
+    data: Annotated[str, Doc("what to write")]
+    format: Annotated[DataFormat | None, Doc("how data is written", default="utf8")] = None
+
+
+class RingbufRead(Command, name="ringbuf-read", returns=str):
+    """Take what a ringbuf device has kept.
+
+    Bytes that are no UTF-8 come back replaced unless the format is base64.
+    """
+
+    device: Annotated[str, Doc("the device")]
+    size: Annotated[int, Doc("most bytes to take")]
+    format: Annotated[DataFormat | None, Doc("how the bytes are written", default="utf8")] = None
 
 
 class ChardevOptions(Struct):
@@ -86,7 +245,11 @@ class ChardevOptions(Struct):
 
     backend: Annotated[str, Doc("kind of the device")]
     id: Annotated[str, Doc("the device's id")]
-    path: Annotated[str | None, Doc("path of a Unix socket")] = None
+    path: Annotated[str | None, Doc("path of a Unix socket, a file, a pipe, or a link to a pty")] = None
+    input_path: Annotated[str | None, Doc("file: where input comes from")] = None
+    append: Annotated[bool | None, Doc("file: add to it instead of starting anew", default="off")] = None
+    size: Annotated[Uint64 | None, Doc("ringbuf: bytes, a power of two", default="65536")] = None
+    chardev: Annotated[str | None, Doc("mux: the device that is shared")] = None
     host: Annotated[str | None, Doc("host name or address of a TCP socket")] = None
     port: Annotated[str | None, Doc("port of a TCP socket")] = None
     fd: Annotated[str | None, Doc("a socket that is open already")] = None
@@ -118,8 +281,7 @@ class ChardevOptions(Struct):
 
 # Options that QEMU's list has for backends that are not here; accepted and without effect, as there.
 _FOREIGN_OPTIONS = frozenset(
-    ("append", "chardev", "clipboard", "cols", "debug", "height", "input-path", "localaddr", "localport",
-     "mouse", "name", "rows", "size", "width")
+    ("clipboard", "cols", "debug", "height", "localaddr", "localport", "mouse", "name", "rows", "width")
 )  # fmt: skip
 
 
@@ -164,15 +326,34 @@ def parse_chardev(text: str) -> Chardev:
         hint = did_you_mean(backend, kinds) or f"There are {', '.join(kinds)}."
         raise OptionError(f"'{backend}' is not a valid char driver name", key="backend", hint=hint)
     options = from_keyval(ChardevOptions, values)
-    data = _socket(options) if backend == "socket" else _stdio(options)
-    result = ChardevBackend(type=ChardevBackendKind(backend), branch=data)
+    result = ChardevBackend(type=ChardevBackendKind(backend), branch=_branch(backend, options))
     return Chardev(id, result, bool(options.mux), opts.warnings)
 
 
-def _stdio(options: ChardevOptions) -> ChardevStdioWrapper:
-    signal = True if options.signal is None else options.signal
-    data = ChardevStdio(logfile=options.logfile, logappend=options.logappend, signal=signal)
-    return ChardevStdioWrapper(data=data)
+def _branch(backend: str, options: ChardevOptions) -> Struct:
+    log: dict[str, Any] = {"logfile": options.logfile, "logappend": options.logappend}
+    if backend == "socket":
+        return _socket(options)
+    if backend == "stdio":
+        signal = True if options.signal is None else options.signal
+        return ChardevStdioWrapper(data=ChardevStdio(signal=signal, **log))
+    if backend == "null":
+        return ChardevCommonWrapper(data=ChardevCommon(**log))
+    if backend in ("ringbuf", "memory"):
+        return ChardevRingbufWrapper(data=ChardevRingbuf(size=options.size, **log))
+    if backend == "pty":
+        return ChardevPtyWrapper(data=ChardevPty(path=options.path, **log))
+    if backend == "mux":
+        if options.chardev is None:
+            raise OptionError("chardev: mux: no chardev given", key="chardev")
+        return ChardevMuxWrapper(data=ChardevMux(chardev=options.chardev, **log))
+    if options.path is None:
+        what = "device" if backend == "pipe" else "filename"
+        raise OptionError(f"chardev: {backend}: no {what} given", key="path")
+    if backend == "pipe":
+        return ChardevHostdevWrapper(data=ChardevHostdev(device=options.path, **log))
+    data = ChardevFile(out=options.path, input=options.input_path, append=options.append, **log)
+    return ChardevFileWrapper(data=data)
 
 
 def _socket(options: ChardevOptions) -> ChardevSocketWrapper:

@@ -15,14 +15,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from bottomhalf.qapi import block, block_graph, block_info, char, control, export, objects, sockets
+from bottomhalf.qapi import (
+    block,
+    block_graph,
+    block_info,
+    char,
+    control,
+    export,
+    introspect,
+    objects,
+    qom,
+    sockets,
+)
 from bottomhalf.qapi.errors import COMMAND_NOT_FOUND, GENERIC_ERROR, OptionError, QmpError
 from bottomhalf.qapi.types import COMMANDS, EVENTS, Command, EventType, Struct
 from bottomhalf.qapi.visit import from_json, to_json
 
 __all__ = ["COMMANDS", "EVENTS", "COMMAND_LINE", "parse_command", "event_data"]
 
-_MODULES = (block, block_graph, block_info, char, control, export, objects, sockets)
+_MODULES = (block, block_graph, block_info, char, control, export, introspect, objects, qom, sockets)
 
 COMMAND_LINE: dict[str, tuple[type[Struct], str | None]] = {
     "--blockdev": (block.BlockdevOptions, "driver"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The monitor itself (qapi/control.json, qapi/misc.json): negotiation, version, list of commands, quit."""
+"""The monitor itself (qapi/control.json, qapi/misc.json): negotiation, version, commands, quit."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ class QueryCommands(Command, name="query-commands", returns=list[CommandInfo]):
 
 class Quit(Command, name="quit"):
     """Answer, then shut everything down in order and exit with status 0."""
+
+
+class HumanMonitorCommand(Command, name="human-monitor-command", returns=str, features=("savevm-monitor-nodes",)):
+    """Run a command of the monitor for people, and return what it prints.
+
+    People's output changes from version to version: programs should use the command that returns data.
+    """
+
+    command_line: Annotated[str, Doc("the command with its arguments")]
+    cpu_index: Annotated[int | None, Doc("has no effect here: there are no processors")] = None
+
+
+class XExplain(Command, name="x-explain", returns=str, allow_oob=True, features=("unstable",)):
+    """Tell who waits for whom, a line each.
+
+    Out of band it answers while a command hangs, which is when one wants to know.
+    """
 
 
 class MonitorMode(StrEnum):

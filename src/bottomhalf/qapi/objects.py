@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User-creatable objects (qapi/qom.json): ``--object`` and later ``object-add``.
+"""User-creatable objects (qapi/qom.json): ``--object`` and ``object-add``.
 
 The object types are a registry: ``ObjectOptions.register_branch("throttle-group", ...)``.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from bottomhalf.qapi.throttle import ThrottleGroupProperties
-from bottomhalf.qapi.types import Doc, OpenEnum, Struct, TaggedUnion
+from bottomhalf.qapi.types import Command, Doc, OpenEnum, Struct, TaggedUnion
 
 
 class ObjectType(OpenEnum):
@@ -43,5 +44,73 @@ class IothreadProperties(EventLoopBaseProperties):
     poll_shrink: Annotated[int | None, Doc("divisor by which polling shrinks; 0 chooses", default="0")] = None
 
 
+class MainLoopProperties(EventLoopBaseProperties):
+    """The event loop of the main thread."""
+
+
+class QCryptoSecretFormat(StrEnum):
+    """How a secret is written."""
+
+    RAW = "raw"
+    BASE64 = "base64"
+
+
+class SecretCommonProperties(Struct):
+    """Properties of all kinds of secrets."""
+
+    format: Annotated[QCryptoSecretFormat, Doc("how the secret is written")] = QCryptoSecretFormat.RAW
+    keyid: Annotated[str | None, Doc("secret that holds the key that this one is encrypted with")] = None
+    iv: Annotated[str | None, Doc("initialization vector of the encryption, in base64")] = None
+
+
+class SecretProperties(SecretCommonProperties):
+    """A password or a key that other options refer to."""
+
+    data: Annotated[str | None, Doc("the secret itself; others can read it in the list of processes")] = None
+    file: Annotated[str | None, Doc("file that holds the secret")] = None
+
+
+class QAuthZListPolicy(StrEnum):
+    """Whether somebody may come in."""
+
+    DENY = "deny"
+    ALLOW = "allow"
+
+
+class QAuthZListFormat(StrEnum):
+    """How a rule's pattern is compared."""
+
+    EXACT = "exact"
+    GLOB = "glob"
+
+
+class QAuthZListRule(Struct):
+    """A rule of an access list."""
+
+    match: Annotated[str, Doc("name of the client, or a pattern of names")]
+    policy: Annotated[QAuthZListPolicy, Doc("whether it may come in")]
+    format: Annotated[QAuthZListFormat | None, Doc("how match is compared", default="exact")] = None
+
+
+class AuthZListProperties(Struct):
+    """A list of rules that says who may come in."""
+
+    policy: Annotated[QAuthZListPolicy | None, Doc("what holds where no rule matches", default="deny")] = None
+    rules: Annotated[list[QAuthZListRule] | None, Doc("the rules; the first that matches decides")] = None
+
+
+ObjectOptions.register_branch("authz-list", AuthZListProperties)
 ObjectOptions.register_branch("iothread", IothreadProperties)
+ObjectOptions.register_branch("main-loop", MainLoopProperties)
+ObjectOptions.register_branch("secret", SecretProperties)
 ObjectOptions.register_branch("throttle-group", ThrottleGroupProperties)
+
+
+class ObjectAdd(Command, name="object-add", boxed=ObjectOptions):
+    """Create an object."""
+
+
+class ObjectDel(Command, name="object-del"):
+    """Remove an object that nobody uses."""
+
+    id: Annotated[str, Doc("the object")]

@@ -214,7 +214,7 @@ class Settings:
 
     def address(self) -> Address:
         """Where to listen, or with --list to connect to. OptionError if it cannot be one."""
-        from bottomhalf.monitor.addresses import host_address
+        from bottomhalf.chardev.addresses import host_address
         from bottomhalf.qapi.sockets import SocketAddress
         from bottomhalf.qapi.visit import from_json
 

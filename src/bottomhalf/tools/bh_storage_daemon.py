@@ -8,6 +8,7 @@ device can be used by the monitor behind it.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse, program_name
 
 if TYPE_CHECKING:
+    from bottomhalf.chardev.base import Chardev
     from bottomhalf.host.linux.process import PidFile
     from bottomhalf.monitor.storage import Storage
+    from bottomhalf.qapi.char import ChardevBackend
 
 PROGRAM: Final = "bh-storage-daemon"
 
@@ -41,18 +44,19 @@ Serve disk images without a virtual machine.
   -V, --version          output version information and exit
   --blockdev [driver=]DRIVER,node-name=N[,OPTION=VALUE...]
                          create a block node
-  --chardev [backend=]socket|stdio,id=ID[,OPTION=VALUE...]
+  --chardev [backend=]socket|stdio|pty|file|pipe|null|ringbuf|mux,id=ID[,OPTION=VALUE...]
                          create a character device
   --daemonize            go to the background once everything is set up
   --export [type=]nbd,id=ID,node-name=N[,name=NAME][,writable=on|off]
                          export a block node over NBD (needs --nbd-server)
-  --monitor [chardev=]ID[,mode=control][,pretty=on|off]
-                         speak QMP on a character device
+  --monitor [chardev=]ID[,mode=control|readline][,pretty=on|off]
+                         speak QMP on a character device, or, with mode=readline, take commands
+                         from a person (HMP)
   --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]
   --nbd-server addr.type=unix,addr.path=PATH[,max-connections=N]
                          start the NBD server
-  --object iothread,id=ID[,poll-max-ns=N]
-                         create an object: a thread that serves exports
+  --object iothread|secret|authz-list|main-loop,id=ID[,PROPERTY=VALUE...]
+                         create an object: a thread that serves exports, a password, ...
   --pidfile PATH         write the process id to a file that goes away at exit
 
 Every option that takes KEY=VALUE also takes a JSON object. "--blockdev help", "--blockdev file,help"
@@ -139,6 +143,7 @@ def write_pidfile(program: str, what: str, path: str) -> PidFile:
 
 def _set_up(program: str, storage: Storage, name: str, value: str, typed: str) -> None:
     """One option of the second pass; an error ends the program and says in which option."""
+    typed = without_secret(name, typed)
     from bottomhalf.block import BlockError
     from bottomhalf.qapi.errors import HelpRequested, OptionError
 
@@ -156,6 +161,13 @@ def _set_up(program: str, storage: Storage, name: str, value: str, typed: str) -
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(program, f"{typed}: {where}{error.strerror or error}")
+
+
+def without_secret(name: str, typed: str) -> str:
+    """An option as it may be printed: what a secret holds is not shown."""
+    if name != "object" or "secret" not in typed:
+        return typed
+    return re.sub(r'((?:^|[,{\s])"?data"?\s*[=:]\s*)("(?:[^"\\]|\\.)*"|(?:[^,]|,,)*)', r"\1***", typed)
 
 
 def _options(name: str, value: str) -> Any:
@@ -190,25 +202,37 @@ def _export(program: str, storage: Storage, value: str) -> None:
     storage.exports.add(_options("export", value))
 
 
+def mux_over(base: str) -> ChardevBackend:
+    """The device that several monitors share ``base`` by."""
+    from bottomhalf.qapi.char import ChardevBackend, ChardevBackendKind, ChardevMux, ChardevMuxWrapper
+
+    return ChardevBackend(type=ChardevBackendKind("mux"), branch=ChardevMuxWrapper(data=ChardevMux(chardev=base)))
+
+
 def _chardev(program: str, storage: Storage, value: str) -> None:
-    from bottomhalf.monitor.chardev import SocketServerChardev
     from bottomhalf.qapi.char import parse_chardev
-    from bottomhalf.qapi.errors import OptionError
 
     given = parse_chardev(value)
     for warning in given.warnings:
         print(f"{program}: --chardev {value}: warning: {warning}", file=sys.stderr)
-    if given.mux:
-        raise OptionError("Parameter 'mux' is not supported yet", key="mux")
-    chardev = storage.add_chardev(given.id, given.backend)
-    if isinstance(chardev, SocketServerChardev) and chardev.wait:
+    if not given.mux:
+        _await_client(program, storage, storage.add_chardev(given.id, given.backend))
+        return
+    base = f"{given.id}-base"
+    _await_client(program, storage, storage.add_chardev(base, given.backend))
+    storage.add_chardev(given.id, mux_over(base))
+
+
+def _await_client(program: str, storage: Storage, chardev: Chardev) -> None:
+    if chardev.kind == "pty":
+        print(f"char device redirected to {chardev.describe()[4:]} (label {chardev.id})", file=sys.stderr)
+    if getattr(chardev, "wait", False):
         print(f"{program}: info: QEMU waiting for connection on: {chardev.describe()}", file=sys.stderr)
         while not chardev.connected and not storage.loop.quitting:
             storage.loop.run_once()
 
 
 def _monitor(program: str, storage: Storage, value: str) -> None:
-    from bottomhalf.monitor.qmp import QmpMonitor
     from bottomhalf.qapi.control import MonitorMode
     from bottomhalf.qapi.errors import OptionError, did_you_mean
 
@@ -218,7 +242,14 @@ def _monitor(program: str, storage: Storage, value: str) -> None:
         hint = did_you_mean(options.chardev, storage.chardevs) or "Give --chardev before --monitor."
         raise OptionError(f'chardev "{options.chardev}" not found', key="chardev", hint=hint)
     if options.mode == MonitorMode.READLINE:
-        raise OptionError("Only QMP is supported", key="mode")
+        if options.pretty:
+            raise OptionError("'pretty' is not compatible with HMP monitors", key="pretty")
+        from bottomhalf.monitor.hmp import HmpMonitor
+
+        HmpMonitor(storage, chardev)
+        return
+    from bottomhalf.monitor.qmp import QmpMonitor
+
     QmpMonitor(storage, chardev, pretty=options.pretty)
 
 

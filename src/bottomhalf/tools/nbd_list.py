@@ -26,7 +26,7 @@ def list_exports(program: str, address: Address) -> int:
     try:
         exports = _ask(address)
     except OSError as error:
-        from bottomhalf.monitor.addresses import why_not_connected
+        from bottomhalf.chardev.addresses import why_not_connected
 
         fail(program, why_not_connected(address, error))
     except ProtocolError as error:

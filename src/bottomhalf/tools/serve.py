@@ -233,8 +233,8 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
 
 
 def _take_commands(storage: Storage, path: str) -> None:
+    from bottomhalf.chardev.socket import SocketServerChardev
     from bottomhalf.host.protocol import UnixAddress
-    from bottomhalf.monitor.chardev import SocketServerChardev
     from bottomhalf.monitor.qmp import QmpMonitor
 
     chardev = SocketServerChardev("qmp", storage.loop.iohandler, UnixAddress(paths.absolute(path)), wait=False)

@@ -10,15 +10,18 @@ responses must keep the order of the requests.
 
     session = ServerSession({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""})
     output = session.greeting()
-    session.receive(data)
+    for item in session.receive(data):     # out-of-band commands: answer them now, whatever else is going on
+        ...
     while (item := session.next_request()) is not None:
         if isinstance(item, Refusal):
             output += session.error(item.error, item.id)
         else:
             output += session.response(run(item.command, item.arguments), item.id)
+        session.finished()
 
-When ``qmp_capabilities`` is among them, ``run`` calls ``session.negotiate``. Every line ends with CR LF.
-Member order is that of QEMU's hash table, see ``json_writer``.
+When ``qmp_capabilities`` is among them, ``run`` calls ``session.negotiate``, which returns the out-of-band commands
+that came behind it and were not known as such. Every line ends with CR LF. Member order is that of QEMU's hash table,
+see ``json_writer``. A session has no lock: whose threads share one, brings his own.
 """
 
 from __future__ import annotations
@@ -120,6 +123,7 @@ class ServerSession:
         self._pretty = pretty
         self._stream = JsonStream()
         self._queue: deque[Any] = deque()
+        self._running = False  # a command that next_request() gave
         self.enabled: frozenset[str] = frozenset()
         self.negotiated = False
 
@@ -130,16 +134,25 @@ class ServerSession:
 
     @property
     def wants_data(self) -> bool:
-        """Whether the monitor should go on reading: False while as many requests wait as QEMU lets wait."""
-        return len(self._queue) < (QUEUE_LENGTH_MAX_OOB if "oob" in self.enabled else QUEUE_LENGTH_MAX)
+        """Whether the monitor should go on reading: False while as many requests wait as QEMU lets wait. Without
+        out-of-band execution the one that is running counts, for nothing that could be read would be urgent."""
+        if "oob" in self.enabled:
+            return len(self._queue) < QUEUE_LENGTH_MAX_OOB
+        return len(self._queue) + self._running < QUEUE_LENGTH_MAX
 
     def greeting(self) -> bytes:
         """The first line of the connection."""
         return self._line({"QMP": {"version": self._version, "capabilities": self._offered}})
 
-    def receive(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes from the client. What they hold waits for ``next_request``."""
-        self._queue.extend(self._stream.feed(data))
+    def receive(self, data: bytes | bytearray | memoryview) -> list[Request | Refusal]:
+        """Take bytes from the client. What they hold waits for ``next_request``, but for what is to be answered at
+        once, out of band."""
+        values = self._stream.feed(data)
+        if "oob" not in self.enabled:
+            self._queue.extend(values)
+            return []
+        self._queue.extend(value for value in values if not _is_out_of_band(value))
+        return [self._judge(value) for value in values if _is_out_of_band(value)]
 
     def end_of_stream(self) -> None:
         """The client has closed its side; what it left incomplete becomes a refusal."""
@@ -149,7 +162,14 @@ class ServerSession:
         """The next thing to answer, judged by the state of the negotiation now; None if none waits."""
         if not self._queue:
             return None
-        value = self._queue.popleft()
+        self._running = True
+        return self._judge(self._queue.popleft())
+
+    def finished(self) -> None:
+        """What ``next_request`` gave is answered."""
+        self._running = False
+
+    def _judge(self, value: Any) -> Request | Refusal:
         if isinstance(value, JsonError):
             return Refusal(Failure(GENERIC_ERROR, str(value)))
         id = value.get("id", NO_ID) if isinstance(value, dict) else NO_ID
@@ -182,8 +202,9 @@ class ServerSession:
             raise Failure(GENERIC_ERROR, "QMP input lacks member 'execute'")
         return Request(value[executes], value.get("arguments", {}), id, executes == "exec-oob")
 
-    def negotiate(self, enable: Sequence[str] = ()) -> None:
-        """Run ``qmp_capabilities``: enter command mode with the capabilities ``enable``. Raises Failure."""
+    def negotiate(self, enable: Sequence[str] = ()) -> list[Request | Refusal]:
+        """Run ``qmp_capabilities``: enter command mode with the capabilities ``enable``. What waits already and is to
+        be answered out of band now that it may be. Raises Failure."""
         if self.negotiated:
             raise Failure(COMMAND_NOT_FOUND, NEGOTIATION_COMPLETE)
         unavailable = [name for name in enable if name not in self._offered]
@@ -191,6 +212,11 @@ class ServerSession:
             raise Failure(GENERIC_ERROR, f"Capability {', '.join(unavailable)} not available")
         self.enabled = frozenset(enable)
         self.negotiated = True
+        if "oob" not in self.enabled:
+            return []
+        waiting = list(self._queue)
+        self._queue = deque(value for value in waiting if not _is_out_of_band(value))
+        return [self._judge(value) for value in waiting if _is_out_of_band(value)]
 
     def response(self, value: Any = None, id: Any = NO_ID) -> bytes:
         """A success. ``value`` None stands for a command that returns nothing and is sent as ``{}``."""
@@ -225,6 +251,10 @@ class ServerSession:
 
     def _line(self, message: dict[str, Any]) -> bytes:
         return dumps(message, pretty=self._pretty).encode("ascii") + b"\r\n"
+
+
+def _is_out_of_band(value: Any) -> bool:
+    return isinstance(value, dict) and "exec-oob" in value and "execute" not in value
 
 
 class Greeting:

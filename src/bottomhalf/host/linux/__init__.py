@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from bottomhalf.host import protocol
     from bottomhalf.host.linux.process import LinuxSignals
     from bottomhalf.host.linux.ring_engine import RingEngine
-    from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket, LinuxStdio
+    from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket
+    from bottomhalf.host.linux.streams import LinuxPty, LinuxStdio, LinuxStream
     from bottomhalf.host.linux.thread_engine import ThreadEngine
 
 __all__ = ["LinuxHost"]
@@ -133,6 +134,19 @@ class LinuxHost:
         return connect(address)
 
     def stdio(self) -> LinuxStdio:
-        from bottomhalf.host.linux.sockets import LinuxStdio
+        from bottomhalf.host.linux.streams import LinuxStdio
 
         return LinuxStdio()
+
+    def open_stream(self, input_path: str | None, output_path: str | None, mode: str) -> LinuxStream:
+        from bottomhalf.host.linux.streams import open_stream
+
+        return open_stream(input_path, output_path, mode)
+
+    def open_pty(self) -> LinuxPty:
+        from bottomhalf.host.linux.streams import LinuxPty
+
+        return LinuxPty()
+
+    symlink = staticmethod(os.symlink)
+    remove = staticmethod(os.unlink)

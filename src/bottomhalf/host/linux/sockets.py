@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stream sockets and standard input and output, non-blocking.
+"""Stream sockets, non-blocking.
 
 The data path calls ``recv_into``, ``send`` and ``sendmsg`` once per batch; they are the C methods of
 ``socket.socket`` itself, which is why ``LinuxSocket`` is a subclass and not a wrapper.
@@ -183,38 +183,3 @@ def connect(address: Address) -> LinuxSocket:
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(address)) from None
     return _adopt(plain)
-
-
-class LinuxStdio:
-    """Standard input and output as one stream (host.protocol.Socket)."""
-
-    def __init__(self) -> None:
-        self._input, self._output = 0, 1
-        self._blocking = (os.get_blocking(self._input), os.get_blocking(self._output))
-        os.set_blocking(self._input, False)
-
-    def fileno(self) -> int:
-        return self._input
-
-    def recv_into(self, buffer: Any) -> int:
-        return os.readv(self._input, [buffer])
-
-    def send(self, data: Any) -> int:
-        return os.write(self._output, data)
-
-    def sendmsg(self, buffers: Any) -> int:
-        return os.writev(self._output, buffers)
-
-    send_more = send
-
-    def send_file(self, file: File, offset: int, count: int) -> int:
-        return os.sendfile(self._output, file.fileno(), offset, count)
-
-    def peer_name(self) -> str:
-        return "stdio"
-
-    def shutdown(self) -> None:
-        pass
-
-    def close(self) -> None:
-        os.set_blocking(self._input, self._blocking[0])

@@ -31,6 +31,7 @@ from bottomhalf.host.sim.network import Network, SimListener
 from bottomhalf.host.sim.poller import SimEvent, SimPoller, SimSignalSource
 from bottomhalf.host.sim.sockets import SimSocket
 from bottomhalf.host.sim.store import Store
+from bottomhalf.host.sim.streams import SimPty, Streams
 from bottomhalf.host.sim.threads import SimThread, Threads
 from bottomhalf.host.sim.world import Odds, Scheduled, World, failure
 
@@ -68,6 +69,7 @@ class SimHost:
         self.tick_ns = 0  # by which every look at the clock moves it; 0: only waiting does
         self.poller_kinds = set(POLLER_KINDS)  # those that can be had by name
         self.engine_kinds = set(ENGINE_KINDS)  # those that can be had by name
+        self.streams = Streams(self.world, self.network, self.disk)
         self._random = self.world.chance("random bytes")
         self._survival = self.world.chance("survival")
         self._stdio: tuple[SimSocket, SimSocket] | None = None
@@ -176,6 +178,18 @@ class SimHost:
 
     def stdio(self) -> SimSocket:
         return self._terminal_pair()[0]
+
+    def open_stream(self, input_path: str | None, output_path: str | None, mode: str) -> SimSocket:
+        return self.streams.open(input_path, output_path, mode)
+
+    def open_pty(self) -> SimPty:
+        return self.streams.open_pty()
+
+    def symlink(self, target: str, path: str) -> None:
+        self.streams.symlink(target, path)
+
+    def remove(self, path: str) -> None:
+        self.streams.remove(path)
 
     # Time, threads, signals
 
@@ -366,6 +380,7 @@ class SimHost:
         for fault in self.faults.rules:
             fault.drop_held()
         self.network.drop_everything(reboot)
+        self.streams.drop_everything()
         self.world.drop_everything()
         self._stdio = None
 

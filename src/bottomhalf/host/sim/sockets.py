@@ -87,6 +87,7 @@ class SimSocket(Descriptor):
         self.name = "unknown peer"
         self._inbound = inbound
         self._outbound = outbound
+        self.echo = True  # of a terminal
         self._error = 0  # to be told once, when the bytes that came before it are read
         self._is_dead = False  # reset
         self._is_shut = False  # by shutdown() of this side
@@ -188,6 +189,10 @@ class SimSocket(Descriptor):
             self.reset()  # nobody is there to take it
         else:
             self._outbound.put(data)
+
+    def set_echo(self, echo: bool, signals: bool = True) -> None:
+        """Of a terminal: noted for tests, which type and read what they please."""
+        self.echo = echo
 
     # Ending
 
