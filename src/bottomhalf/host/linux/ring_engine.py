@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from typing import Final
 
-from bottomhalf.host.linux.job import Job
+from bottomhalf.host.linux.job import OPERATION_BYTES_MAX, Job
 from bottomhalf.host.linux.ring import (
     FSYNC_DATASYNC,
     OP_FALLOCATE,
@@ -17,9 +15,7 @@ from bottomhalf.host.linux.ring import (
     Ring,
 )
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request
-
-RING_OPERATION_BYTES_MAX: Final = 0x7FFFF000  # what one read or write moves at most (Linux)
+from bottomhalf.host.request import FLUSH, READ, WRITE, Request
 
 
 class RingEngine:
@@ -59,7 +55,7 @@ class RingEngine:
 
     def _fill(self, slot: int, job: Job) -> None:
         request, push = job.request, self._ring.push
-        op = request.op
+        op = job.op
         if op <= WRITE:
             done = request.done
             push(
@@ -68,8 +64,8 @@ class RingEngine:
                 job.fd,
                 request.offset + done,
                 job.address + done,
-                min(request.length - done, RING_OPERATION_BYTES_MAX),
-                os.RWF_DSYNC if op == WRITE and request.flags & FUA else 0,
+                min(request.length - done, OPERATION_BYTES_MAX),
+                job.rw_flags,
             )
         elif op == FLUSH:
             push(slot, OP_FSYNC, job.fd, 0, 0, 0, FSYNC_DATASYNC)
