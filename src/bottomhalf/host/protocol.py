@@ -30,6 +30,9 @@ HUP: Final = 0x010
 DATA: Final = 1  # reads come from storage
 ZERO: Final = 2  # reads as zeroes
 
+# What Host.engine() makes by name.
+ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
+
 # Permissions of an opened image, bit numbers as in the lock bytes of a file (100 + n held, 200 + n not shared).
 PERM_CONSISTENT_READ: Final = 1
 PERM_WRITE: Final = 2
@@ -179,7 +182,8 @@ class ImageInUse(OSError):
 
 
 class Engine(Protocol):
-    """Asynchronous file I/O with completions that come in lists (io_uring, threads, simulated).
+    """Asynchronous file I/O with completions that come in lists (io_uring, linux-aio, threads,
+    simulated).
 
     One that can prepare a list faster than its requests one by one also has ``prepare_batch(file, requests)``: the
     same as prepare() for each, where all are of one op."""
@@ -207,7 +211,8 @@ class Engine(Protocol):
         """Requests that finished since the last call, ``result`` set. Does not wait."""
 
     def close(self) -> None:
-        """Wait until nothing is in flight, then give everything back."""
+        """Wait until nothing is in flight, then give everything back. In a forked child only what is the child's own:
+        there is nothing of its own in flight."""
 
 
 class Socket(Protocol):
@@ -349,8 +354,9 @@ class Host(Protocol):
         it, OSError; nothing has changed then."""
 
     def engine(self, kind: str = "auto") -> Engine:
-        """Make an engine: "io_uring", "threads", or "auto" for the best that works here. Belongs to the calling
-        thread. OSError if the named one is not to be had."""
+        """Make an engine: one of ENGINE_KINDS, or "auto" for the one that works here and is best for all files (so not
+        linux-aio, which waits unless a file is direct). Belongs to the calling thread. OSError if the named one is not
+        to be had."""
 
     def listen(self, address: Address) -> Listener: ...
 

@@ -13,7 +13,7 @@ from bottomhalf.host.protocol import IN, Engine, Event, File, Host, Poller, Sock
 from bottomhalf.host.request import Request
 from bottomhalf.host.sim import Odds, SimHost
 
-HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-poll", "linux-uring", "linux-uring-old")
+HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-aio", "linux-poll", "linux-uring", "linux-uring-old")
 WAIT_NS = 10_000_000_000  # longer than anything here takes; a wait never lasts so long
 
 
@@ -33,7 +33,7 @@ class Place:
         self._directory = directory
         self._sim: SimHost | None = None
         self.poller_kind = "poll" if name == "linux-poll" else "io_uring" if "uring" in name else "auto"
-        self._engine_kind = "threads" if name == "linux-threads" else "auto"
+        self.engine_kind = {"linux-threads": "threads", "linux-aio": "linux-aio"}.get(name, "auto")
         self._opened: list[Engine | Event | File | Poller | Socket] = []
         if name.startswith("sim"):
             self.host = self._sim = SimHost(odds=Odds.calm() if name == "sim-calm" else None)
@@ -58,7 +58,7 @@ class Place:
         return self._keep(self.host.open_file(path, **options))  # type: ignore[arg-type]
 
     def engine(self) -> Engine:
-        return self._keep(self.host.engine(self._engine_kind))
+        return self._keep(self.host.engine(self.engine_kind))
 
     def poller(self) -> Poller:
         return self._keep(self.host.poller(self.poller_kind))

@@ -161,7 +161,7 @@ def test_many_requests_complete_once_each(place: Place) -> None:
 
 def test_closing_an_engine_waits(place: Place) -> None:
     path = place.file("a", 4096)
-    file, engine = place.open(path), place.host.engine()
+    file, engine = place.open(path), place.host.engine(place.engine_kind)
     requests = [Request(WRITE, n * 512, 512, memoryview(b"x" * 512)) for n in range(8)]
     for request in requests:
         engine.prepare(file, request)

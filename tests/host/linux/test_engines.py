@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from bottomhalf.host.linux import LinuxHost, ring_engine, thread_engine
+from bottomhalf.host.linux import LinuxHost, linux_aio, ring_engine, workers
 from bottomhalf.host.linux import ring as ring_module
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.job import Job
 from bottomhalf.host.linux.ring import ENTRIES
 from bottomhalf.host.linux.ring_engine import RingEngine
-from bottomhalf.host.linux.thread_engine import WORKERS_MAX, ThreadEngine
+from bottomhalf.host.linux.thread_engine import ThreadEngine
+from bottomhalf.host.linux.workers import WORKERS_MAX
 from bottomhalf.host.protocol import Engine
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, OP_NAMES, READ, WRITE, WRITE_ZEROES, Request
 from bottomhalf.host.sim import SimHost
@@ -32,14 +33,14 @@ PAGE = 4096
 Answers = Callable[..., list[int]]
 
 
-@pytest.fixture(params=["linux", "linux-threads", "sim"])
+@pytest.fixture(params=["linux", "linux-threads", "linux-aio", "sim"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     made = Place(request.param, tmp_path)
     yield made
     made.close()
 
 
-@pytest.fixture(params=["linux", "linux-threads"])
+@pytest.fixture(params=["linux", "linux-threads", "linux-aio"])
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     made = Place(request.param, tmp_path)
     yield made
@@ -145,7 +146,7 @@ def test_errors_belong_to_their_requests(place: Place) -> None:
 def test_close_waits(place: Place) -> None:
     """With requests in flight, waiting for their turn, and not even entered."""
     path = place.file("a", 1 << 20)
-    file, engine = place.open(path), place.host.engine("threads" if place._engine_kind == "threads" else "auto")
+    file, engine = place.open(path), place.host.engine(place.engine_kind)
     requests = [Request(WRITE, n * 512, 512, buffer(512, b"w")) for n in range(2 * ENTRIES)]
     for request in requests[:-10]:
         engine.prepare(file, request)
@@ -205,11 +206,12 @@ def test_short_transfers_go_on(real: Place, answers: Answers, parts: tuple[int, 
 
 def test_short_transfers_by_the_kernel(real: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same when no more than so many bytes really move at a time."""
-    monkeypatch.setattr(ring_engine, "RING_OPERATION_BYTES_MAX", 700)
+    for module in (ring_engine, linux_aio):
+        monkeypatch.setattr(module, "OPERATION_BYTES_MAX", 700)
     preadv, pwritev = os.preadv, os.pwritev
-    if real._engine_kind == "threads":
-        monkeypatch.setattr(thread_engine.os, "preadv", lambda fd, b, offset: preadv(fd, [b[0][:700]], offset))
-        monkeypatch.setattr(thread_engine.os, "pwritev", lambda fd, b, *rest: pwritev(fd, [b[0][:700]], *rest))
+    if real.engine_kind == "threads":
+        monkeypatch.setattr(workers.os, "preadv", lambda fd, b, offset: preadv(fd, [b[0][:700]], offset))
+        monkeypatch.setattr(workers.os, "pwritev", lambda fd, b, *rest: pwritev(fd, [b[0][:700]], *rest))
     content = bytes(range(256)) * 16
     path = real.file("a", PAGE)
     carry_out(real, path, Request(WRITE, 0, PAGE, memoryview(content)))
@@ -398,7 +400,7 @@ def test_descriptors_are_given_back(real: Place) -> None:
     path = real.file("a", PAGE)
     before = count()
     for _ in range(3):
-        engine = real.host.engine("threads" if real._engine_kind == "threads" else "auto")
+        engine = real.host.engine(real.engine_kind)
         file = real.host.open_file(path)
         engine.prepare(file, Request(READ, 0, 10, buffer(10)))
         engine.enter()
@@ -410,7 +412,7 @@ def test_descriptors_are_given_back(real: Place) -> None:
 def test_workers_are_bounded(tmp_path: Path) -> None:
     place = Place("linux-threads", tmp_path)
     engine = carry_out(place, place.file("a", PAGE), *[Request(READ, 0, 10, buffer(10)) for _ in range(200)])
-    assert isinstance(engine, ThreadEngine) and len(engine._threads) == WORKERS_MAX
+    assert isinstance(engine, ThreadEngine) and len(engine._workers.threads) == WORKERS_MAX
     place.close()
 
 
@@ -429,7 +431,7 @@ def test_io_uring_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with pytest.raises(OSError) as caught:
         host.engine("io_uring")
     assert caught.value.errno == number
-    with pytest.raises(ValueError, match="io_uring or threads"):
+    with pytest.raises(ValueError, match="io_uring, linux-aio or threads"):
         host.engine("native")
 
 

@@ -150,7 +150,7 @@ def test_beyond_the_end_and_short(engine: RingEngine, file: LinuxFile, arena: Li
 def test_more_than_one_operation_moves(
     engine: RingEngine, file: LinuxFile, arena: LinuxArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_engine, "RING_OPERATION_BYTES_MAX", BLOCK)
+    monkeypatch.setattr(ring_engine, "OPERATION_BYTES_MAX", BLOCK)
     requests = [transfer(READ, arena, n, 4) for n in (0, 4)]
     engine.prepare_batch(file, requests)
     finish(engine)

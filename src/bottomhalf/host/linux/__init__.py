@@ -13,15 +13,13 @@ from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import make_poller
-from bottomhalf.host.protocol import PERM_RESIZE, PERM_WRITE
+from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
     from bottomhalf.host.linux.process import LinuxSignals
-    from bottomhalf.host.linux.ring_engine import RingEngine
     from bottomhalf.host.linux.sockets import LinuxListener, LinuxSocket
     from bottomhalf.host.linux.streams import LinuxPty, LinuxStdio, LinuxStream
-    from bottomhalf.host.linux.thread_engine import ThreadEngine
 
 __all__ = ["LinuxHost"]
 
@@ -108,20 +106,24 @@ class LinuxHost:
         finally:
             file.close()
 
-    def engine(self, kind: str = "auto") -> RingEngine | ThreadEngine:
-        from bottomhalf.host.linux.ring_engine import RingEngine
+    def engine(self, kind: str = "auto") -> protocol.Engine:
+        if kind not in ("auto", *ENGINE_KINDS):
+            raise ValueError(f"engine is auto, {', '.join(ENGINE_KINDS[:-1])} or {ENGINE_KINDS[-1]}, not {kind!r}")
+        if kind in ("auto", "io_uring"):
+            from bottomhalf.host.linux.ring_engine import RingEngine
+
+            try:
+                return RingEngine()
+            except OSError:
+                if kind == "io_uring":
+                    raise  # "auto": refused (a container's seccomp profile, the sysctl) or not there
+        elif kind == "linux-aio":
+            from bottomhalf.host.linux.linux_aio import LinuxAioEngine
+
+            return LinuxAioEngine()
         from bottomhalf.host.linux.thread_engine import ThreadEngine
 
-        if kind == "threads":
-            return ThreadEngine()
-        if kind not in ("auto", "io_uring"):
-            raise ValueError(f"engine is auto, io_uring or threads, not {kind!r}")
-        try:
-            return RingEngine()
-        except OSError:
-            if kind == "io_uring":
-                raise
-            return ThreadEngine()  # refused (a container's seccomp profile, the sysctl) or not there
+        return ThreadEngine()
 
     def listen(self, address: protocol.Address) -> LinuxListener:
         from bottomhalf.host.linux.sockets import LinuxListener

@@ -6,45 +6,57 @@ early at the end of what is cached, writes end early when the disk fills up, eit
 all engines share ``Job.step``: given what the kernel said to a part of a request, it says whether the request is
 done or how to go on. The rules are QEMU's: a read beyond the end of the file yields zero bytes, a write that makes
 no progress is ENOSPC.
+
+Durable (FUA) is: a write with RWF_DSYNC, or where that is refused, and for zeroes and discards always, the operation
+and then a flush. So ``Job.op`` is what is to be done next, and need not be the op of the request.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from typing import Final
 
 from bottomhalf.host.linux.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, address_of
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, READ, WRITE, Request
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, Request
+
+OPERATION_BYTES_MAX: Final = 0x7FFFF000  # what one read or write moves at most (Linux)
 
 _PUNCH: Final = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
 _RETRY: Final = (-errno.EINTR, -errno.EAGAIN)
+_NO_DSYNC: Final = (-errno.EOPNOTSUPP, -errno.EINVAL)
 _NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS)
 
 
 class Job:
     """A request on its way through an engine: with whose descriptor, and its bounce buffer if it needs one."""
 
-    __slots__ = ("address", "bounce", "fd", "file", "mode", "request")
+    __slots__ = ("address", "bounce", "durable", "fd", "file", "mode", "op", "request", "rw_flags")
 
     def __init__(self, file: File, request: Request) -> None:
         self.file = file
         self.fd = file.fileno()
         self.request = request
         self.bounce: memoryview | None = None
+        self.op = request.op  # what is to be done next
         self.mode = 0  # of fallocate
+        self.rw_flags = 0  # of a write
+        self.durable = True  # whether what is done needs no flush afterwards
         request.done = 0
         if request.op <= WRITE:
+            if request.op == WRITE and request.flags & FUA:
+                self.rw_flags = os.RWF_DSYNC
             # Found out here, the address is not left in the request: the next buffer lies elsewhere.
             self.address = request.address
             if not self.address and request.length and not request.buffer.readonly:
                 self.address = address_of(request.buffer)
             if not self.address or self.address % file.memory_alignment:
                 self._use_bounce(request)
-        elif request.op == DISCARD or (request.op != FLUSH and request.flags & MAY_UNMAP):
-            self.mode = _PUNCH
-        else:
-            self.mode = FALLOC_ZERO_RANGE
+        elif request.op != FLUSH:
+            unmap = request.op == DISCARD or request.flags & MAY_UNMAP
+            self.mode = _PUNCH if unmap else FALLOC_ZERO_RANGE
+            self.durable = not request.flags & FUA
 
     def _use_bounce(self, request: Request) -> None:
         from bottomhalf.host.linux.memory import LinuxArena
@@ -70,36 +82,38 @@ class Job:
     def _step(self, result: int) -> bool:
         request = self.request
         if result < 0:
-            if result in _RETRY:
-                return False
-            if request.op > FLUSH:
-                return self._fallocate_refused(result)
-            request.result = result
-            return True
-        if request.op > WRITE:
-            request.result = 0
-            return True
+            return self._failed(result)
+        if self.op > WRITE:
+            return self._succeeded()
         request.done += result
         if request.done == request.length:
-            self._succeed()
-            return True
-        if request.op == WRITE:
+            return self._succeeded()
+        if self.op == WRITE:
             if result == 0:
                 request.result = -errno.ENOSPC
                 return True
             return False
         if result == 0 or request.offset + request.done >= self.file.size():
             self.buffer[request.done :] = bytes(request.length - request.done)
-            self._succeed()
-            return True
+            return self._succeeded()
         return False
 
-    def _succeed(self) -> None:
-        if self.bounce is not None and self.request.op == READ:
+    def _succeeded(self) -> bool:
+        if not self.durable:
+            self.op, self.durable = FLUSH, True
+            return False
+        if self.bounce is not None and self.op == READ:
             self.request.buffer[:] = self.bounce
         self.request.result = 0
+        return True
 
-    def _fallocate_refused(self, result: int) -> bool:
-        """A file system without this mode of fallocate: say ENOTSUP and let the block layer fall back."""
-        self.request.result = -errno.ENOTSUP if result in _NO_SUCH_MODE else result
+    def _failed(self, result: int) -> bool:
+        if result in _RETRY:
+            return False
+        if self.rw_flags and result in _NO_DSYNC:
+            self.rw_flags, self.durable = 0, False
+            return False
+        if self.op > FLUSH and result in _NO_SUCH_MODE:
+            result = -errno.ENOTSUP  # a file system without this mode of fallocate: the block layer falls back
+        self.request.result = result
         return True

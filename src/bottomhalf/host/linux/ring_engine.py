@@ -8,11 +8,9 @@ request itself. All others, and those that come back short or refused, get a ``J
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from typing import Final
 
-from bottomhalf.host.linux.job import Job
+from bottomhalf.host.linux.job import OPERATION_BYTES_MAX, Job
 from bottomhalf.host.linux.ring import (
     ENTRY_SIZE,
     FSYNC_DATASYNC,
@@ -25,8 +23,6 @@ from bottomhalf.host.linux.ring import (
 )
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request
-
-RING_OPERATION_BYTES_MAX: Final = 0x7FFFF000  # what one read or write moves at most (Linux)
 
 
 class RingEngine:
@@ -75,7 +71,7 @@ class RingEngine:
         sqes, whole, files, pack_into = self._ring.sqes, self._whole, self._files, TRANSFER.pack_into
         for slot, request in zip(slots, requests, strict=True):
             address, length = request.address, request.length
-            if not address or address & misaligned or length > RING_OPERATION_BYTES_MAX:
+            if not address or address & misaligned or length > OPERATION_BYTES_MAX:
                 special.append(request)
                 continue
             pack_into(sqes, slot * ENTRY_SIZE, head, request.offset, address, length)
@@ -99,7 +95,7 @@ class RingEngine:
 
     def _fill(self, slot: int, job: Job) -> None:
         request, push = job.request, self._ring.push
-        op = request.op
+        op = job.op
         if op <= WRITE:
             done = request.done
             push(
@@ -108,8 +104,8 @@ class RingEngine:
                 job.fd,
                 request.offset + done,
                 job.address + done,
-                min(request.length - done, RING_OPERATION_BYTES_MAX),
-                os.RWF_DSYNC if op == WRITE and request.flags & FUA else 0,
+                min(request.length - done, OPERATION_BYTES_MAX),
+                job.rw_flags,
             )
         elif op == FLUSH:
             push(slot, OP_FSYNC, job.fd, 0, 0, 0, FSYNC_DATASYNC)

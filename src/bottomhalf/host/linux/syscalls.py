@@ -22,6 +22,9 @@ _SYS_IO_URING_ENTER: Final = 426
 _SYS_IO_URING_REGISTER: Final = 427
 _SYS_EPOLL_PWAIT2: Final = 441
 _SYS_CACHESTAT: Final = 451
+_SYS_IO_SETUP, _SYS_IO_DESTROY, _SYS_IO_GETEVENTS, _SYS_IO_SUBMIT = (
+    (206, 207, 208, 209) if os.uname().machine == "x86_64" else (0, 1, 4, 2)
+)
 
 _long = ctypes.c_long
 _size = ctypes.c_size_t
@@ -111,6 +114,35 @@ def io_uring_register_eventfd(fd: int, eventfd: int) -> None:
         _SYS_IO_URING_REGISTER, fd, register_eventfd, ctypes.addressof(number), 1, None, 0
     )
     if result < 0:
+        raise error(ctypes.get_errno())
+
+
+def io_setup(entries: int) -> int:
+    """io_setup(2): a context for so many requests; what comes back is the address of its completion ring."""
+    context = ctypes.c_uint64(0)
+    result = _syscall_released(_SYS_IO_SETUP, entries, ctypes.addressof(context), None, 0, None, 0)
+    if result < 0:
+        raise error(ctypes.get_errno())
+    return context.value
+
+
+def io_submit(context: int, count: int, pointers: int) -> int:
+    """io_submit(2): how many of the ``count`` control blocks, whose addresses stand at ``pointers``, were taken, or the
+    negative errno of the first. Waits for the disk where the file system has it so; the GIL is released."""
+    result = _syscall_released(_SYS_IO_SUBMIT, context, count, pointers, 0, None, 0)
+    return int(result) if result >= 0 else -ctypes.get_errno()
+
+
+def io_getevents(context: int, count: int, events: int) -> int:
+    """io_getevents(2) without waiting: how many of ``count`` events of 32 bytes it put there, or a negative errno."""
+    no_time = ctypes.create_string_buffer(_TIMESPEC.size)
+    result = _syscall_kept(_SYS_IO_GETEVENTS, context, 0, count, events, ctypes.addressof(no_time), 0)
+    return int(result) if result >= 0 else -ctypes.get_errno()
+
+
+def io_destroy(context: int) -> None:
+    """io_destroy(2): waits for what is in flight; the completion ring is gone."""
+    if _syscall_released(_SYS_IO_DESTROY, context, None, None, 0, None, 0) < 0:
         raise error(ctypes.get_errno())
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from bottomhalf.host.protocol import PERM_RESIZE, PERM_WRITE, Address, Host
+from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE, Address, Host
 from bottomhalf.host.sim.arena import SimArena
 from bottomhalf.host.sim.disk import Disk, Inode
 from bottomhalf.host.sim.engine import SimEngine
@@ -35,7 +35,6 @@ from bottomhalf.host.sim.streams import SimPty, Streams
 from bottomhalf.host.sim.threads import SimThread, Threads
 from bottomhalf.host.sim.world import Odds, Scheduled, World, failure
 
-ENGINE_KINDS: Final = ("io_uring", "threads")
 POLLER_KINDS: Final = ("epoll", "poll", "io_uring")
 CACHED: Final = ("always", "never", "random", "explicit")
 
@@ -165,7 +164,7 @@ class SimHost:
 
     def engine(self, kind: str = "auto") -> SimEngine:
         if kind not in ("auto", *ENGINE_KINDS):
-            raise ValueError(f"an engine is auto, {' or '.join(ENGINE_KINDS)}, not {kind!r}")
+            raise ValueError(f"engine is auto, {', '.join(ENGINE_KINDS[:-1])} or {ENGINE_KINDS[-1]}, not {kind!r}")
         if kind != "auto" and kind not in self.engine_kinds:
             raise failure(errno_module.ENOSYS)
         return SimEngine(self.world, self.faults, self.latency, "sim" if kind == "auto" else kind)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on linux-aio (``aio=native``), for O_DIRECT where io_uring is refused or not wanted.
+
+linux-aio reads, writes and, since Linux 4.18, syncs. It has no fallocate; some file systems have no sync in it; and it
+may have no memory for a request while none is in flight whose end could tell when there is. All of that goes to
+worker threads, which announce what they finish on the same eventfd. So nothing waits for a wake-up that may not come.
+
+Without O_DIRECT io_submit(2) does the work itself before it returns. It is right then, but waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections import deque
+
+from bottomhalf.host.linux.aio_ring import CMD_FDSYNC, CMD_PREAD, CMD_PWRITE, AioRing
+from bottomhalf.host.linux.event import LinuxEvent
+from bottomhalf.host.linux.job import OPERATION_BYTES_MAX, Job
+from bottomhalf.host.linux.workers import Workers
+from bottomhalf.host.protocol import File
+from bottomhalf.host.request import FLUSH, READ, WRITE, Request
+
+
+class LinuxAioEngine:
+    """host.protocol.Engine on linux-aio."""
+
+    name = "linux-aio"
+
+    def __init__(self) -> None:
+        """OSError: EAGAIN (aio-max-nr is used up), ENOSYS or EPERM (not there, not allowed), ENOMEM, EMFILE."""
+        self._event = LinuxEvent()
+        try:
+            self._ring = AioRing(self._event.fileno())
+        except BaseException:
+            self._event.close()
+            raise
+        self._workers = Workers(self._event.set)
+        self._for_workers: list[Job] = []
+        self._jobs: list[Job | None] = [None] * self._ring.entries
+        self._free = list(range(self._ring.entries))
+        self._waiting: deque[Job] = deque()
+        self._has_fdsync = True
+        self._pid = os.getpid()
+        self.in_flight = 0
+
+    def fileno(self) -> int:
+        return self._event.fileno()
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._workers.finished) or self._ring.pending
+
+    def prepare(self, file: File, request: Request) -> None:
+        job = Job(file, request)
+        self.in_flight += 1
+        self._queue(job)
+
+    def _queue(self, job: Job) -> None:
+        op = job.op
+        if op > FLUSH or (op == FLUSH and not self._has_fdsync):
+            self._for_workers.append(job)
+        elif self._free:
+            slot = self._free.pop()
+            self._jobs[slot] = job
+            self._fill(slot, job)
+        else:
+            self._waiting.append(job)
+
+    def _fill(self, slot: int, job: Job) -> None:
+        request, op = job.request, job.op
+        if op <= WRITE:
+            done = request.done
+            self._ring.push(
+                slot,
+                CMD_PREAD if op == READ else CMD_PWRITE,
+                job.fd,
+                request.offset + done,
+                job.address + done,
+                min(request.length - done, OPERATION_BYTES_MAX),
+                job.rw_flags,
+            )
+        else:
+            self._ring.push(slot, CMD_FDSYNC, job.fd, 0, 0, 0, 0)
+
+    def enter(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this engine's AIO context is another process's; make engines after fork")
+        ring = self._ring
+        if ring.unsubmitted:
+            ring.enter()
+            if ring.unsubmitted and not ring.in_kernel:
+                for slot in ring.take_back():
+                    self._for_workers.append(self._release(slot))
+        if self._for_workers:
+            jobs, self._for_workers = self._for_workers, []
+            self._workers.put(jobs)
+
+    def _release(self, slot: int) -> Job:
+        job = self._jobs[slot]
+        assert job is not None, "the kernel completed a request twice"
+        self._jobs[slot] = None
+        self._free.append(slot)
+        return job
+
+    def reap(self) -> list[Request]:
+        ring, jobs, waiting, free = self._ring, self._jobs, self._waiting, self._free
+        finished: list[Request] = []
+        self._event.clear()
+        while True:
+            self.enter()
+            slots, results = ring.completions()
+            for slot, result in zip(slots, results, strict=True):
+                job = jobs[slot]
+                assert job is not None, "the kernel completed a request twice"
+                if job.op == FLUSH and result == -errno.EINVAL:
+                    self._has_fdsync = False
+                    self._for_workers.append(self._release(slot))
+                elif job.step(result):
+                    finished.append(job.request)
+                    self._release(slot)
+                else:
+                    self._fill(slot, job)
+            while waiting and free:
+                self._queue(waiting.popleft())
+            if not self._for_workers and (not ring.unsubmitted or not slots):
+                break  # nothing to go on with, or what is in flight will tell when there is room
+        finished += self._workers.take()
+        self.in_flight -= len(finished)
+        return finished
+
+    def close(self) -> None:
+        if os.getpid() != self._pid:
+            self._ring.forget()
+        else:
+            poll = select.poll()
+            poll.register(self._event.fileno(), select.POLLIN)
+            self.enter()
+            while self.in_flight:
+                if not self.pending:
+                    poll.poll()
+                self.reap()
+            self._workers.stop()
+            self._ring.close()
+        self._event.close()
