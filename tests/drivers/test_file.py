@@ -16,7 +16,7 @@ from bottomhalf.block import BlockError
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import DATA, PERM_CONSISTENT_READ, ZERO
-from bottomhalf.host.request import DISCARD, FUA, MAY_UNMAP, NO_FALLBACK, WRITE, WRITE_ZEROES
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
 from bottomhalf.host.sim import OPEN, SimHost
 from tests.block.bench import bench, discard, read, sim_bench, zero
 
@@ -204,3 +204,35 @@ def test_zeroes_and_discards_on_the_real_host(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert content[:5000] + content[8192:16384] == bytes(5000 + 8192)
     assert content[5000:8192] + content[16384:32768] + content[49152:] == b"x" * (3192 + 16384 + 16384)
+
+
+@pytest.mark.parametrize(("aio", "kind"), [("io_uring", "io_uring"), ("native", "linux-aio"), ("threads", "threads")])
+def test_the_engine_that_aio_names(tmp_path: Path, aio: str, kind: str) -> None:
+    """It carries out the requests, beside the context's usual one, and its name is in the statistics."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(1 << 20))
+    with bench(LinuxHost()) as it:
+        usual = it.file(str(path), "usual", direct=True)
+        named = it.file(str(path), "named", direct=True, aio=aio)
+        assert usual.engine is it.context.engine and named.engine is it.context.engine_of(kind)
+        user = it.user(named)
+        data = bytes(range(256)) * 32
+        requests = [Request(WRITE, n * 8192, 8192, memoryview(bytearray(data))) for n in range(40)]
+        assert user.do(*requests) == [0] * 40
+        assert user.do(Request(FLUSH)) == [0]
+        read = Request(READ, 8192, 8192, memoryview(bytearray(8192)))
+        assert user.do(read) == [0] and read.buffer == data
+        assert path.read_bytes()[: 40 * 8192] == data * 40
+        assert kind in [each.name for each in it.context.statistics().engines] or it.context.engine.name == kind
+
+
+def test_an_engine_that_is_not_to_be_had(seed: int) -> None:
+    """It is said when the node is opened, and nothing of it is left."""
+    host = SimHost(seed)
+    host.engine_kinds = {"threads"}
+    host.add_file("a.raw", 4096)
+    with bench(host) as it:
+        with pytest.raises(BlockError, match="aio=native was specified, but it is not available here"):
+            it.file("a.raw", "a", aio="native")
+        assert not it.graph.nodes
+        assert it.file("a.raw", "a", aio="threads").engine.name == "threads"

@@ -71,6 +71,7 @@ class AioContext(Entering):
         "__weakref__",
         "_at_home",
         "_engine",
+        "_engines",
         "_event",
         "_failures",
         "_halves_run",
@@ -156,6 +157,7 @@ class AioContext(Entering):
         self._timers: tuple[TimerList, ...] = ()
         self._failures: deque[Exception] = deque()
         self._engine: ContextEngine | None = None
+        self._engines: dict[str, ContextEngine] = {}  # beside it, by kind
         self.engine_kind = "auto"
         self._thread_pool: ThreadPool | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
@@ -461,6 +463,18 @@ class AioContext(Entering):
             self._engine = ContextEngine(self, self.host.engine(self.engine_kind))
         return self._engine
 
+    def engine_of(self, kind: str) -> ContextEngine:
+        """The context's engine of a kind, for files that insist on one: "io_uring", "linux-aio", "threads", or "auto"
+        for ``engine``. Made at first use. OSError if that kind is not to be had here. Home thread, or drained."""
+        if kind in ("auto", self.engine_kind):
+            return self.engine
+        found = self._engines.get(kind)
+        if found is None:
+            from bottomhalf.aio.io import ContextEngine
+
+            found = self._engines[kind] = ContextEngine(self, self.host.engine(kind))
+        return found
+
     @property
     def thread_pool(self) -> ThreadPool:
         """The context's worker threads, made at first use."""
@@ -504,6 +518,7 @@ class AioContext(Entering):
             poll_ns=min(max(self._poll_ns, self._handlers.poll_ns_max()), self.poll_max_ns),
             poll_max_ns=self.poll_max_ns,
             engine=engine.statistics() if engine is not None else None,
+            engines=tuple(each.statistics() for each in tuple(self._engines.values())),
             thread_pool=pool.statistics() if pool is not None else None,
         )
 
@@ -537,7 +552,8 @@ class AioContext(Entering):
     def close(self) -> None:
         """Give everything back. AioError if a bottom half is still scheduled, or a worker thread busy: their work would
         be lost. An exception that no poll has let out yet goes out of here at the end."""
-        own = [part.completions for part in (self._engine, self._thread_pool) if part is not None]
+        parts = (self._engine, *self._engines.values(), self._thread_pool)
+        own = [part.completions for part in parts if part is not None]
         for half in (*self._queue, *self.idle_halves):
             if half.scheduled and half not in own:
                 raise AioError(f"{self.name} is closed while {half!r} waits to run")
@@ -547,6 +563,8 @@ class AioContext(Entering):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        while self._engines:
+            self._engines.popitem()[1].close()
         self.closed = True
         self._idle_coroutines.clear()
         self.ended_coroutines.clear()

@@ -50,6 +50,7 @@ class ContextStatistics:
     poll_ns: int  # how long it would poll busily now
     poll_max_ns: int
     engine: EngineStatistics | None
+    engines: tuple[EngineStatistics, ...]  # others, which files insist on
     thread_pool: ThreadPoolStatistics | None
 
 

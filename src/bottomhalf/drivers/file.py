@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.alignment import Aligner
@@ -29,11 +29,20 @@ from bottomhalf.host.request import (
 )
 
 if TYPE_CHECKING:
+    from bottomhalf.aio.io import ContextEngine
     from bottomhalf.block import Graph, Transaction
 
 
+_KINDS: Final[dict[str | None, str]] = {
+    None: "auto",
+    "io_uring": "io_uring",
+    "native": "linux-aio",
+    "threads": "threads",
+}  # of engines, by what ``aio`` says
+
+
 class FileNode(Node):
-    """An image file. ``aio`` is io_uring, threads or None for what is best here."""
+    """An image file. ``aio`` is "io_uring", "native", "threads", or None for what is best here."""
 
     driver = "file"
     is_protocol = True
@@ -51,9 +60,16 @@ class FileNode(Node):
         locking: str = "auto",
         force_share: bool = False,
         unmap: bool = False,
+        aio: str | None = None,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self.filename = filename
+        self._aio = aio
+        try:
+            self.attach_context()
+        except BaseException:
+            graph.forget(self)
+            raise
         self.no_flush = no_flush
         self.force_share = force_share
         self._locking = locking
@@ -71,6 +87,23 @@ class FileNode(Node):
         self._use(self.file)
         self._can_discard = True
         self._generations = Generations()
+
+    @property
+    def engine(self) -> ContextEngine:
+        """What carries out the requests that cannot be served where they stand."""
+        return self.context.engine_of(_KINDS[self._aio])
+
+    def attach_context(self) -> None:
+        """Whoever asks for an engine by name learns at once if it is not to be had."""
+        if self._aio is None:
+            return
+        try:
+            self.context.engine_of(_KINDS[self._aio])
+        except OSError as error:
+            raise BlockError(
+                f"aio={self._aio} was specified, but it is not available here: {error.strerror}\n"
+                "'bottomhalf doctor' tells what this machine allows, and the likely cause of each refusal."
+            ) from error
 
     def _open(self, filename: str, auto_read_only: bool, direct: bool, locking: str) -> File:
         host = self.graph.context.host
@@ -130,7 +163,7 @@ class FileNode(Node):
         elif op == FLUSH:
             if self.no_flush:
                 return self.finish(requests, 0)
-            pending = self._generations.flush(requests, self.context.engine.in_flight == 0)
+            pending = self._generations.flush(requests, self.engine.in_flight == 0)
         elif op == DISCARD and not (self.unmap and self._can_discard):
             return self.finish(requests, 0)
         else:
@@ -139,7 +172,7 @@ class FileNode(Node):
             if op != FLUSH and not all(request.length for request in pending):
                 self.finish([request for request in pending if not request.length], 0)
                 pending = [request for request in pending if request.length]
-            self.context.engine.submit(self.file, pending)
+            self.engine.submit(self.file, pending)
         return pending
 
     async def _co_zero(self, request: Request) -> None:
@@ -149,7 +182,7 @@ class FileNode(Node):
         if not length:
             return  # fallocate would refuse it
         sent = Request(op, offset, length, None, flags if self.unmap else flags & ~MAY_UNMAP)
-        await self.context.engine.co_submit(self.file, sent)
+        await self.engine.co_submit(self.file, sent)
         self._generations.written += 1  # now: a flush may have begun meanwhile
         if sent.result == -errno.ENOTSUP:
             if op == DISCARD:

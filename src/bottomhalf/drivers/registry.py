@@ -232,7 +232,6 @@ def _inherit(parent: BlockdevOptions, given: BlockdevOptions) -> BlockdevOptions
 
 
 def _open_file(opening: Opening) -> Node:
-    """``aio`` is only checked: the engine belongs to the context, which chooses the best one that works here."""
     from bottomhalf.drivers.file import FileNode
 
     options, branch = opening.options, opening.branch
@@ -249,6 +248,7 @@ def _open_file(opening: Opening) -> Node:
         no_flush=bool(opening.cache.no_flush),
         locking=str(branch.locking or "auto"),
         force_share=bool(options.force_share),
+        aio=None if branch.aio is None else str(branch.aio),
     )
 
 

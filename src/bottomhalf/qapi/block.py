@@ -108,7 +108,7 @@ class BlockdevOptionsFile(Struct):
     filename: Annotated[str, Doc("path")]
     pr_manager: Annotated[str | None, Doc("object that does persistent reservations")] = None
     locking: Annotated[OnOffAuto | None, Doc("lock the file against other programs", default="auto")] = None
-    aio: Annotated[BlockdevAioOptions | None, Doc("how requests are done", default="threads")] = None
+    aio: Annotated[BlockdevAioOptions | None, Doc("how requests are done", default="the best that works here")] = None
     aio_max_batch: Annotated[int | None, Doc("most requests submitted at once; 0 chooses", default="0")] = (
         None
     )

@@ -379,7 +379,9 @@ def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
 
     read_only = "read-only" in settings.given
     if "image-opts" not in settings.given:
-        file = {"driver": "file", "filename": name, "aio": settings.given.get("aio", "threads"), "discard": "unmap"}
+        file = {"driver": "file", "filename": name, "discard": "unmap"}
+        if "aio" in settings.given:
+            file["aio"] = settings.given["aio"]
         discard = "unmap" if settings.discard else "ignore"
         formatted = {"driver": format, "discard": discard, "file": file}
         options = from_json(BlockdevOptions, file if format == "raw" else formatted)
