@@ -12,6 +12,7 @@ inner walk that has emptied the list cancels it too, and the outer one may then 
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio.coroutine import Coroutine, Waitable, current, suspend
@@ -19,7 +20,7 @@ from bottomhalf.aio.defer import defer_call, deferred
 from bottomhalf.aio.errors import WrongContext
 from bottomhalf.aio.statistics import EngineStatistics
 from bottomhalf.host.protocol import Engine, File
-from bottomhalf.host.request import IN_PROGRESS, OP_NAMES, Request
+from bottomhalf.host.request import IN_PROGRESS, OP_NAMES, Request, prepare_each
 
 if TYPE_CHECKING:
     from bottomhalf.aio.context import AioContext
@@ -55,7 +56,7 @@ class ContextEngine:
         self._engine = engine
         self._finished: deque[Request] = deque()
         self._prepared = 0
-        self._prepare = getattr(engine, "prepare_batch", self._prepare_singly)
+        self._prepare = getattr(engine, "prepare_batch", None) or partial(prepare_each, engine)
         self.completions = context.bottom_half(self._complete, name=f"{engine.name} completions")
         context.set_fd_handler(
             engine.fileno(),
@@ -83,17 +84,15 @@ class ContextEngine:
             part = requests[at : at + SUBMIT_AT - self._prepared]
             at += len(part)
             self._prepared += len(part)
-            prepare(file, part)
+            refused = prepare(file, part)
+            if refused:
+                self._prepared -= len(refused)
+                self._finished += refused
+                self.completions.schedule()
             if self._prepared >= SUBMIT_AT:
                 self._enter(None)
         if self._prepared:
             defer_call(self._enter, None)
-
-    def _prepare_singly(self, file: File, requests: list[Request]) -> None:
-        """For an engine that has no prepare_batch()."""
-        prepare = self._engine.prepare
-        for request in requests:
-            prepare(file, request)
 
     async def co_submit(self, file: File, request: Request) -> None:
         """Start one request from a coroutine and wait for its end; ``request.result`` tells how it ended."""
@@ -108,9 +107,11 @@ class ContextEngine:
     def _enter(self, _: None) -> None:
         if self._prepared:
             self._prepared = 0
-            self._engine.enter()
-            if self._engine.pending:
-                self.completions.schedule()
+            try:
+                self._engine.enter()
+            finally:  # an engine that is lost says so, and has failed requests to tell of
+                if self._engine.pending:
+                    self.completions.schedule()
 
     def _complete(self) -> None:
         finished, completions = self._finished, self.completions

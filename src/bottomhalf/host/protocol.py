@@ -186,7 +186,7 @@ class Engine(Protocol):
     simulated).
 
     One that can prepare a list faster than its requests one by one also has ``prepare_batch(file, requests)``: the
-    same as prepare() for each, where all are of one op."""
+    same as prepare() for each, where all are of one op; it returns those that could not be taken, failed."""
 
     name: str
     in_flight: int  # prepared or submitted, not yet reaped
@@ -202,10 +202,11 @@ class Engine(Protocol):
     def prepare(self, file: File, request: Request) -> None:
         """Queue a request of any op; it starts with the next enter(). The engine continues short transfers,
         retries EINTR and EAGAIN, zero-fills a read beyond the end, and turns a write that cannot proceed into
-        ENOSPC, so that a request completes once and whole."""
+        ENOSPC, so that a request completes once and whole. OSError (no memory for it): it is not in flight."""
 
     def enter(self) -> None:
-        """Start everything that is prepared, with as few system calls as possible."""
+        """Start everything that is prepared, with as few system calls as possible. RuntimeError if the engine is
+        another process's, or cannot be used any more; reap() returns what was in flight, failed, in the second case."""
 
     def reap(self) -> list[Request]:
         """Requests that finished since the last call, ``result`` set. Does not wait."""

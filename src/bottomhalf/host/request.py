@@ -21,6 +21,7 @@ Rules of a request:
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Final, Protocol
 
 READ: Final = 0
@@ -101,6 +102,19 @@ class Request:
     def __repr__(self) -> str:
         state = "in progress" if self.result == IN_PROGRESS else f"result {self.result}"
         return f"<Request {OP_NAMES[self.op]} {self.length}@{self.offset} {state}>"
+
+
+def prepare_each(engine: Any, file: Any, requests: list[Request]) -> list[Request]:
+    """Have an engine prepare requests one by one; those that it has no memory for, with their result set: the others of
+    a batch are innocent."""
+    refused = []
+    for request in requests:
+        try:
+            engine.prepare(file, request)
+        except OSError as error:
+            request.result = -(error.errno or errno.EIO)
+            refused.append(request)
+    return refused
 
 
 def deliver(requests: list[Request]) -> None:

@@ -26,7 +26,7 @@ import os
 import struct
 from typing import Final
 
-from bottomhalf.host.linux.syscalls import address_of, io_destroy, io_getevents, io_setup, io_submit
+from bottomhalf.host.linux.syscalls import address_of, error, io_destroy, io_getevents, io_setup, io_submit
 
 AIO_ENTRIES: Final = 256  # requests in flight per context; more wait in the engine. All contexts of all
 # programs share /proc/sys/fs/aio-max-nr, 65536 by default (QEMU takes 1024 per context)
@@ -86,7 +86,8 @@ class AioRing:
         start = slot * _BLOCK_SIZE
         eventfd = self._eventfd
         _BLOCK.pack_into(
-            self._blocks, start, slot, 0, rw_flags, command, 0, fd, address, length, offset, 0, _FLAG_RESFD, eventfd
+            *(self._blocks, start, slot, 0, rw_flags, command, 0, fd & 0xFFFFFFFF, address, length, offset),
+            *(0, _FLAG_RESFD, eventfd),
         )
         self._table[len(self._unsubmitted)] = self._blocks_address + start
         self._unsubmitted.append(slot)
@@ -130,7 +131,8 @@ class AioRing:
         return bool(self._refused) or (header is not None and header[_HEAD] != header[_TAIL])
 
     def completions(self) -> tuple[list[int], list[int]]:
-        """Slots and results (count or negative errno) of everything that is finished; frees the blocks."""
+        """Slots and results (count or negative errno) of everything that is finished; frees the blocks. OSError if the
+        context has gone, and all that was in flight with it."""
         slots, results = self._read_ring() if self._header is not None else self._get_events()
         self.in_kernel -= len(slots)
         for slot, result in self._refused:
@@ -161,10 +163,7 @@ class AioRing:
             if count >= 0:
                 return self._slots_column[:count].tolist(), self._results_column[:count].tolist()
             if count != -errno.EINTR:
-                raise RuntimeError(
-                    f"io_getevents failed: {os.strerror(-count)}; this engine's AIO context has gone, with what was "
-                    "in flight"
-                )
+                raise error(-count)
 
     def forget(self) -> None:
         """Let go of what is in this process; after a fork the context is the parent's and stays."""

@@ -17,6 +17,8 @@ import errno
 import os
 from typing import Final
 
+from bottomhalf.host.linux.bounce import POOL
+from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, address_of
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, Request
@@ -28,17 +30,20 @@ _RETRY: Final = (-errno.EINTR, -errno.EAGAIN)
 _NO_DSYNC: Final = (-errno.EOPNOTSUPP, -errno.EINVAL)
 _NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS)
 
+_abandoned: Final[list[Job]] = []
+
 
 class Job:
     """A request on its way through an engine: with whose descriptor, and its bounce buffer if it needs one."""
 
-    __slots__ = ("address", "bounce", "durable", "fd", "file", "mode", "op", "request", "rw_flags")
+    __slots__ = ("_arena", "address", "buffer", "durable", "fd", "file", "mode", "op", "request", "rw_flags")
 
     def __init__(self, file: File, request: Request) -> None:
         self.file = file
         self.fd = file.fileno()
         self.request = request
-        self.bounce: memoryview | None = None
+        self.buffer = request.buffer
+        self._arena: LinuxArena | None = None  # a bounce buffer
         self.op = request.op  # what is to be done next
         self.mode = 0  # of fallocate
         self.rw_flags = 0  # of a write
@@ -59,25 +64,30 @@ class Job:
             self.durable = not request.flags & FUA
 
     def _use_bounce(self, request: Request) -> None:
-        from bottomhalf.host.linux.memory import LinuxArena
-
-        arena = LinuxArena(max(request.length, 1))
-        self.bounce = arena.view[: request.length]
+        self._arena = arena = POOL.take(request.length)
+        self.buffer = arena.view[: request.length]
         self.address = arena.address
         if request.op == WRITE:
-            self.bounce[:] = request.buffer
-
-    @property
-    def buffer(self) -> memoryview:
-        return self.bounce if self.bounce is not None else self.request.buffer
+            self.buffer[:] = request.buffer
 
     def step(self, result: int) -> bool:
         """Take the kernel's answer to the part from ``request.done`` on; True when the request is finished."""
         try:
-            return self._step(result)
+            finished = self._step(result)
         except Exception as failure:  # its file or its buffer was closed: it alone suffers
             self.request.result = -(getattr(failure, "errno", None) or errno.EIO)
-            return True
+            finished = True
+        if finished and self._arena is not None:
+            self.buffer.release()
+            POOL.give(self._arena)
+        return finished
+
+    def abandon(self) -> Request:
+        """Nobody will tell how it ended: it fails with EIO. The kernel may still have its memory, so that is kept for
+        good."""
+        _abandoned.append(self)
+        self.request.result = -errno.EIO
+        return self.request
 
     def _step(self, result: int) -> bool:
         request = self.request
@@ -102,8 +112,8 @@ class Job:
         if not self.durable:
             self.op, self.durable = FLUSH, True
             return False
-        if self.bounce is not None and self.op == READ:
-            self.request.buffer[:] = self.bounce
+        if self._arena is not None and self.op == READ:
+            self.request.buffer[:] = self.buffer
         self.request.result = 0
         return True
 

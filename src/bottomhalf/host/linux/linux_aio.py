@@ -4,6 +4,7 @@
 linux-aio reads, writes and, since Linux 4.18, syncs. It has no fallocate; some file systems have no sync in it; and it
 may have no memory for a request while none is in flight whose end could tell when there is. All of that goes to
 worker threads, which announce what they finish on the same eventfd. So nothing waits for a wake-up that may not come.
+Should the kernel disown the context, what is in flight there fails with EIO, and the threads do the rest.
 
 Without O_DIRECT io_submit(2) does the work itself before it returns. It is right then, but waits.
 """
@@ -42,6 +43,7 @@ class LinuxAioEngine:
         self._free = list(range(self._ring.entries))
         self._waiting: deque[Job] = deque()
         self._has_fdsync = True
+        self._lost = False
         self._pid = os.getpid()
         self.in_flight = 0
 
@@ -59,7 +61,7 @@ class LinuxAioEngine:
 
     def _queue(self, job: Job) -> None:
         op = job.op
-        if op > FLUSH or (op == FLUSH and not self._has_fdsync):
+        if op > FLUSH or (op == FLUSH and not self._has_fdsync) or self._lost:
             self._for_workers.append(job)
         elif self._free:
             slot = self._free.pop()
@@ -110,7 +112,7 @@ class LinuxAioEngine:
         self._event.clear()
         while True:
             self.enter()
-            slots, results = ring.completions()
+            slots, results = self._completions(finished)
             for slot, result in zip(slots, results, strict=True):
                 job = jobs[slot]
                 assert job is not None, "the kernel completed a request twice"
@@ -129,6 +131,24 @@ class LinuxAioEngine:
         finished += self._workers.take()
         self.in_flight -= len(finished)
         return finished
+
+    def _completions(self, finished: list[Request]) -> tuple[list[int], list[int]]:
+        if not self._lost:
+            try:
+                return self._ring.completions()
+            except OSError:
+                self._fail_all(finished)
+        return [], []
+
+    def _fail_all(self, finished: list[Request]) -> None:
+        """The kernel does not know the context any more, and nobody will tell how what was in flight there ended."""
+        self._lost = True
+        for slot in self._ring.take_back():
+            self._for_workers.append(self._release(slot))
+        for slot, job in enumerate(self._jobs):
+            if job is not None:
+                self._release(slot)
+                finished.append(job.abandon())
 
     def close(self) -> None:
         if os.getpid() != self._pid:

@@ -96,7 +96,7 @@ class PollRing(Ring):
 
     def check_process(self) -> None:
         """RuntimeError in a child: the ring goes on working for the parent."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise RuntimeError("this io_uring poller was made by another process; make pollers after fork")
 
     def push_named(self, name: int, opcode: int, fd: int, address: int, length: int, op_flags: int) -> None:

@@ -71,7 +71,7 @@ class Ring:
     def __init__(self, entries: int = ENTRIES) -> None:
         """OSError: ENOSYS (no such call), EPERM (seccomp, the sysctl kernel.io_uring_disabled), ENOMEM."""
         self._fd, params = _setup(entries)
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._eventfd = -1
         try:
             if self.has_event:
@@ -84,6 +84,7 @@ class Ring:
                 os.close(self._eventfd)
             raise
         self._unsubmitted = 0
+        self._closed = False
 
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries = struct.unpack_from("<II", params, 0)
@@ -156,7 +157,7 @@ class Ring:
     def enter(self, wait_for: int = 0) -> None:
         """Submit what was pushed and post what finished. Waits for ``wait_for`` completions. What finishes from
         now on makes fileno() readable; look at ``pending`` for what did before."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise RuntimeError("this ring was made by another process; make engines after fork")
         words = self._words
         words[self._sq_tail_word] = self._tail
@@ -171,7 +172,7 @@ class Ring:
                     return
                 if taken == -errno.EINTR:
                     continue
-                if taken in (-errno.EAGAIN, -errno.EBUSY):
+                if taken in (-errno.EAGAIN, -errno.EBUSY, -errno.ENOMEM):
                     return  # out of memory, or completions wait to be reaped: what is left goes with the next
                 raise error(-taken)
         finally:
@@ -212,17 +213,22 @@ class Ring:
         words[self._cq_head_word] = tail
         return slots, results
 
+    def disown(self) -> None:
+        """The descriptor is not ours any more: it was closed behind our back, and its number may be another file's."""
+        self._fd = -1
+
     def close(self) -> None:
-        if self._fd < 0:
+        if self._closed:
             return
+        self._closed = True
         self._words.release()
         self._slots_column.release()
         self._results_column.release()
         self._rings.close()  # the mappings hold descriptors of their own
         self.sqes.close()
-        os.close(self._fd)
-        if self._eventfd >= 0:
-            os.close(self._eventfd)
+        for fd in (self._fd, self._eventfd):
+            if fd >= 0:
+                os.close(fd)
         self._fd = -1
 
 

@@ -4,10 +4,15 @@
 Nearly all requests are reads and writes of a buffer that the device can reach, and nearly all of them come back whole.
 Those are prepared and finished a list at a time, in loops that call nothing but ``struct``: their slot holds the
 request itself. All others, and those that come back short or refused, get a ``Job``, which knows how to go on.
+
+A ring can be lost: somebody closes its descriptor, or the kernel says that it dropped completions. Nobody will tell
+then how the requests in flight ended. They fail with EIO, and enter() says why from then on.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import deque
 
 from bottomhalf.host.linux.job import OPERATION_BYTES_MAX, Job
@@ -22,7 +27,7 @@ from bottomhalf.host.linux.ring import (
     Ring,
 )
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request
+from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request, prepare_each
 
 
 class RingEngine:
@@ -37,6 +42,7 @@ class RingEngine:
         self._jobs: list[Job | None] = [None] * ring.entries
         self._free = list(range(ring.entries))
         self._waiting: deque[Job] = deque()
+        self._lost = ""  # why the ring cannot be used any more
         self.in_flight = 0
 
     def fileno(self) -> int:
@@ -47,6 +53,8 @@ class RingEngine:
         """Whether reap() would return something, or has to be called because the kernel refuses to take anything
         and so will not announce anything either; costs no system call."""
         ring = self._ring
+        if self._lost:
+            return self.in_flight > 0
         return ring.pending or ring.unsubmitted == self.in_flight - len(self._waiting) > 0
 
     def prepare(self, file: File, request: Request) -> None:
@@ -57,13 +65,11 @@ class RingEngine:
         else:
             self._waiting.append(job)
 
-    def prepare_batch(self, file: File, requests: list[Request]) -> None:
-        """prepare() for a list of requests of one op."""
+    def prepare_batch(self, file: File, requests: list[Request]) -> list[Request]:
+        """prepare() for a list of requests of one op; those that there is no memory for, with their result."""
         op, free, count = requests[0].op, self._free, len(requests)
         if op > WRITE or count > len(free) or (op == WRITE and any(request.flags & FUA for request in requests)):
-            for request in requests:
-                self.prepare(file, request)
-            return
+            return prepare_each(self, file, requests)
         head = (OP_READ if op == READ else OP_WRITE) | (file.fileno() & 0xFFFFFFFF) << 32  # no flags, no priority
         misaligned = file.memory_alignment - 1
         slots = free[-count:]
@@ -85,8 +91,7 @@ class RingEngine:
             del free[-count:]
         self._ring.push_filled(slots)
         self.in_flight += len(slots)
-        for request in special:
-            self.prepare(file, request)
+        return prepare_each(self, file, special)
 
     def _push(self, job: Job) -> None:
         slot = self._free.pop()
@@ -113,16 +118,26 @@ class RingEngine:
             push(slot, OP_FALLOCATE, job.fd, request.offset, request.length, job.mode, 0)
 
     def enter(self) -> None:
-        if self._ring.unsubmitted:
-            self._ring.enter()
+        if self._ring.unsubmitted and not self._enter_ring():
+            raise RuntimeError(self._lost)
+
+    def _enter_ring(self, wait_for: int = 0) -> bool:
+        """Submit and collect; False if the ring is lost."""
+        if not self._lost:
+            try:
+                self._ring.enter(wait_for)
+            except OSError as failure:
+                self._lost = f"this engine's io_uring cannot be used any more: {failure.strerror}"
+                if failure.errno in (errno.EBADF, errno.EOPNOTSUPP):
+                    self._lost += " (somebody has closed its descriptor)"
+                    self._ring.disown()
+        return not self._lost
 
     def reap(self) -> list[Request]:
         ring, whole, free = self._ring, self._whole, self._free
         finished: list[Request] = []
         ring.clear_event()
-        while True:
-            if ring.needs_entering:
-                ring.enter()
+        while not self._lost and (not ring.needs_entering or self._enter_ring()):
             slots, results = ring.completions()
             requests = [whole[slot] for slot in slots]
             for request, result in zip(requests, results, strict=True):
@@ -139,6 +154,8 @@ class RingEngine:
                 self._push(self._waiting.popleft())
             if not slots or not ring.needs_entering:
                 break  # the kernel takes no more just now, or has posted all (it posts some twenty at a time)
+        else:
+            finished += self._fail_all()
         self.in_flight -= len(finished)
         return finished
 
@@ -168,8 +185,20 @@ class RingEngine:
                 self._fill(slot, job)
         return finished
 
+    def _fail_all(self) -> list[Request]:
+        """Nobody will tell how these ended."""
+        entries = range(len(self._jobs))
+        whole = [request for request in self._whole if request is not None]
+        for request in whole:
+            request.result = -errno.EIO
+        jobs = [job for job in (*self._jobs, *self._waiting) if job is not None]
+        self._whole, self._jobs, self._free = [None for _ in entries], [None for _ in entries], list(entries)
+        self._waiting.clear()
+        return [*whole, *(job.abandon() for job in jobs)]
+
     def close(self) -> None:
-        while self.in_flight:
-            self._ring.enter(wait_for=1)
-            self.reap()
+        if os.getpid() == self._ring.pid:
+            while self.in_flight:
+                self._enter_ring(wait_for=1)
+                self.reap()
         self._ring.close()
