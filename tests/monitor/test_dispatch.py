@@ -149,6 +149,9 @@ def test_resizing(seed: int) -> None:
         assert client.fails("block_resize", {"node-name": "n", "size": 1}) == (
             "Image format driver does not support resize"
         )
+        client.call("blockdev-add", {"driver": "raw", "node-name": "fixed", "file": "disk", "size": 512})
+        resize = {"node-name": "fixed", "size": 1024}
+        assert client.fails("block_resize", resize) == "Cannot resize fixed-size raw disks"
         assert not bench.storage.graph.backends
 
 

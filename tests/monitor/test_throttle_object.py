@@ -34,6 +34,8 @@ def test_made_changed_and_deleted() -> None:
         wrong = {"path": "g", "property": "x-iops-read", "value": 5}
         assert client.fails("qom-set", wrong) == "Property cannot be set after initialization"
         assert json.dumps(client.call("qom-get", {"path": "g", "property": "limits"})) == before
+        negative = {"qom-type": "throttle-group", "id": "h", "x-iops-read": -5}
+        assert client.fails("object-add", negative) == "Property values cannot be negative"
         assert "attempt to add duplicate property 'g'" in client.fails("object-add", group)
         client.call("blockdev-del", {"node-name": "t"})
         client.call("object-del", {"id": "g"})

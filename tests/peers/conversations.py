@@ -244,6 +244,26 @@ CONTROL = r"""
 {"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml2"}}
 {"execute": "qom-list", "arguments": {"path": "ml"}}
 {"execute": "object-del", "arguments": {"id": "ml"}}
+{"execute": "object-add", "arguments": {"qom-type": "throttle-group", "id": "t", "limits": {"iops-total": 5}}}
+{"execute": "qom-get", "arguments": {"path": "t", "property": "limits"}}
+{"execute": "qom-get", "arguments": {"path": "t", "property": "x-iops-total"}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "x-iops-total", "value": 6}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": {"bps-read": -1}}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": {"bps-read": 1, "bps-total": 4}}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": {"bps-read": 1000}}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": {"nope": 1000}}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": {"iops-size": "x"}}}
+{"execute": "qom-set", "arguments": {"path": "t", "property": "limits", "value": 1}}
+{"execute": "qom-get", "arguments": {"path": "t", "property": "limits"}}
+{"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "tc"}}
+{"execute": "blockdev-add", "arguments": {"driver": "throttle", "node-name": "tn", "file": "tc", "throttle-group": "t"}}
+{"execute": "object-del", "arguments": {"id": "t"}}
+{"execute": "blockdev-del", "arguments": {"node-name": "tn"}}
+{"execute": "blockdev-del", "arguments": {"node-name": "tc"}}
+{"execute": "object-del", "arguments": {"id": "t"}}
+{"execute": "object-add", "arguments": {"qom-type": "throttle-group", "id": "v", "x-iops-total": -5}}
+{"execute": "object-add", "arguments": {"qom-type": "throttle-group", "id": "v", "x-iops-total": 5, "x-iops-read": 5}}
+{"execute": "qom-list-properties", "arguments": {"typename": "throttle-group"}}
 {"execute": "object-del", "arguments": {"id": "nope"}}
 {"execute": "object-del", "arguments": {"id": "io0"}}
 {"execute": "object-del", "arguments": {"id": "s0"}}
@@ -303,6 +323,8 @@ CONTROL = r"""
 {"execute": "query-named-block-nodes"}
 {"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "null"}}
 {"execute": "block_resize", "arguments": {"node-name": "null", "size": 1}}
+{"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "fixed", "file": "d", "size": 512}}
+{"execute": "block_resize", "arguments": {"node-name": "fixed", "size": 1024}}
 {"execute": "quit"}
 """
 for _short, _long in (

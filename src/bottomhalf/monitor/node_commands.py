@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import current, move_to, suspend
-from bottomhalf.block import BlockBackend, BlockError
+from bottomhalf.block import BlockBackend, BlockError, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
 from bottomhalf.qapi.block import BlockResize
 
@@ -22,16 +21,14 @@ async def block_resize(storage: Storage, arguments: BlockResize) -> None:
         raise BlockError("Parameter 'size' expects a >0 size")
     if node.read_only:
         raise BlockError("Image is read-only")
+    if type(node).co_truncate is Node.co_truncate:
+        raise BlockError("Image format driver does not support resize")
     main = storage.loop.main
     backend = BlockBackend(storage.graph, held=PERM_RESIZE, shared=PERM_ALL)
     try:
         backend.insert(node)
         await move_to(node.context)
         await backend.co_truncate(arguments.size)
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            raise BlockError("Image format driver does not support resize") from error
-        raise
     finally:
         await move_to(main)
         await _closed(storage, backend)

@@ -29,7 +29,9 @@ def _single(name: str) -> Property:
     def set(found: ThrottleGroupObject, value: Any) -> None:
         if found.group is not None:
             raise QomError("Property cannot be set after initialization")
-        found.singles[name] = integer(value, f"x-{name}")
+        if integer(value, f"x-{name}") < 0:
+            raise QomError("Property values cannot be negative")
+        found.singles[name] = value
 
     return Property("int", get, set)
 
