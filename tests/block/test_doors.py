@@ -108,7 +108,7 @@ def test_the_plain_door_comes_first(seed: int) -> None:
         user = it.user(node)
         requests = [read(7, 16), read(SIZE // 2, 16), read(9, 1), read(SIZE - 1, 1)]
         assert user.do(*requests) == [0] * 4
-        assert node.reads == [("plain", 7), ("coroutine", SIZE // 2), ("plain", 9), ("coroutine", SIZE - 1)]
+        assert node.reads == [("plain", 7), ("plain", 9), ("coroutine", SIZE // 2), ("coroutine", SIZE - 1)]
         assert [bytes(request.buffer) for request in requests] == [expected(request) for request in requests]
 
 

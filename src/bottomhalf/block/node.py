@@ -104,14 +104,9 @@ class Node(Parent, metaclass=_NodeType):
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         """Take requests of one op; returns those that are not done yet (their owners will be told)."""
-        pending = []
-        try_pread = self.try_pread if self._has_try_pread and requests[0].op == READ else None
-        for request in requests:
-            if try_pread is not None and try_pread(request):
-                continue
-            if self.start(request, self._co_serve(request)):
-                pending.append(request)
-        return pending
+        if self._has_try_pread and requests[0].op == READ:
+            requests = [request for request in requests if not self.try_pread(request)]
+        return self._start([(request, self._co_serve(request)) for request in requests])
 
     def try_pread(self, request: Request) -> bool:
         """Serve one read at once (set ``result``) and return True, or return False."""
@@ -289,9 +284,13 @@ class Node(Parent, metaclass=_NodeType):
         """Enter a coroutine that serves the request, OSError being its result; whether it is not done yet. Then its
         end is told to the owner. Any other exception is a mistake of the driver: it fails the request like an I/O
         error, so that nobody waits for ever, and comes out of the loop."""
+        return bool(self._start([(request, body)]))
+
+    def _start(self, work: list[tuple[Request, AbstractCoroutine[Any, Any, None]]]) -> list[Request]:
+        """start() for several at once; those that are not done yet."""
         submitting = True
 
-        async def serve() -> None:
+        async def serve(request: Request, body: AbstractCoroutine[Any, Any, None]) -> None:
             try:
                 await body
             except OSError as error:
@@ -304,9 +303,9 @@ class Node(Parent, metaclass=_NodeType):
             if not submitting and request.owner is not None:
                 request.owner.complete([request])
 
-        self.context.enter(serve())
+        self.context.enter_all([serve(request, body) for request, body in work])
         submitting = False
-        return request.result == IN_PROGRESS
+        return [request for request, _ in work if request.result == IN_PROGRESS]
 
     async def _co_serve(self, request: Request) -> None:
         op = request.op
