@@ -71,14 +71,17 @@ class LoadRow(ServerRow):
     load: Load = field(default_factory=lambda: Load("randread", 4096, 32))
     client: Client = "fio"
     direct: bool = False
+    qcow2: bool = False  # all clusters allocated
 
     def measure(self, server: Server, settings: Settings) -> Sample:
         """Return operations per second, or bytes for sequential loads."""
         client, program = choose(settings.client or self.client, settings.cache)
         writes = self.load.op == "randwrite"
         image = settings.image_for_writes if writes else settings.image
+        if self.qcow2:
+            image = system.as_qcow2(image)
         with running(server, image, direct=self.direct) as up:
-            if writes:
+            if writes and not self.qcow2:
                 system.settle_for_writes(image)
             else:
                 system.settle(image, cached=not self.direct)
@@ -141,6 +144,27 @@ _FILTERS: Final = tuple(
         ("blkdebug", "blkdebug without rules"),
         ("cor", "copy-on-read with nothing to copy"),
     )
+)
+
+_QCOW2_LOADS: Final[tuple[tuple[str, float, tuple[str, ...], Load, Client, bool, str], ...]] = (
+    ("randread-4k-qd32", 2.0, _IOPS, Load("randread", 4096, 32), "fio", False, "random 4 KiB reads, 32 in flight"),
+    ("randread-4k-odirect", 2.5, _IOPS, Load("randread", 4096, 32), "fio", True, "the same past the page cache"),
+    ("randwrite-4k-qd32", 2.5, _IOPS, Load("randwrite", 4096, 32), "fio", False, "random 4 KiB writes"),
+    ("seqread-256k-qd8", 4.0, _BYTES, Load("seqread", 1 << 18, 8), "nbdload", False, "sequential 256 KiB reads"),
+)
+_QCOW2: Final = tuple(
+    LoadRow(
+        f"qcow2-{name}",
+        {"qemu-nbd+qcow2": goal},
+        units,
+        about=f"an allocated qcow2 image: {about}",
+        ours="bottomhalf+qcow2",
+        load=load,
+        client=client,
+        direct=direct,
+        qcow2=True,
+    )
+    for name, goal, units, load, client, direct, about in _QCOW2_LOADS
 )
 
 ROWS: Final[tuple[ServerRow, ...]] = (
@@ -214,6 +238,7 @@ ROWS: Final[tuple[ServerRow, ...]] = (
         load=Load("randwrite", 4096, 32),
     ),
     *_FILTERS,
+    *_QCOW2,
     StartupRow(
         "startup",
         {_QSD: None, "qemu-nbd": None},

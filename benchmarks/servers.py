@@ -88,6 +88,16 @@ def _throttled(of: Command) -> Command:
     return command
 
 
+def _qcow2(of: Command) -> Command:
+    """The same server with a qcow2 image."""
+
+    def command(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
+        words = of(program, sock, image, direct)
+        return ["qcow2" if word == "raw" else word.replace("driver=raw", "driver=qcow2") for word in words]
+
+    return command
+
+
 def _above_null(filter_options: str = "") -> Command:
     """Our daemon with a disk that does nothing, below a filter that has nothing to do."""
 
@@ -132,6 +142,8 @@ SERVERS: Final = {
     for server in (
         Server(OURS, "bh-storage-daemon", "make install", _storage_daemon),
         Server("qemu-nbd", "qemu-nbd", "apt package qemu-utils", _qemu_nbd),
+        Server(f"{OURS}+qcow2", "bh-storage-daemon", "make install", _qcow2(_storage_daemon)),
+        Server("qemu-nbd+qcow2", "qemu-nbd", "apt package qemu-utils", _qcow2(_qemu_nbd)),
         Server("qemu-storage-daemon", "qemu-storage-daemon", "apt package qemu-utils", _qemu_storage_daemon),
         Server("bottomhalf+throttle", "bh-storage-daemon", "make install", _throttled(_storage_daemon)),
         Server("qsd+throttle", "qemu-storage-daemon", "apt package qemu-utils", _throttled(_qemu_storage_daemon)),

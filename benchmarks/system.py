@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import bottomhalf
+
 MIB: Final = 1024 * 1024
 _TICK: Final = 1.0 / os.sysconf("SC_CLK_TCK")
 
@@ -35,6 +37,19 @@ def make_image(directory: Path, size_mib: int) -> Path:
         os.fsync(file.fileno())
     unfinished.rename(image)
     return image
+
+
+def as_qcow2(image: Path) -> Path:
+    """The image's bytes as a qcow2 image beside it, made once and used again."""
+    made = image.with_suffix(".qcow2")
+    if not made.exists():
+        unfinished = made.with_suffix(".unfinished")
+        bottomhalf.create(unfinished, format="qcow2", size=image.stat().st_size)
+        with open(image, "rb") as source, bottomhalf.open(unfinished, format="qcow2") as disk:
+            for offset in range(0, disk.size, MIB):
+                disk.pwrite(source.read(MIB), offset)
+        unfinished.rename(made)
+    return made
 
 
 class Held:
