@@ -356,3 +356,33 @@ def test_in_a_forked_child(engine: LinuxAioEngine, disk: File) -> None:
         os._exit(verdict)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert len(complete(engine)) == 50 and all(request.buffer == b"x" * PAGE for request in requests)
+
+
+def test_lists(engine: LinuxAioEngine, disk: File) -> None:
+    """Whole transfers, one that ends at the end of the file, buffers that the device cannot reach, a closed file: each
+    request ends once, as if it had been prepared by itself; what comes back whole has cost no job."""
+    arena = LinuxHost().arena(8 * PAGE)
+    aligned = []
+    for n, offset in enumerate((0, PAGE, 63 * PAGE, 5 * PAGE)):
+        request = Request(READ, offset, PAGE, arena.view[n * PAGE : (n + 1) * PAGE])
+        request.address = arena.address + n * PAGE
+        aligned.append(request)
+    end = Request(READ, 63 * PAGE, 2 * PAGE, arena.view[4 * PAGE : 6 * PAGE])
+    end.address = arena.address + 4 * PAGE
+    elsewhere = Request(READ, 7 * PAGE, PAGE, page())
+    batch = [*aligned, end, elsewhere]
+    assert engine.prepare_batch(disk, batch) == [] and engine.in_flight == 6
+    assert sum(job is not None for job in engine._jobs) == 1
+    engine.enter()
+    assert {id(request) for request in complete(engine)} == {id(request) for request in batch}
+    assert [request.result for request in batch] == [0] * 6
+    assert all(request.buffer[:PAGE] == b"x" * PAGE for request in batch) and end.buffer[PAGE:] == bytes(PAGE)
+    closed = LinuxHost().open_file(disk.path, direct=True)
+    closed.close()
+    for request in aligned:
+        request.result = 1
+    assert engine.prepare_batch(closed, aligned[:2]) == [] == engine.prepare_batch(disk, aligned[2:])
+    engine.enter()
+    assert len(complete(engine)) == 4
+    assert [request.result for request in aligned] == [-errno.EBADF] * 2 + [0] * 2
+    assert not any(engine._jobs) and not any(engine._whole) and len(engine._free) == AIO_ENTRIES

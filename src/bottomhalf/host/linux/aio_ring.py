@@ -24,6 +24,7 @@ import ctypes
 import errno
 import os
 import struct
+from array import array
 from typing import Final
 
 from bottomhalf.host.linux.syscalls import address_of, error, io_destroy, io_getevents, io_setup, io_submit
@@ -35,15 +36,15 @@ CMD_PREAD: Final = 0
 CMD_PWRITE: Final = 1
 CMD_FDSYNC: Final = 3
 
-_FLAG_RESFD: Final = 1
+FLAG_RESFD: Final = 1
 _RING_MAGIC: Final = 0xA10A10A1
 _RING_COMPAT_FEATURES: Final = 1
 _RING_INCOMPAT_FEATURES: Final = 0
 
 # aio_data u64, aio_key u32, aio_rw_flags u32, aio_lio_opcode u16, aio_reqprio s16, aio_fildes u32,
 # aio_buf u64, aio_nbytes u64, aio_offset s64, aio_reserved2 u64, aio_flags u32, aio_resfd u32
-_BLOCK: Final = struct.Struct("<QIIHhIQQqQII")
-_BLOCK_SIZE: Final = 64
+BLOCK: Final = struct.Struct("<QIIHhIQQqQII")
+BLOCK_SIZE: Final = 64
 # id, nr, head, tail, magic, compat_features, incompat_features, header_length, all u32; then the events
 _HEADER_WORDS: Final = 8
 _HEAD: Final = 2
@@ -57,10 +58,10 @@ class AioRing:
     def __init__(self, eventfd: int) -> None:
         """OSError: EAGAIN (aio-max-nr is used up), ENOSYS and EPERM (not there, not allowed), ENOMEM."""
         self.entries: int = AIO_ENTRIES
-        self._eventfd = eventfd
+        self.eventfd = eventfd
         self._context = _setup(self.entries)
-        self._blocks = memoryview(bytearray(self.entries * _BLOCK_SIZE))
-        self._blocks_address = address_of(self._blocks)
+        self.blocks = memoryview(bytearray(self.entries * BLOCK_SIZE))
+        self._blocks_address = address_of(self.blocks)
         table = memoryview(bytearray(self.entries * 8))
         self._table = table.cast("Q")
         self._table_address = address_of(table)
@@ -83,14 +84,18 @@ class AioRing:
 
     def push(self, slot: int, command: int, fd: int, offset: int, address: int, length: int, rw_flags: int) -> None:
         """Fill block ``slot`` (free, 0..entries-1) and queue it. It starts with the next enter()."""
-        start = slot * _BLOCK_SIZE
-        eventfd = self._eventfd
-        _BLOCK.pack_into(
-            *(self._blocks, start, slot, 0, rw_flags, command, 0, fd & 0xFFFFFFFF, address, length, offset),
-            *(0, _FLAG_RESFD, eventfd),
+        start = slot * BLOCK_SIZE
+        BLOCK.pack_into(
+            *(self.blocks, start, slot, 0, rw_flags, command, 0, fd & 0xFFFFFFFF, address, length, offset),
+            *(0, FLAG_RESFD, self.eventfd),
         )
-        self._table[len(self._unsubmitted)] = self._blocks_address + start
-        self._unsubmitted.append(slot)
+        self.push_filled([slot])
+
+    def push_filled(self, slots: list[int]) -> None:
+        """Queue blocks that the caller has filled himself, as push() does, in ``blocks``."""
+        address, begin = self._blocks_address, len(self._unsubmitted)
+        self._table[begin : begin + len(slots)] = array("Q", [address + slot * BLOCK_SIZE for slot in slots])
+        self._unsubmitted += slots
 
     def enter(self) -> None:
         """Submit what was pushed. What the kernel has no room for stays ``unsubmitted``."""
@@ -111,7 +116,7 @@ class AioRing:
     def _keep(self, slots: list[int]) -> None:
         self._unsubmitted = slots
         for n, slot in enumerate(slots):
-            self._table[n] = self._blocks_address + slot * _BLOCK_SIZE
+            self._table[n] = self._blocks_address + slot * BLOCK_SIZE
 
     @property
     def unsubmitted(self) -> int:

@@ -16,12 +16,20 @@ import os
 import select
 from collections import deque
 
-from bottomhalf.host.linux.aio_ring import CMD_FDSYNC, CMD_PREAD, CMD_PWRITE, AioRing
+from bottomhalf.host.linux.aio_ring import (
+    BLOCK,
+    BLOCK_SIZE,
+    CMD_FDSYNC,
+    CMD_PREAD,
+    CMD_PWRITE,
+    FLAG_RESFD,
+    AioRing,
+)
 from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.job import OPERATION_BYTES_MAX, Job
 from bottomhalf.host.linux.workers import Workers
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import FLUSH, READ, WRITE, Request
+from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request, prepare_each
 
 
 class LinuxAioEngine:
@@ -39,6 +47,8 @@ class LinuxAioEngine:
             raise
         self._workers = Workers(self._event.set)
         self._for_workers: list[Job] = []
+        self._whole: list[Request | None] = [None] * self._ring.entries  # transfers without a job
+        self._files: list[File | None] = [None] * self._ring.entries  # theirs
         self._jobs: list[Job | None] = [None] * self._ring.entries
         self._free = list(range(self._ring.entries))
         self._waiting: deque[Job] = deque()
@@ -58,6 +68,33 @@ class LinuxAioEngine:
         job = Job(file, request)
         self.in_flight += 1
         self._queue(job)
+
+    def prepare_batch(self, file: File, requests: list[Request]) -> list[Request]:
+        """prepare() for a list of requests of one op; those that there is no memory for, with their result. Reads and
+        writes of buffers that the device can reach get no ``Job`` as long as they come back whole."""
+        op, free, count = requests[0].op, self._free, len(requests)
+        durable = op == WRITE and any(request.flags & FUA for request in requests)
+        if op > WRITE or durable or count > len(free) or self._lost:
+            return prepare_each(self, file, requests)
+        ring, whole, files, misaligned = self._ring, self._whole, self._files, file.memory_alignment - 1
+        blocks, eventfd, pack_into = ring.blocks, ring.eventfd, BLOCK.pack_into
+        command, fd = CMD_PREAD if op == READ else CMD_PWRITE, file.fileno() & 0xFFFFFFFF
+        slots: list[int] = []
+        special: list[Request] = []
+        for request in requests:
+            address, length = request.address, request.length
+            if not address or address & misaligned or length > OPERATION_BYTES_MAX:
+                special.append(request)
+                continue
+            slot = free.pop()
+            at, offset = slot * BLOCK_SIZE, request.offset
+            pack_into(blocks, at, slot, 0, 0, command, 0, fd, address, length, offset, 0, FLAG_RESFD, eventfd)
+            whole[slot] = request
+            files[slot] = file
+            slots.append(slot)
+        ring.push_filled(slots)
+        self.in_flight += len(slots)
+        return prepare_each(self, file, special) if special else []
 
     def _queue(self, job: Job) -> None:
         op = job.op
@@ -99,22 +136,39 @@ class LinuxAioEngine:
             jobs, self._for_workers = self._for_workers, []
             self._workers.put(jobs)
 
+    def _job(self, slot: int) -> Job | None:
+        """The job in a slot; what has none yet gets one."""
+        request = self._whole[slot]
+        if request is not None:
+            file = self._files[slot]
+            assert file is not None
+            self._whole[slot] = None
+            self._jobs[slot] = Job(file, request)
+        return self._jobs[slot]
+
     def _release(self, slot: int) -> Job:
-        job = self._jobs[slot]
+        job = self._job(slot)
         assert job is not None, "the kernel completed a request twice"
         self._jobs[slot] = None
         self._free.append(slot)
         return job
 
     def reap(self) -> list[Request]:
-        ring, jobs, waiting, free = self._ring, self._jobs, self._waiting, self._free
+        ring, whole, waiting, free = self._ring, self._whole, self._waiting, self._free
         finished: list[Request] = []
         self._event.clear()
         while True:
             self.enter()
             slots, results = self._completions(finished)
             for slot, result in zip(slots, results, strict=True):
-                job = jobs[slot]
+                request = whole[slot]
+                if request is not None and request.length == result:
+                    request.result = 0
+                    finished.append(request)
+                    whole[slot] = None
+                    free.append(slot)
+                    continue
+                job = self._job(slot)
                 assert job is not None, "the kernel completed a request twice"
                 if job.op == FLUSH and result == -errno.EINVAL:
                     self._has_fdsync = False
@@ -145,7 +199,8 @@ class LinuxAioEngine:
         self._lost = True
         for slot in self._ring.take_back():
             self._for_workers.append(self._release(slot))
-        for slot, job in enumerate(self._jobs):
+        for slot in range(len(self._jobs)):
+            job = self._job(slot)
             if job is not None:
                 self._release(slot)
                 finished.append(job.abandon())
