@@ -10,7 +10,8 @@ import pytest
 from bottomhalf.qapi.block import BlockdevOptions, BlockdevOptionsGenericFormat
 from bottomhalf.qapi.block_info import BlockDeviceInfo, ImageInfoSpecific, ImageInfoSpecificFile
 from bottomhalf.qapi.char import ChardevSocket, ChardevStdio, check_chardev_socket, parse_chardev
-from bottomhalf.qapi.commands import COMMAND_LINE, COMMANDS, EVENTS, event_data, parse_command
+from bottomhalf.qapi.command_line import option_type
+from bottomhalf.qapi.commands import COMMANDS, EVENTS, event_data, parse_command
 from bottomhalf.qapi.control import MonitorMode, MonitorOptions
 from bottomhalf.qapi.errors import HelpRequested, OptionError, QmpError
 from bottomhalf.qapi.export import (
@@ -35,7 +36,7 @@ from bottomhalf.wire.json_reader import loads
 
 
 def option(name: str, text: str) -> Any:
-    type, implied_key = COMMAND_LINE[name]
+    type, implied_key = option_type(name)
     return parse_options(type, text, implied_key=implied_key, loads=loads)
 
 

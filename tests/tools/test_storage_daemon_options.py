@@ -252,7 +252,7 @@ def test_pidfile_of_another(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_schema_option_is_one_of_the_command_line() -> None:
-    from bottomhalf.qapi.commands import COMMAND_LINE
+    from bottomhalf.qapi import command_line
 
-    assert {name.removeprefix("--") for name in COMMAND_LINE} == set(bh_storage_daemon._ACTIONS)
+    assert {name.removeprefix("--") for name in command_line.OPTIONS} == set(bh_storage_daemon._ACTIONS)
     assert set(bh_storage_daemon._ACTIONS) < {option.name for option in OPTIONS}

@@ -31,19 +31,9 @@ from bottomhalf.qapi.errors import COMMAND_NOT_FOUND, GENERIC_ERROR, OptionError
 from bottomhalf.qapi.types import COMMANDS, EVENTS, Command, EventType, Struct
 from bottomhalf.qapi.visit import from_json, to_json
 
-__all__ = ["COMMANDS", "EVENTS", "COMMAND_LINE", "parse_command", "event_data"]
+__all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
 _MODULES = (block, block_graph, block_info, char, control, export, introspect, objects, qom, sockets)
-
-COMMAND_LINE: dict[str, tuple[type[Struct], str | None]] = {
-    "--blockdev": (block.BlockdevOptions, "driver"),
-    "--chardev": (char.ChardevOptions, "backend"),
-    "--export": (export.BlockExportOptions, "type"),
-    "--monitor": (control.MonitorOptions, "chardev"),
-    "--nbd-server": (export.NbdServerOptions, None),
-    "--object": (objects.ObjectOptions, "qom-type"),
-}
-"""Options of the storage daemon that the schema describes: type and implied key."""
 
 
 def parse_command(name: str, arguments: dict[str, Any], *, oob: bool = False) -> tuple[type[Command], Struct]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bottomhalf.qapi.commands import COMMAND_LINE, COMMANDS, EVENTS
+from bottomhalf.qapi.command_line import OPTIONS, option_type
+from bottomhalf.qapi.commands import COMMANDS, EVENTS
 from bottomhalf.qapi.help import default_text, enum_values
 from bottomhalf.qapi.types import (
     Alternate,
@@ -101,7 +102,8 @@ def render_reference() -> str:
     page.heading(1, "Options, commands and events")
     page.heading(2, "Command line")
     page.lines += ["| option | type | first word is the value of |", "|---|---|---|"]
-    for option, (type, implied_key) in COMMAND_LINE.items():
+    for option in OPTIONS:
+        type, implied_key = option_type(option)
         page.lines.append(
             f"| `{option}` | {page.link(type)} | {f'`{implied_key}`' if implied_key else '-'} |"
         )

@@ -171,10 +171,10 @@ def without_secret(name: str, typed: str) -> str:
 
 
 def _options(name: str, value: str) -> Any:
-    from bottomhalf.qapi.commands import COMMAND_LINE
+    from bottomhalf.qapi.command_line import option_type
     from bottomhalf.qapi.keyval import parse_options
 
-    kind, implied = COMMAND_LINE[f"--{name}"]
+    kind, implied = option_type(f"--{name}")
     return parse_options(kind, value, implied_key=implied, loads=_loads)
 
 
