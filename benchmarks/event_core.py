@@ -372,7 +372,7 @@ ROWS: Final = (
     Row("from-thread-1000", "from_thread", "the same, 1000 in a row", argument=1_000),
     Row("from-thread-100", "from_thread", "the same, 100 in a row: mostly the wake-up", argument=100),
     Row("timer-again", "timer_again", "arm a timer that is there, and run it", {"asyncio": 2}),
-    Row("timer-made", "timer_made", "make, arm and run a timer", {"asyncio": 2}),
+    Row("timer-made", "timer_made", "make, arm and run a timer; for what is waited for once, a coroutine sleeps"),
     Row("timer-cancelled", "timer_cancelled", "arm and cancel"),
     Row("coroutine-gives-way", "gives_way", "enter, give way once, end; sleep(0)", {"asyncio": 6}),
     Row("coroutines-together", "give_way_together", "the same, entered as one list", {"asyncio": 6}),
