@@ -90,7 +90,7 @@ def disk(context: AioContext, tmp_path: object) -> Iterator[Disk]:
 @pytest.fixture(params=["auto", "threads"])
 def any_disk(context: AioContext, tmp_path: object, request: pytest.FixtureRequest) -> Iterator[Disk]:
     """A disk behind each engine that the host has."""
-    context._engine = ContextEngine(context, context.host.engine(request.param))
+    context._engines["auto"] = ContextEngine(context, context.host.engine(request.param))
     made = make_disk(context, tmp_path)
     yield made
     made.file.close()
@@ -113,7 +113,7 @@ def together(host: SimHost) -> SimHost:
 
 
 def naive(context: AioContext) -> None:
-    context._engine = NaiveReaper(context, context.host.engine())
+    context._engines["auto"] = NaiveReaper(context, context.host.engine())
 
 
 @pytest.mark.parametrize("reaper", ["naive", "ours"])

@@ -131,6 +131,28 @@ def test_made_by_us(
     assert (info.format, info.virtual_size, info.cluster_size) == ("qcow2", SIZE, cluster_size)
 
 
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_size", ["4k", "64k", "2M"])
+def test_compressed(require: Callable[[str], str], tmp_path: Path, kind: str, cluster_size: str) -> None:
+    """All of a disk, read; then written over in parts, which leaves what is not written as it was."""
+    require("qemu-img")
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    chance = random.Random(7)
+    model = bytearray(b"".join(chance.randbytes(512) * chance.randrange(1, 40) for _ in range(1200))[: 8 * MIB])
+    raw.write_bytes(model)
+    shape = f"cluster_size={cluster_size},compression_type={kind}"
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", shape, raw, path)
+    with bottomhalf.open(path) as disk:
+        assert disk.pread(disk.size, 0)[: len(model)] == model
+        model += bytes(disk.size - len(model))
+        scribble(disk, model, 8, steps=20)
+        assert disk.pread(disk.size, 0) == model
+    run("qemu-img", "check", path)
+    assert content(path, tmp_path) == model
+    found = bottomhalf.check(path)
+    assert not found.corruptions and not found.leaks, found.findings
+
+
 def test_backing(require: Callable[[str], str], tmp_path: Path) -> None:
     """A shorter backing file, and what is hidden of it; a chain of three."""
     require("qemu-img")

@@ -70,7 +70,6 @@ class AioContext(Entering):
     __slots__ = (
         "__weakref__",
         "_at_home",
-        "_engine",
         "_engines",
         "_event",
         "_failures",
@@ -156,8 +155,7 @@ class AioContext(Entering):
         self._timer_lists: dict[str, TimerList] = {}
         self._timers: tuple[TimerList, ...] = ()
         self._failures: deque[Exception] = deque()
-        self._engine: ContextEngine | None = None
-        self._engines: dict[str, ContextEngine] = {}  # beside it, by kind
+        self._engines: dict[str, ContextEngine] = {}  # by kind
         self.engine_kind = "auto"
         self._thread_pool: ThreadPool | None = None
         self._shuffle = None if host.name == "linux" else host.shuffle
@@ -457,17 +455,13 @@ class AioContext(Entering):
     def engine(self) -> ContextEngine:
         """The context's file I/O engine, made at first use: of the kind that ``engine_kind`` names (see
         host.protocol.Host.engine). OSError if that is not to be had here."""
-        if self._engine is None:
-            from bottomhalf.aio.io import ContextEngine
-
-            self._engine = ContextEngine(self, self.host.engine(self.engine_kind))
-        return self._engine
+        return self.engine_of("auto")
 
     def engine_of(self, kind: str) -> ContextEngine:
         """The context's engine of a kind, for files that insist on one: "io_uring", "linux-aio", "threads", or "auto"
         for ``engine``. Made at first use. OSError if that kind is not to be had here. Home thread, or drained."""
-        if kind in ("auto", self.engine_kind):
-            return self.engine
+        if kind == "auto":
+            kind = self.engine_kind
         found = self._engines.get(kind)
         if found is None:
             from bottomhalf.aio.io import ContextEngine
@@ -501,7 +495,8 @@ class AioContext(Entering):
 
     def statistics(self) -> ContextStatistics:
         """What it is doing, in figures. From any thread."""
-        engine, pool = self._engine, self._thread_pool
+        engines, pool = dict(self._engines), self._thread_pool
+        engine = engines.pop(self.engine_kind, None)
         return ContextStatistics(
             name=self.name,
             poller=self._poller.name,
@@ -518,7 +513,7 @@ class AioContext(Entering):
             poll_ns=min(max(self._poll_ns, self._handlers.poll_ns_max()), self.poll_max_ns),
             poll_max_ns=self.poll_max_ns,
             engine=engine.statistics() if engine is not None else None,
-            engines=tuple(each.statistics() for each in tuple(self._engines.values())),
+            engines=tuple(each.statistics() for each in engines.values()),
             thread_pool=pool.statistics() if pool is not None else None,
         )
 
@@ -552,17 +547,15 @@ class AioContext(Entering):
     def close(self) -> None:
         """Give everything back. AioError if a bottom half is still scheduled, or a worker thread busy: their work would
         be lost. An exception that no poll has let out yet goes out of here at the end."""
-        parts = (self._engine, *self._engines.values(), self._thread_pool)
-        own = [part.completions for part in parts if part is not None]
+        own = [engine.completions for engine in self._engines.values()]
+        if self._thread_pool is not None:
+            own.append(self._thread_pool.completions)
         for half in (*self._queue, *self.idle_halves):
             if half.scheduled and half not in own:
                 raise AioError(f"{self.name} is closed while {half!r} waits to run")
         if self._thread_pool is not None:
             self._thread_pool.close()
             self._thread_pool = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
         while self._engines:
             self._engines.popitem()[1].close()
         self.closed = True

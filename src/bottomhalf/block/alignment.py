@@ -24,7 +24,6 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from bottomhalf.block.errors import check
 from bottomhalf.block.serialising import RangeGate
 from bottomhalf.host.request import (
     DISCARD,
@@ -153,8 +152,6 @@ class Aligner:
         return start - start % self._alignment, -(-end // self._alignment) * self._alignment
 
     async def _io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-        from bottomhalf.block.node import co_submit
+        from bottomhalf.block.node import co_io
 
-        request = Request(op, offset, length, buffer, flags)
-        await co_submit(self._submit, request, self._node)
-        check(request.result, self._node.name)
+        await co_io(self._node, op, offset, length, buffer, flags, submit=self._submit)

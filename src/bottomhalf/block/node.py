@@ -272,9 +272,7 @@ class Node(Parent, metaclass=_NodeType):
             if submit is None:
                 await self.co_pwrite(offset, zeroes[:count], flags & FUA)
             else:
-                request = Request(WRITE, offset, count, zeroes[:count], flags & FUA)
-                await co_submit(submit, request, self)
-                check(request.result, self.name)
+                await co_io(self, WRITE, offset, count, zeroes[:count], flags & FUA, submit=submit)
             offset += count
             length -= count
 
@@ -328,9 +326,7 @@ class Node(Parent, metaclass=_NodeType):
     async def _co_submit(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
         if not self._has_submit_batch:
             raise OSError(errno.ENOTSUP, f"driver {self.driver} does not support this request", self.name)
-        request = Request(op, offset, length, buffer, flags)
-        await co_submit(self.submit_batch, request, self)
-        check(request.result, self.name)
+        await co_io(self, op, offset, length, buffer, flags)
 
     # -- parents, drain -----------------------------------------------------------------------------------------
 
@@ -430,6 +426,24 @@ async def co_submit(submit: Callable[[list[Request]], list[Request]], request: R
     if submit([request]):
         await suspend(waiter)
         assert request.result != IN_PROGRESS, "woken by something else than the request"
+
+
+async def co_io(
+    node: Node,
+    op: int,
+    offset: int,
+    length: int,
+    buffer: memoryview | None = None,
+    flags: int = 0,
+    *,
+    submit: Callable[[list[Request]], list[Request]] | None = None,
+    name: str = "",
+) -> None:
+    """A request of one's own to a node (through ``submit``, if another door is meant) from a coroutine, to its end.
+    OSError, which says ``name`` or else the node's."""
+    request = Request(op, offset, length, buffer, flags)
+    await co_submit(submit or node.submit_batch, request, node)
+    check(request.result, name or node.name)
 
 
 def _raise(error: Exception) -> None:

@@ -10,7 +10,7 @@ full      zero bytes are written
     await co_resize(node, new_size, Preallocation.FALLOC)
 
 It is done with what every node has: truncate first, then zero the new part, without holes. If that fails the disk gets
-its old size again. (``metadata`` is for formats that have some, which do not exist yet.)
+its old size again. (``metadata`` is for formats that have some; none does it yet.)
 """
 
 from __future__ import annotations

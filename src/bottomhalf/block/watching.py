@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from bottomhalf.block.errors import check
-from bottomhalf.block.node import Node, co_submit
+from bottomhalf.block.node import Node, co_io
 from bottomhalf.block.zeroes import is_zero
 from bottomhalf.host.request import COMPRESSED, MAY_UNMAP, WRITE, WRITE_ZEROES, Request
 
@@ -84,9 +83,8 @@ def _watching(kind: type[Any]) -> type[Node]:
 
         async def _co_zero_instead(self, request: Request) -> None:
             flags = request.flags | self.watch.zero_flags
-            sent = Request(WRITE_ZEROES, request.offset, request.length, None, flags)
-            await co_submit(super().submit_batch, sent, self)
-            check(sent.result, self.name)
+            door = super().submit_batch
+            await co_io(self, WRITE_ZEROES, request.offset, request.length, None, flags, submit=door)
 
         async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
             watch = self.watch

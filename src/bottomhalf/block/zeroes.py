@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a buffer is all zero bytes.
+"""Whether a buffer is all zero bytes, and making it so.
 
 Comparing memoryviews compares element by element in Python 3.11, thirty times slower than memory. So the two ends are
 looked at first, which decides for most data, and then pieces are compared as bytes.
@@ -22,3 +22,10 @@ def is_zero(buffer: memoryview) -> bool:
         if piece != (_ZEROES if len(piece) == len(_ZEROES) else _ZEROES[: len(piece)]):
             return False
     return True
+
+
+def fill_zeroes(buffer: memoryview) -> None:
+    """Zero a buffer of any length."""
+    for begin in range(0, len(buffer), len(_ZEROES)):
+        count = min(len(_ZEROES), len(buffer) - begin)
+        buffer[begin : begin + count] = _ZEROES if count == len(_ZEROES) else _ZEROES[:count]

@@ -26,9 +26,8 @@ from bottomhalf.aio.errors import TimedOut
 from bottomhalf.aio.together import give_up_after
 from bottomhalf.block import BlockError
 from bottomhalf.block.bitmap import DirtyBitmap
-from bottomhalf.block.errors import check
 from bottomhalf.block.filter import Filter
-from bottomhalf.block.node import co_submit
+from bottomhalf.block.node import co_io
 from bottomhalf.block.serialising import RangeGate
 from bottomhalf.block.zeroes import is_zero
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
@@ -110,7 +109,7 @@ class CopyBeforeWriteNode(Filter):
             if not self.break_snapshot:
                 raise
             self.snapshot_error = self.snapshot_error or error.errno or errno.EIO
-        await _io(self.edge.node, request.op, request.offset, request.length, request.buffer, request.flags)
+        await co_io(self.edge.node, request.op, request.offset, request.length, request.buffer, request.flags)
 
     async def _co_save(self, begin: int, end: int) -> None:
         """Copy those of the clusters that are not saved yet."""
@@ -137,11 +136,11 @@ class CopyBeforeWriteNode(Filter):
         arena = self.context.host.arena(length)
         bounce = arena.view[:length]
         try:
-            await _io(self.edge.node, READ, offset, length, bounce, 0)
+            await co_io(self.edge.node, READ, offset, length, bounce)
             if is_zero(bounce):
-                await _io(self.target.node, WRITE_ZEROES, offset, length, None, 0)
+                await co_io(self.target.node, WRITE_ZEROES, offset, length)
             else:
-                await _io(self.target.node, WRITE, offset, length, bounce, 0)
+                await co_io(self.target.node, WRITE, offset, length, bounce)
         finally:
             bounce.release()
             arena.close()
@@ -163,13 +162,13 @@ class CopyBeforeWriteNode(Filter):
             saved, count = self._done.run(begin, end - begin)
             piece = buffer[begin - offset : begin - offset + count]
             if saved:
-                await _io(self.target.node, READ, begin, count, piece, 0)
+                await co_io(self.target.node, READ, begin, count, piece)
             else:
                 place = await self._gate.enter(begin, begin + count, alone=False)
                 try:
                     if self._done.any(begin, count):
                         continue  # it was copied while we waited
-                    await _io(self.edge.node, READ, begin, count, piece, 0)
+                    await co_io(self.edge.node, READ, begin, count, piece)
                 finally:
                     self._gate.leave(place)
             begin += count
@@ -217,8 +216,3 @@ def _check_cluster(size: int) -> int:
         raise BlockError(f"Cannot create block-copy-state: min-cluster-size too large: {size} > {CLUSTER_BYTES_MAX}")
     return size
 
-
-async def _io(node: Node, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-    request = Request(op, offset, length, buffer, flags)
-    await co_submit(node.submit_batch, request, node)
-    check(request.result, node.name)

@@ -19,9 +19,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block import BlockError
-from bottomhalf.block.errors import check
 from bottomhalf.block.filter import Filter
-from bottomhalf.block.node import co_submit
+from bottomhalf.block.node import co_io
 from bottomhalf.block.serialising import RangeGate
 from bottomhalf.block.zeroes import is_zero
 from bottomhalf.host.protocol import PERM_WRITE_UNCHANGED, File
@@ -88,7 +87,7 @@ class CopyOnReadNode(Filter):
     async def _co_write(self, request: Request) -> None:
         place = await self._gate.enter(request.offset, request.offset + request.length, alone=False)
         try:
-            await self._io(request.op, request.offset, request.length, request.buffer, request.flags)
+            await self._co_io(request.op, request.offset, request.length, request.buffer, request.flags)
         finally:
             self._gate.leave(place)
 
@@ -100,7 +99,7 @@ class CopyOnReadNode(Filter):
             buffer = request.buffer[begin - request.offset : begin - request.offset + count]
             if to_copy:
                 await self._co_copy(begin, count)
-            await self._io(READ, begin, count, buffer, 0)
+            await self._co_io(READ, begin, count, buffer, 0)
             begin += count
 
     async def _co_wants_copy(self, offset: int, length: int) -> tuple[bool, int]:
@@ -133,21 +132,18 @@ class CopyOnReadNode(Filter):
         arena = self.context.host.arena(length)
         bounce = arena.view[:length]
         try:
-            await self._io(READ, offset, length, bounce, 0)
+            await self._co_io(READ, offset, length, bounce, 0)
             await self.edge.node.co_debug_event("cor_write")
             if is_zero(bounce):
-                await self._io(WRITE_ZEROES, offset, length, None, 0)
+                await self._co_io(WRITE_ZEROES, offset, length, None, 0)
             else:
-                await self._io(WRITE, offset, length, bounce, 0)
+                await self._co_io(WRITE, offset, length, bounce, 0)
         finally:
             bounce.release()
             arena.close()
 
-    async def _io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-        child = self.edge.node
-        request = Request(op, offset, length, buffer, flags)
-        await co_submit(child.submit_batch, request, child)
-        check(request.result, self.name)
+    async def _co_io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
+        await co_io(self.edge.node, op, offset, length, buffer, flags, name=self.name)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return None if self.edge.node.has_backing else super().file_range(offset, length)

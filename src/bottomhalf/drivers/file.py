@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import errno
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.errors import check
 from bottomhalf.block.generations import Generations
-from bottomhalf.host.protocol import PERM_ALL, File, ImageInUse
+from bottomhalf.host.protocol import AIO_ENGINES, PERM_ALL, File, ImageInUse
 from bottomhalf.host.request import (
     DISCARD,
     FLUSH,
@@ -31,14 +31,6 @@ from bottomhalf.host.request import (
 if TYPE_CHECKING:
     from bottomhalf.aio.io import ContextEngine
     from bottomhalf.block import Graph, Transaction
-
-
-_KINDS: Final[dict[str | None, str]] = {
-    None: "auto",
-    "io_uring": "io_uring",
-    "native": "linux-aio",
-    "threads": "threads",
-}  # of engines, by what ``aio`` says
 
 
 class FileNode(Node):
@@ -65,6 +57,7 @@ class FileNode(Node):
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self.filename = filename
         self._aio = aio
+        self._engine_kind = "auto" if aio is None else AIO_ENGINES[aio]
         try:
             self.attach_context()
         except BaseException:
@@ -91,14 +84,14 @@ class FileNode(Node):
     @property
     def engine(self) -> ContextEngine:
         """What carries out the requests that cannot be served where they stand."""
-        return self.context.engine_of(_KINDS[self._aio])
+        return self.context.engine_of(self._engine_kind)
 
     def attach_context(self) -> None:
         """Whoever asks for an engine by name learns at once if it is not to be had."""
         if self._aio is None:
             return
         try:
-            self.context.engine_of(_KINDS[self._aio])
+            self.context.engine_of(self._engine_kind)
         except OSError as error:
             raise BlockError(
                 f"aio={self._aio} was specified, but it is not available here: {error.strerror}\n"

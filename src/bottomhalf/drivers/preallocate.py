@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import CoMutex, Coroutine, kick, wait_while
 from bottomhalf.block import BlockError, permissions
-from bottomhalf.block.errors import check
 from bottomhalf.block.filter import Filter
-from bottomhalf.block.node import co_submit
+from bottomhalf.block.node import co_io
 from bottomhalf.host.protocol import PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED
 from bottomhalf.host.request import NO_FALLBACK, WRITE, WRITE_ZEROES, Request
 
@@ -89,7 +88,7 @@ class PreallocateNode(Filter):
         async with self._growing:
             if end > self.file_end:
                 await self._co_preallocate(end)
-        await self._io(request.op, request.offset, request.length, request.buffer, request.flags)
+        await self._co_io(request.op, request.offset, request.length, request.buffer, request.flags)
         self.file_end = max(self.file_end, end)
         self._grown(end)
 
@@ -97,15 +96,13 @@ class PreallocateNode(Filter):
         begin = self.file_end
         end = -(-(end + self.prealloc_size) // self.prealloc_align) * self.prealloc_align
         try:
-            await self._io(WRITE_ZEROES, begin, end - begin, None, NO_FALLBACK)
+            await self._co_io(WRITE_ZEROES, begin, end - begin, None, NO_FALLBACK)
         except OSError:
             return  # it was for speed only
         self.file_end = end
 
-    async def _io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-        request = Request(op, offset, length, buffer, flags)
-        await co_submit(self.below.submit_batch, request, self.below)
-        check(request.result, self.name)
+    async def _co_io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
+        await co_io(self.below, op, offset, length, buffer, flags, name=self.name)
 
     async def co_truncate(self, size: int) -> None:
         async with self._growing:

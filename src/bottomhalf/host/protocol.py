@@ -32,6 +32,8 @@ ZERO: Final = 2  # reads as zeroes
 
 # What Host.engine() makes by name.
 ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
+# What QEMU's users call them: ``aio=``.
+AIO_ENGINES: Final = {"io_uring": "io_uring", "native": "linux-aio", "threads": "threads"}
 
 # Permissions of an opened image, bit numbers as in the lock bytes of a file (100 + n held, 200 + n not shared).
 PERM_CONSISTENT_READ: Final = 1

@@ -12,12 +12,12 @@ from bottomhalf.host.protocol import PERM_CONSISTENT_READ
 from bottomhalf.qapi.block import (
     BlockdevReopen,
     BlockdevSnapshot,
+    BlockPermission,
     XBlockdevChange,
     XBlockdevSetIothread,
 )
 from bottomhalf.qapi.block_graph import (
     BlockInfo,
-    BlockPermission,
     XDbgBlockGraph,
     XDbgBlockGraphEdge,
     XDbgBlockGraphNode,

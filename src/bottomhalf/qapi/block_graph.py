@@ -6,6 +6,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
+from bottomhalf.qapi.block import BlockPermission
 from bottomhalf.qapi.block_info import BlockDeviceInfo
 from bottomhalf.qapi.types import Command, Doc, Struct, Uint64
 
@@ -33,15 +34,6 @@ class BlockInfo(Struct):
 
 class QueryBlock(Command, name="query-block", returns=list[BlockInfo]):
     """List devices that have a name. Exports have none."""
-
-
-class BlockPermission(StrEnum):
-    """What a user of a node may do."""
-
-    CONSISTENT_READ = "consistent-read"
-    WRITE = "write"
-    WRITE_UNCHANGED = "write-unchanged"
-    RESIZE = "resize"
 
 
 class XDbgBlockGraphNodeType(StrEnum):

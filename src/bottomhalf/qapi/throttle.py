@@ -57,12 +57,3 @@ class ThrottleGroupProperties(Struct):
     x_bps_write_max: Annotated[int | None, Doc("the same for command lines", features=("unstable",))] = None
     x_bps_write_max_length: Annotated[int | None, Doc("the same for command lines", features=("unstable",))] = None
     x_iops_size: Annotated[int | None, Doc("the same for command lines", features=("unstable",))] = None
-
-    def given(self) -> dict[str, int]:
-        """The limits by their names, as far as they are given; ``limits`` counts where both are."""
-        found = {}
-        for source in (self, self.limits):
-            for attribute, value in vars(source).items() if source is not None else ():
-                if value is not None and attribute != "limits":
-                    found[attribute.removeprefix("x_").replace("_", "-")] = value
-        return found

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse
+from bottomhalf.tools.modes import AIO_MODES, CACHE_MODES
 
 if TYPE_CHECKING:
     from bottomhalf.aio import AioContext
@@ -69,16 +70,6 @@ Send requests to a disk image, many at a time, and say how long that took.
 Beyond the end of the image, requests begin again at its front.
 """
 
-# Cache modes: (O_DIRECT, no flushes, every write durable).
-CACHE_MODES: Final = {
-    "none": (True, False, False),
-    "off": (True, False, False),
-    "writeback": (False, False, False),
-    "writethrough": (False, False, True),
-    "directsync": (True, False, True),
-    "unsafe": (False, True, False),
-}
-ENGINES: Final = {"threads": "threads", "native": "linux-aio", "io_uring": "io_uring"}
 ENDING_SIGNALS: Final = (2, 15)  # SIGINT, SIGTERM
 INT_MAX: Final = (1 << 31) - 1
 OFFSET_MAX: Final = (1 << 63) - 1
@@ -134,8 +125,8 @@ class Settings:
                 raise UsageError("Invalid cache mode", f"It is one of {', '.join(CACHE_MODES)}.")
             self.direct, self.no_flush, self.writethrough = CACHE_MODES[value]
         elif name == "aio":
-            if value not in ENGINES:
-                raise UsageError(f"Invalid aio option: {value}", f"It is one of {', '.join(ENGINES)}.")
+            if value not in AIO_MODES:
+                raise UsageError(f"Invalid aio option: {value}", f"It is one of {', '.join(AIO_MODES)}.")
             self.aio = value
         elif name == "native":
             self.aio = "native"
@@ -254,10 +245,11 @@ def _run_until_signal(context: AioContext, load: Load, introduce: Callable[[], N
 def _choose_engine(context: AioContext, settings: Settings) -> None:
     """The engine that --aio names; whether it is to be had here is seen before the image is opened."""
     from bottomhalf.block import BlockError
+    from bottomhalf.host.protocol import AIO_ENGINES
 
     if settings.aio is None:
         return
-    context.engine_kind = ENGINES[settings.aio]
+    context.engine_kind = AIO_ENGINES[settings.aio]
     try:
         assert context.engine
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from os import environ, getpid
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse, program_name
+from bottomhalf.tools.modes import AIO_MODES, CACHE_MODES
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
@@ -67,16 +68,6 @@ LATER: Final = (
     Option("selinux-label", takes=VALUE),
     Option("trace", "T", VALUE),
 )
-# cache=MODE as QEMU means it: (O_DIRECT, flushes are ignored, every write is made durable).
-CACHE_MODES: Final = {
-    "none": (True, False, False),
-    "off": (True, False, False),
-    "directsync": (True, False, True),
-    "writeback": (False, False, False),
-    "unsafe": (False, True, False),
-    "writethrough": (False, False, True),
-}
-AIO_MODES: Final = ("threads", "native", "io_uring")
 DISCARD_MODES: Final = {"ignore": False, "off": False, "unmap": True, "on": True}
 DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
 # Options that say something about an image, which --list has none of.

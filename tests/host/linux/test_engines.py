@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bottomhalf.host.linux import LinuxHost, linux_aio, ring_engine, workers
+from bottomhalf.host.linux import LinuxHost, job, linux_aio, ring_engine, workers
 from bottomhalf.host.linux import ring as ring_module
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.job import Job
@@ -206,7 +206,7 @@ def test_short_transfers_go_on(real: Place, answers: Answers, parts: tuple[int, 
 
 def test_short_transfers_by_the_kernel(real: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same when no more than so many bytes really move at a time."""
-    for module in (ring_engine, linux_aio):
+    for module in (ring_engine, linux_aio, job):
         monkeypatch.setattr(module, "OPERATION_BYTES_MAX", 700)
     preadv, pwritev = os.preadv, os.pwritev
     if real.engine_kind == "threads":

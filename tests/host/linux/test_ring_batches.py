@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bottomhalf.host.linux import LinuxHost, ring_engine
+from bottomhalf.host.linux import LinuxHost, job, ring_engine
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.ring import ENTRIES, Ring
@@ -150,7 +150,8 @@ def test_beyond_the_end_and_short(engine: RingEngine, file: LinuxFile, arena: Li
 def test_more_than_one_operation_moves(
     engine: RingEngine, file: LinuxFile, arena: LinuxArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_engine, "OPERATION_BYTES_MAX", BLOCK)
+    for module in (ring_engine, job):
+        monkeypatch.setattr(module, "OPERATION_BYTES_MAX", BLOCK)
     requests = [transfer(READ, arena, n, 4) for n in (0, 4)]
     engine.prepare_batch(file, requests)
     finish(engine)

@@ -14,8 +14,6 @@ BITMAPS_MAX: Final = 65535
 DIRECTORY_BYTES_MAX: Final = 64 << 20
 TABLE_ENTRIES_MAX: Final = 0x8000000
 NAME_BYTES_MAX: Final = 1023
-IN_USE: Final = 1
-AUTO: Final = 2
 
 _EXTENSION: Final = struct.Struct(">IIQQ")  # bitmaps, reserved, directory's size and offset
 _ENTRY: Final = struct.Struct(">QIIBBHI")  # table's offset and entries, flags, type, granularity bits, name, extra data

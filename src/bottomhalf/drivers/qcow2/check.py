@@ -260,11 +260,3 @@ class _Checker:
             self.result.corruptions += 1
         kind = "Repairing" if repair == "all" else "ERROR"
         self.result.say(f"{kind} OFLAG_COPIED {where} refcount={refcount}")
-
-
-def summary(result: CheckResult) -> str:
-    """In a sentence."""
-    if not (result.corruptions or result.leaks or result.check_errors):
-        return "No errors were found on the image."
-    return f"{result.corruptions} errors and {result.leaks} leaked clusters were found on the image."
-

@@ -29,16 +29,6 @@ def decompress(data: bytes | memoryview, size: int, kind: int) -> bytes:
     return result
 
 
-def compress(data: bytes | memoryview, kind: int) -> bytes | None:
-    """A cluster compressed, or None if it would not become smaller."""
-    if kind == ZSTD:
-        result: bytes = _zstd().ZstdCompressor().compress(bytes(data))
-    else:
-        packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW_BITS)
-        result = packer.compress(data) + packer.flush()
-    return result if len(result) < len(data) else None
-
-
 def _decompress_zstd(data: bytes | memoryview, size: int) -> bytes:
     zstd = _zstd()
     try:
@@ -51,7 +41,7 @@ def _decompress_zstd(data: bytes | memoryview, size: int) -> bytes:
 
 
 def _zstd() -> Any:
-    """The standard library has zstd from Python 3.14 on; before, a package of that name does it."""
+    """A package does it: the standard library of the Pythons that we run on has no zstd."""
     try:
         import zstandard  # type: ignore[import-not-found,unused-ignore]
     except ImportError:

@@ -20,6 +20,7 @@ from bottomhalf.drivers.qcow2.layout import (
     REFCOUNT_ORDER_DEFAULT,
     REFCOUNT_ORDER_MAX,
 )
+from bottomhalf.drivers.qcow2.metadata import refresh_sizes
 from bottomhalf.drivers.qcow2.node import Qcow2Node
 
 if TYPE_CHECKING:
@@ -114,15 +115,9 @@ async def _co_begin(file: Node, header: Header) -> None:
         block[cluster] = 1
     first = header.to_bytes().ljust(size, b"\0") + tables.pack(table) + refcounts.pack(block, header.refcount_order)
     await file.co_pwrite(0, memoryview(first))
-    for below in _chain(file):
-        below.refresh_size()
+    refresh_sizes(file)
 
 
 async def _co_grow(node: Qcow2Node, size: int) -> None:
     await node.open()
     await node.co_truncate(size)
-
-
-def _chain(node: Node) -> list[Node]:
-    """The node and those below it, from the bottom up."""
-    return [each for edge in node.children for each in _chain(edge.node)] + [node]

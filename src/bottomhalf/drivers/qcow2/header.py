@@ -100,12 +100,6 @@ class Header:
         data = self.extension(layout.EXTENSION_BACKING_FORMAT)
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
-    @property
-    def data_file(self) -> str | None:
-        """Name of the external data file."""
-        data = self.extension(layout.EXTENSION_DATA_FILE)
-        return None if data is None else data.decode("utf-8", "surrogateescape")
-
     # -- reading ------------------------------------------------------------------------------------------------
 
     @staticmethod

@@ -107,7 +107,7 @@ class Metadata:
         if requests:
             await co_submit_all(self.file, requests)
             if max(request.offset + request.length for request in requests) > self.file.size:
-                _refresh_size(self.file)
+                refresh_sizes(self.file)
 
     async def open(self) -> None:
         """Read what is always in memory: L1 and the refcount table."""
@@ -128,6 +128,15 @@ class Metadata:
                 return await self._load(index)
             await waiting.wait()
         return table
+
+    async def runs(self, offset: int, length: int) -> list[tables.Run]:
+        """What a range of the guest's is, as far as one L2 table says it. OSError, ImageError."""
+        index = offset >> self.mapping.l1_shift
+        length = min(length, ((index + 1) << self.mapping.l1_shift) - offset)
+        table = await self.l2_table(index)
+        if table is None:
+            return [tables.Run(tables.UNALLOCATED, 0, length)]
+        return list(self.mapping.runs(table.entries, offset, length))
 
     async def _load(self, index: int) -> Table | None:
         offset = self.l1[index] & OFFSET_MASK
@@ -457,10 +466,10 @@ class Metadata:
             yield self.header.l1_offset, tables.pack(self.l1)
 
 
-def _refresh_size(node: Node) -> None:
+def refresh_sizes(node: Node) -> None:
     """A file below has grown: those above it learn that from the bottom up."""
     for edge in node.children:
-        _refresh_size(edge.node)
+        refresh_sizes(edge.node)
     node.refresh_size()
 
 

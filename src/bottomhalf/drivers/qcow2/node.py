@@ -9,11 +9,13 @@ list. The rest, which has to read tables, unpack, allocate or copy, becomes coro
 from __future__ import annotations
 
 import errno
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
-from bottomhalf.aio import kick, wait_while
+from bottomhalf.aio import run_in
 from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.block.edge import ROLE_COW, ROLE_IMAGE
+from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.header import Header
@@ -29,7 +31,6 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP,
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
 
-_ZEROES: Final = memoryview(bytes(1 << 16))
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
 
 
@@ -299,14 +300,7 @@ class Qcow2Node(Node):
         try:
             at = 0
             while at < len(buffer):
-                index = (offset + at) >> self.mapping.l1_shift
-                table = await self.metadata.l2_table(index)
-                room = ((index + 1) << self.mapping.l1_shift) - (offset + at)
-                length = min(room, len(buffer) - at)
-                runs = [Run(UNALLOCATED, 0, length)]
-                if table is not None:
-                    runs = list(self.mapping.runs(table.entries, offset + at, length))
-                for run in runs:
+                for run in await self.metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
                         self._read_from(self.file, run.host, part, reads)
@@ -378,13 +372,8 @@ class Qcow2Node(Node):
         return status
 
     async def _co_block_status(self, offset: int, length: int) -> tuple[int, int]:
-        mapping = self.mapping
-        index = offset >> mapping.l1_shift
-        length = min(length, ((index + 1) << mapping.l1_shift) - offset)
-        table = await self.metadata.l2_table(index)
-        runs = [Run(UNALLOCATED, 0, length)] if table is None else mapping.runs(table.entries, offset, length)
         bits = count = 0
-        for run in runs:
+        for run in await self.metadata.runs(offset, length):
             found, covered = protocol.ZERO, run.length
             if run.kind in (DATA, SQUEEZED):
                 found = protocol.DATA
@@ -418,22 +407,10 @@ class Qcow2Node(Node):
         return await backing.co_is_allocated(offset, min(count, backing.size - offset), bottom)
 
     async def _co_is_allocated(self, offset: int, length: int) -> tuple[bool, int]:
-        mapping = self.mapping
-        index = offset >> mapping.l1_shift
-        length = min(length, ((index + 1) << mapping.l1_shift) - offset)
-        table = await self.metadata.l2_table(index)
-        if table is None:
-            return False, length
-        first: bool | None = None
-        count = 0
-        for run in mapping.runs(table.entries, offset, length):
-            allocated = run.kind != UNALLOCATED
-            if first is None:
-                first = allocated
-            if allocated != first:
-                break
-            count += run.length
-        return bool(first), count
+        runs = await self.metadata.runs(offset, length)
+        allocated = runs[0].kind != UNALLOCATED
+        alike = takewhile(lambda run: (run.kind != UNALLOCATED) == allocated, runs)
+        return allocated, sum(run.length for run in alike)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -441,34 +418,9 @@ class Qcow2Node(Node):
         if self.read_only:
             return
         what = f"the tables of {self.describe()}"
-        if self.context.is_home:
-            self.context.run(self._co_close(), what=what)
-            return
-        ended: list[Exception | None] = []
-
-        async def close() -> None:
-            try:
-                await self._co_close()
-                ended.append(None)
-            except Exception as error:
-                ended.append(error)
-            finally:
-                kick()
-
-        self.context.schedule(close())
-        wait_while(self.context, lambda: not ended, what=what)
-        if ended[0] is not None:
-            raise ended[0]
+        run_in(self.context, lambda: self.context.run(self._co_close(), what=what), what)
 
     async def _co_close(self) -> None:
         await self.co_flush()
         while self.metadata.dirty:  # what one commit frees, the next one writes
             await self.co_flush()
-
-
-def fill_zeroes(buffer: memoryview) -> None:
-    """Zero a buffer of any length."""
-    for start in range(0, len(buffer), len(_ZEROES)):
-        part = buffer[start : start + len(_ZEROES)]
-        part[:] = _ZEROES[: len(part)]
-

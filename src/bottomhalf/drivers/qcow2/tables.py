@@ -170,9 +170,3 @@ class Mapping:
         offset = entry & ((1 << bits) - 1)
         sectors = (entry >> bits & ((1 << (62 - bits)) - 1)) + 1
         return offset, sectors * SECTOR_BYTES - offset % SECTOR_BYTES
-
-    def squeezed_entry(self, offset: int, length: int) -> int:
-        """The entry of a compressed cluster whose data lie at ``offset``."""
-        bits = 62 - (self.cluster_bits - 8)
-        additional = (offset + length - 1) // SECTOR_BYTES - offset // SECTOR_BYTES
-        return COMPRESSED | additional << bits | offset

@@ -15,7 +15,7 @@ import errno
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
-from bottomhalf.drivers.qcow2.tables import UNALLOCATED, ZEROES, Run
+from bottomhalf.drivers.qcow2.tables import UNALLOCATED, ZEROES
 from bottomhalf.host.request import FUA, WRITE, Request
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ class Writer:
                 await self._into(cluster, entry, bitmap, inside, data[at : at + length], batch)
                 at += length
                 continue
-            wanted = await self._unowned(cluster, -(-(inside + len(data) - at) >> mapping.cluster_bits), batch)
-            first, got, virgin = await metadata.allocate(wanted)
+            old = await self._unowned(cluster, -(-(inside + len(data) - at) >> mapping.cluster_bits), batch)
+            first, got, virgin = await metadata.allocate(len(old))
             batch_end = min(len(data) - at, (got << mapping.cluster_bits) - inside)
-            await self._new(cluster, first, got, virgin, inside, data[at : at + batch_end], batch)
+            await self._new(cluster, old[:got], first, virgin, inside, data[at : at + batch_end], batch)
             at += batch_end
 
     async def _entry(self, cluster: int) -> tuple[int, int]:
@@ -94,17 +94,17 @@ class Writer:
         mapping.check_entry(entry, bitmap)
         return entry, bitmap
 
-    async def _unowned(self, cluster: int, most: int, batch: _Batch) -> int:
-        """How many guest clusters from this one on need new places: at least this one, at most to the table's end."""
+    async def _unowned(self, cluster: int, most: int, batch: _Batch) -> list[tuple[int, int]]:
+        """The entries of the guest clusters that need new places, from this one on, at most to the table's end."""
         mapping = self._mapping
         most = min(most, mapping.entries - (cluster & (mapping.entries - 1)))
-        count = 1
-        while count < most and cluster + count not in batch.clusters:
-            entry, _ = await self._entry(cluster + count)
+        found = [await self._entry(cluster)]
+        while len(found) < most and cluster + len(found) not in batch.clusters:
+            entry, bitmap = await self._entry(cluster + len(found))
             if entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED:
                 break
-            count += 1
-        return count
+            found.append((entry, bitmap))
+        return found
 
     async def _into(
         self, cluster: int, entry: int, bitmap: int, inside: int, data: memoryview, batch: _Batch
@@ -132,13 +132,19 @@ class Writer:
             batch.clusters.add(cluster)
 
     async def _new(
-        self, cluster: int, first: int, count: int, virgin: bool, inside: int, data: memoryview, batch: _Batch
+        self,
+        cluster: int,
+        entries: list[tuple[int, int]],
+        first: int,
+        virgin: bool,
+        inside: int,
+        data: memoryview,
+        batch: _Batch,
     ) -> None:
-        """Write to clusters that were just allocated, side by side."""
+        """Write to clusters that were just allocated, side by side; ``entries`` say what was there before."""
         mapping = self._mapping
-        bits, size = mapping.cluster_bits, mapping.cluster_size
-        for n in range(count):
-            old, bitmap = await self._entry(cluster + n)
+        bits, size, count = mapping.cluster_bits, mapping.cluster_size, len(entries)
+        for n, (old, bitmap) in enumerate(entries):
             if mapping.extended and not old & OFFSET_MASK and not old & COMPRESSED:
                 part_start = inside if n == 0 else 0
                 part_end = min(size, inside + len(data) - n * size)
@@ -148,16 +154,13 @@ class Writer:
                 bitmap = _ALL if mapping.extended else 0
             batch.links.append((cluster + n, (first + n) << bits | COPIED, bitmap))
             batch.clusters.add(cluster + n)
-        old, _ = await self._entry(cluster)
-        last_old, _ = await self._entry(cluster + count - 1)
-        stop = inside + len(data)
-        start, end = inside, stop
+        start, end = 0, count * size
         if mapping.extended:
             unit_start, unit_end = self._units(inside, len(data))
-            start = 0 if old & (OFFSET_MASK | COMPRESSED) else unit_start
-            end = count * size if last_old & (OFFSET_MASK | COMPRESSED) else unit_end
-        else:
-            start, end = 0, count * size
+            if not entries[0][0] & (OFFSET_MASK | COMPRESSED):
+                start = unit_start
+            if not entries[-1][0] & (OFFSET_MASK | COMPRESSED):
+                end = unit_end
         whole = await self._filled(cluster, start, end, inside, data, zeroes=not virgin)
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
@@ -184,16 +187,9 @@ class Writer:
         return memoryview(buffer)
 
     async def _reads_as_zeroes(self, offset: int, length: int) -> bool:
-        mapping, backing = self._mapping, self._node.backing
-        end = offset + length
+        backing, end = self._node.backing, offset + length
         while offset < end:
-            index = offset >> mapping.l1_shift
-            stop = min(end, (index + 1) << mapping.l1_shift)
-            table = await self._metadata.l2_table(index)
-            runs = [Run(UNALLOCATED, 0, stop - offset)]
-            if table is not None:
-                runs = list(mapping.runs(table.entries, offset, stop - offset))
-            for run in runs:
+            for run in await self._metadata.runs(offset, end - offset):
                 if run.kind != ZEROES and (
                     run.kind != UNALLOCATED or (backing is not None and offset < backing.size)
                 ):

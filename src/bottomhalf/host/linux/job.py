@@ -70,6 +70,12 @@ class Job:
         if request.op == WRITE:
             self.buffer[:] = request.buffer
 
+    def part(self) -> tuple[int, int, int]:
+        """What of a read or write is to be moved next: offset in the file, address, bytes."""
+        request = self.request
+        done = request.done
+        return request.offset + done, self.address + done, min(request.length - done, OPERATION_BYTES_MAX)
+
     def step(self, result: int) -> bool:
         """Take the kernel's answer to the part from ``request.done`` on; True when the request is finished."""
         try:

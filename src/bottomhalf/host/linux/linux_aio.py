@@ -108,18 +108,9 @@ class LinuxAioEngine:
             self._waiting.append(job)
 
     def _fill(self, slot: int, job: Job) -> None:
-        request, op = job.request, job.op
+        op = job.op
         if op <= WRITE:
-            done = request.done
-            self._ring.push(
-                slot,
-                CMD_PREAD if op == READ else CMD_PWRITE,
-                job.fd,
-                request.offset + done,
-                job.address + done,
-                min(request.length - done, OPERATION_BYTES_MAX),
-                job.rw_flags,
-            )
+            self._ring.push(slot, CMD_PREAD if op == READ else CMD_PWRITE, job.fd, *job.part(), job.rw_flags)
         else:
             self._ring.push(slot, CMD_FDSYNC, job.fd, 0, 0, 0, 0)
 

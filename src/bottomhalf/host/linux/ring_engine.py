@@ -102,16 +102,7 @@ class RingEngine:
         request, push = job.request, self._ring.push
         op = job.op
         if op <= WRITE:
-            done = request.done
-            push(
-                slot,
-                OP_READ if op == READ else OP_WRITE,
-                job.fd,
-                request.offset + done,
-                job.address + done,
-                min(request.length - done, OPERATION_BYTES_MAX),
-                job.rw_flags,
-            )
+            push(slot, OP_READ if op == READ else OP_WRITE, job.fd, *job.part(), job.rw_flags)
         elif op == FLUSH:
             push(slot, OP_FSYNC, job.fd, 0, 0, 0, FSYNC_DATASYNC)
         else:  # fallocate: the address field carries the length, the length field the mode
