@@ -222,17 +222,20 @@ def test_reads_that_would_leave_without_coming_by(seed: int) -> None:
         def file_range(self, offset: int, length: int) -> Any:
             return "file", offset
 
-        def map_reads(self, requests: list[Request], shift: int = 0) -> Any:
-            return "file", shift
+        def map_reads(self, requests: list[Request], offsets: list[int]) -> Any:
+            offsets[:] = [offset + 512 for offset in offsets]
+            return "file"
 
     with sim_bench(seed) as it:
         group = throttle_groups(it.graph).create("g", Limits.from_options({"bps-read": 1_000_000}))
         node = ThrottleNode(it.graph, file=Cached(it.graph), group=group)
         it.user(node)
         assert node.file_range(0, 60_000) == ("file", 0)
-        assert node.map_reads([read(0, 30_000), read(0, 60_000)], 512) == ("file", 512)
+        offsets = [0, 8192]
+        assert node.map_reads([read(0, 30_000), read(8192, 60_000)], offsets) == "file" and offsets == [512, 8704]
         assert group.state.buckets[BPS_READ].level == pytest.approx(150_000)
-        assert node.file_range(0, 1) is None and node.map_reads([read(0, 1)]) is None
+        assert node.file_range(0, 1) is None and node.map_reads([read(0, 1)], offsets[:1]) is None
+        assert offsets == [512, 8704]
         it.context.run(sleep_ns(SECOND))
         assert node.file_range(0, 1) is not None
 

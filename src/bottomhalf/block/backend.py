@@ -432,11 +432,15 @@ class BlockBackend(Parent):
             return None
         return self.root.node.file_range(offset, length)
 
-    def map_reads(self, requests: list[Request]) -> tuple[File, int] | None:
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         """See Node.map_reads. None as well while the backend is drained."""
         if self._quiesced or self.root is None:
             return None
-        return self.root.node.map_reads(requests)
+        return self.root.node.map_reads(requests, offsets)
+
+    def hold_bytes(self) -> Callable[[], object] | None:
+        """See Node.hold_bytes."""
+        return None if self.root is None else self.root.node.hold_bytes()
 
     def account_read(self, count: int, length: int) -> None:
         """Count reads that were served through file_range."""

@@ -18,6 +18,7 @@ Like every node, a filter whose ``discard`` option is not ``unmap`` lets no disc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bottomhalf.block.node import Node
@@ -99,8 +100,11 @@ class Filter(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return self.edge.node.file_range(offset, length)
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        return self.edge.node.map_reads(requests, shift)
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        return self.edge.node.map_reads(requests, offsets)
+
+    def hold_bytes(self) -> Callable[[], object] | None:
+        return self.edge.node.hold_bytes()
 
     def prefetch(self, offset: int, length: int) -> None:
         self.edge.node.prefetch(offset, length)

@@ -143,9 +143,15 @@ class Node(Parent, metaclass=_NodeType):
         if they are not stored so or not in memory."""
         return None
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        """Point the buffers of READs at the stored bytes themselves; the host file and what to add to a
-        request's offset to find its bytes there, or None. See host.protocol.File.map_reads."""
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        """Point the buffers of READs, which are for ``offsets`` of this node, at the stored bytes themselves, and turn
+        ``offsets`` into the places in the host's file, which is returned; or None, with ``offsets`` as they were. The
+        requests' own offsets do not count. See host.protocol.File.map_reads."""
+        return None
+
+    def hold_bytes(self) -> Callable[[], object] | None:
+        """For a reader who was told a place by map_reads or file_range and goes on looking there after others have run:
+        no other part of this node is stored there until the returned function is called, once. None: nor otherwise."""
         return None
 
     @property

@@ -285,8 +285,8 @@ class BlkdebugNode(Filter):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return None if self._watching else super().file_range(offset, length)
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        return None if self._watching else super().map_reads(requests, shift)
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        return None if self._watching else super().map_reads(requests, offsets)
 
     def allocated_size(self) -> int | None:
         """QEMU's does not tell either."""

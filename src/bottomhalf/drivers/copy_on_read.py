@@ -148,8 +148,8 @@ class CopyOnReadNode(Filter):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return None if self.edge.node.has_backing else super().file_range(offset, length)
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        return None if self.edge.node.has_backing else super().map_reads(requests, shift)
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        return None if self.edge.node.has_backing else super().map_reads(requests, offsets)
 
     def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
         return held | PERM_WRITE_UNCHANGED, shared | PERM_WRITE_UNCHANGED

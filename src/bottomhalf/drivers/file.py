@@ -194,8 +194,8 @@ class FileNode(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return (self.file, offset) if self.file.is_cached(offset, length) else None
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        return (self.file, shift) if self.file.map_reads(requests, shift) else None
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        return self.file if self.file.map_reads(requests, offsets) else None
 
     def allocated_size(self) -> int:
         return self.file.allocated_size()

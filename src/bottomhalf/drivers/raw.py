@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block import BlockError, Node
@@ -97,8 +98,15 @@ class RawNode(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return self._edge.node.file_range(offset + self.offset, length)
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        return self._edge.node.map_reads(requests, shift + self.offset)
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        shifted = [offset + self.offset for offset in offsets] if self.offset else offsets
+        file = self._edge.node.map_reads(requests, shifted)
+        if file is not None:
+            offsets[:] = shifted
+        return file
+
+    def hold_bytes(self) -> Callable[[], object] | None:
+        return self._edge.node.hold_bytes()
 
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)

@@ -56,9 +56,13 @@ class ThrottleNode(Filter):
             return None
         return where
 
-    def map_reads(self, requests: list[Request], shift: int = 0) -> tuple[File, int] | None:
-        where = self.edge.node.map_reads(requests, shift)
-        return where if where is not None and self.member.may_pass(READ_DIRECTION, requests) else None
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        places = list(offsets)
+        file = self.edge.node.map_reads(requests, places)
+        if file is None or (requests and not self.member.may_pass(READ_DIRECTION, requests)):
+            return None
+        offsets[:] = places
+        return file
 
     def drain_begin(self) -> None:
         self.member.drain_begin()

@@ -148,10 +148,11 @@ class File(Protocol):
         """Serve the READs whose bytes are in memory now; return those that are not. Never waits for a disk. A
         read beyond the end of the file yields zero bytes there. Sets ``result`` of those served."""
 
-    def map_reads(self, requests: list[Request], shift: int) -> bool:
-        """Serve READs without a copy: point their buffers at the bytes at ``offset + shift`` and return True, or
-        return False (always allowed). The views are for the host's sockets only, at once and read-only; when a
-        send says EFAULT the file was truncated meanwhile. ``result`` is not set."""
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
+        """Serve READs without a copy: point the buffer of each at the bytes at its entry of ``offsets`` and return
+        True, or return False (always allowed); for empty lists, whether it is worth asking. The views are for the
+        host's sockets only and show what is there when they are sent; when a send says EFAULT the file was truncated
+        meanwhile. ``result`` is not set."""
 
     def write_inline(self, requests: list[Request]) -> list[Request]:
         """Serve WRITEs by copying to the page cache where that is the right thing; return the others."""
@@ -235,6 +236,10 @@ class Socket(Protocol):
 
     def send_file(self, file: File, offset: int, count: int) -> int:
         """Send from the file without copying through this program; bytes sent, 0 at the end of the file."""
+
+    def unread(self) -> int | None:
+        """Bytes that were sent and that the other end has not read yet, or some more; 0 only if it has read all, or is
+        gone. None where nobody can tell."""
 
     def peer_name(self) -> str:
         """For messages: an address, or process and user of a local peer where the host knows them."""

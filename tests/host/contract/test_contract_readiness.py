@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from bottomhalf.host.protocol import HUP, IN, OUT, InetAddress, UnixAddress
+from bottomhalf.host.request import WRITE, Request
 from tests.host.contract.conftest import WAIT_NS, Place
 
 
@@ -164,6 +165,42 @@ def test_send_file(place: Place) -> None:
     while len(received) < 150:
         received += bytes(buffer[: far.recv_into(buffer)])
     assert received == bytes(range(50, 200))
+
+
+def test_what_the_other_end_has_not_read(place: Place) -> None:
+    """More may be told while something is unread; never less, and nothing when nothing is."""
+    near, far = place.sockets()
+    file = place.open(place.file("a", bytes(range(200))), read_only=True)
+    if near.unread() is None:
+        return  # not a Unix socket: nobody can tell
+    assert near.unread() == 0
+    sent = near.send(b"a" * 100) + near.send_file(file, 0, 100)
+    left, buffer = sent, bytearray(30)
+    while left:
+        assert near.unread() >= left  # type: ignore[operator]
+        place.until_ready(far.fileno())
+        left -= far.recv_into(buffer)
+    assert near.unread() == 0
+    near.send(b"b")
+    far.close()
+    assert near.unread() == 0
+
+
+def test_a_file_that_is_sent_is_shared(place: Place) -> None:
+    """Or copied: the bytes are those of then, or those of now."""
+    near, far = place.sockets()
+    file = place.open(place.file("a", b"1" * 4096))
+    sent = near.send_file(file, 0, 4096)
+    request = Request(WRITE, 0, 4096, memoryview(bytearray(b"2" * 4096)))
+    engine = place.engine()
+    engine.prepare(file, request)
+    engine.enter()
+    assert place.complete(engine) == [request]
+    buffer, received = bytearray(4096), b""
+    while len(received) < sent:
+        place.until_ready(far.fileno())
+        received += bytes(buffer[: far.recv_into(buffer)])
+    assert set(received) in ({ord("1")}, {ord("2")})
 
 
 def test_shutdown_is_seen_by_both(place: Place) -> None:

@@ -81,6 +81,7 @@ class Metadata:
         self._freed: list[tuple[int, int]] = []  # epoch, cluster: to be counted down after the next commit
         self._epoch = 0
         self._active: dict[int, int] = {}  # mapped requests that are on their way, by epoch
+        self._closing = False
         self._hint = 0  # no free cluster below
         self.virgin = 0  # clusters from here on were never written
         self.pass_discards = False  # what is not used any more is discarded in the file
@@ -170,7 +171,14 @@ class Metadata:
         self._active[self._epoch] = self._active.get(self._epoch, 0) + count
         return self._epoch
 
+    def let_go(self) -> None:
+        """The image is being closed: what is still held by readers (see Node.hold_bytes) is not given to anybody."""
+        self._active.clear()
+        self._closing = True
+
     def end(self, epoch: int, count: int) -> None:
+        if self._closing:
+            return
         left = self._active[epoch] - count
         if left:
             self._active[epoch] = left

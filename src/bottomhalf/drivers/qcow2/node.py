@@ -9,6 +9,7 @@ list. The rest, which has to read tables, unpack, allocate or copy, becomes coro
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,7 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP,
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
+    from bottomhalf.host.protocol import File
 
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
 
@@ -202,6 +204,50 @@ class Qcow2Node(Node):
             if self.start(request, self._guarded(self.co_pread(request.offset, request.buffer))):
                 pending.append(request)
         return pending
+
+    def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
+        """Where clusters lie side by side, in a table that is in memory."""
+        mapping = self.mapping
+        if mapping.extended:
+            run = self._one_run(offset, length)
+            host = run.host if run is not None and run.kind == DATA else 0
+        else:
+            table = self.metadata.l2.get(offset >> mapping.l1_shift)
+            host = mapping.side_by_side(table.entries, offset, length) if table is not None else 0
+        return self.file.file_range(host, length) if host else None
+
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
+        """What lies in one piece, in tables that are in memory, can be looked at where it is."""
+        child = self._file.node
+        if child.map_reads([], []) is None:
+            return None
+        mapping, l2 = self.mapping, self.metadata.l2
+        l1_shift, bits, mask = mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
+        last, limit, plain = mapping.entries - 1, mapping.cluster_size, not mapping.extended
+        places: list[int] = []
+        add = places.append
+        for request, offset in zip(requests, offsets, strict=True):
+            table = l2.get(offset >> l1_shift)
+            inside = offset & mask
+            if plain and table is not None and inside + request.length <= limit:
+                entry = table.entries[offset >> bits & last]
+                host = entry & OFFSET_MASK
+                if host and not entry & _NOT_PLAIN and not host & mask:
+                    add(host + inside)
+                    continue
+            run = self._one_run(offset, request.length)
+            if run is None or run.kind != DATA:
+                return None
+            add(run.host)
+        file = child.map_reads(requests, places)
+        if file is not None:
+            offsets[:] = places
+        return file
+
+    def hold_bytes(self) -> Callable[[], object]:
+        """Clusters that are freed from now on are given to nobody."""
+        epoch = self.metadata.begin(1)
+        return lambda: self.metadata.end(epoch, 1)
 
     def _one_run(self, offset: int, length: int) -> Run | None:
         """What a range is, if it is of one piece and the tables are in memory."""
@@ -417,6 +463,7 @@ class Qcow2Node(Node):
     def close(self) -> None:
         if self.read_only:
             return
+        self.metadata.let_go()
         what = f"the tables of {self.describe()}"
         run_in(self.context, lambda: self.context.run(self._co_close(), what=what), what)
 

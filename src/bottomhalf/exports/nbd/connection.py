@@ -235,8 +235,11 @@ class Connection:
             self._cancel_timer()
             self.context.set_fd_handler(self.socket.fileno())
             self.socket.shutdown()
-            self.socket.close()
             self.output.drop()
+            if self._transmission is not None:
+                self._transmission.lending.end()
+            else:
+                self.socket.close()
         self._finish()
 
     def _finish(self) -> None:

@@ -49,6 +49,26 @@ class _FileRange:
         self.count = count
 
 
+class _Mapped:
+    """What a view of the page cache needs while it waits."""
+
+    __slots__ = ("_end", "_file", "done")
+
+    def __init__(self, file: File, end: int) -> None:
+        self._file = file
+        self._end = end  # of the view, in the file
+        self.done: Callable[[], object] | None = None
+
+    def release(self) -> None:
+        if self.done is not None:
+            self.done()
+
+    def copy(self, view: memoryview) -> memoryview:
+        """The bytes themselves; zeroes where the file has ended."""
+        count = len(view)
+        return memoryview(self._file.pread(count, self._end - count).ljust(count, b"\0"))
+
+
 class FileEnded(Exception):
     """A file became shorter while a range of it, already promised to the client, was being sent."""
 
@@ -58,8 +78,10 @@ class Output:
 
     def __init__(self, socket: Socket) -> None:
         self._socket = socket
-        self._pieces: deque[tuple[Any, Buffer | None]] = deque()  # (memoryview or _FileRange, its memory)
+        # (memoryview or _FileRange, what has to know when it is out)
+        self._pieces: deque[tuple[Any, Buffer | _Mapped | None]] = deque()
         self.unsent_bytes = 0
+        self.sent_bytes = 0
 
     def __bool__(self) -> bool:
         """Whether something waits."""
@@ -77,6 +99,7 @@ class Output:
                 if memory is not None:
                     memory.release()
                 raise
+            self.sent_bytes += sent
             if sent == length:
                 if memory is not None:
                     memory.release()
@@ -99,39 +122,51 @@ class Output:
             self.flush()
 
     def send_mapped(
-        self, heads: memoryview, head_size: int, reads: list[Request], file: File, shift: int, total: int
+        self,
+        heads: memoryview,
+        head_size: int,
+        reads: list[Request],
+        file: File,
+        offsets: list[int],
+        total: int,
+        hold: Callable[[], Callable[[], object] | None],
     ) -> None:
-        """Send headers from ``heads`` and data that the requests' buffers show in the page cache, ``total`` bytes.
-        What the socket does not take is copied: nothing that waits may depend on the file."""
-        sent = 0
-        if not self._pieces:
-            pieces: list[Any] = []
-            add = pieces.append
+        """Send headers from ``heads`` and data that the requests' buffers show in the page cache, ``total`` bytes; in
+        the file they are at ``offsets``. What the socket does not take now is kept there by ``hold()``."""
+        pieces, sent = self._pieces, 0
+        if not pieces:
+            buffers: list[Any] = []
+            add = buffers.append
             position = 0
             for request in reads:
                 add(heads[position : position + head_size])
                 add(request.buffer)
                 position += head_size
             try:
-                sent = self._socket.sendmsg(pieces)
+                sent = self._socket.sendmsg(buffers)
             except BlockingIOError:
                 pass
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise
+            self.sent_bytes += sent
             if sent == total:
                 return
-        position = 0
-        for request in reads:
+        self.unsent_bytes += total - sent
+        position, part = 0, None
+        for request, offset in zip(reads, offsets, strict=True):
             whole = head_size + request.length
             if sent >= whole:
                 sent -= whole
             else:
-                data = file.pread(request.length, request.offset + shift).ljust(request.length, b"\0")
-                self._pieces.append((memoryview(bytes(heads[position : position + head_size]) + data)[sent:], None))
-                self.unsent_bytes += whole - sent
+                if sent < head_size:
+                    pieces.append((memoryview(bytes(heads[position + sent : position + head_size])), None))
+                part = _Mapped(file, offset + request.length)
+                pieces.append((request.buffer[max(sent - head_size, 0) :], part))
                 sent = 0
             position += head_size
+        assert part is not None
+        part.done = hold()
 
     def send_file(self, header: bytes, file: File, offset: int, count: int) -> None:
         """Send a reply header and ``count`` bytes of a file."""
@@ -140,6 +175,7 @@ class Output:
                 sent = self._socket.send_more(header)
             except BlockingIOError:
                 sent = 0
+            self.sent_bytes += sent
             header = header[sent:]
         if header:
             self._pieces.append((memoryview(header), None))
@@ -169,6 +205,7 @@ class Output:
         part.offset += sent
         part.count -= sent
         self.unsent_bytes -= sent
+        self.sent_bytes += sent
         if part.count == 0:
             self._pieces.popleft()
 
@@ -179,8 +216,15 @@ class Output:
             if isinstance(piece, _FileRange) or len(buffers) == PIECES_PER_SEND_MAX:
                 break
             buffers.append(piece)
-        sent = self._socket.sendmsg(buffers) if len(buffers) > 1 else self._socket.send(buffers[0])
+        try:
+            sent = self._socket.sendmsg(buffers) if len(buffers) > 1 else self._socket.send(buffers[0])
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            self._copy_mapped()
+            return
         self.unsent_bytes -= sent
+        self.sent_bytes += sent
         while sent:
             piece, memory = pieces[0]
             if sent < len(piece):
@@ -193,12 +237,24 @@ class Output:
 
     def keep_file_bytes(self, read: Callable[[File, int, int], memoryview]) -> None:
         """Replace ranges of files by their bytes: whoever drains the disk must not wait for a slow client."""
+        self._copy_mapped()
         self._pieces = deque(
             (read(piece.file, piece.offset, piece.count), memory)
             if isinstance(piece, _FileRange)
             else (piece, memory)
             for piece, memory in self._pieces
         )
+
+    def _copy_mapped(self) -> None:
+        """Replace views of the page cache by copies."""
+        copied: deque[tuple[Any, Buffer | _Mapped | None]] = deque()
+        for view, memory in self._pieces:
+            if isinstance(memory, _Mapped):
+                copied.append((memory.copy(view), None))
+                memory.release()
+            else:
+                copied.append((view, memory))
+        self._pieces = copied
 
     def drop(self) -> None:
         """Forget everything: the client is gone."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import deferred
 from bottomhalf.exports.nbd.buffers import BUFFER_BYTES, BufferPool
+from bottomhalf.exports.nbd.lending import Lending
 from bottomhalf.exports.nbd.metadata import LOOKS_AT_ONCE_MAX, block_status_reply
 from bottomhalf.exports.nbd.output import Buffer
 from bottomhalf.host.protocol import File
@@ -73,6 +74,7 @@ class Transmission:
         self._go_on = export.context.bottom_half(connection.progress, name="NBD client whose turn it is again")
         self._statistics = export.statistics
         self._now_ns = export.context.host.monotonic_ns
+        self.lending = Lending(export.context, connection.socket, connection.output)
         self.in_flight = 0
         self._bytes_in_flight = 0
         self._input = self._buffers.take(max(BUFFER_BYTES, len(negotiated.leftover)))
@@ -252,15 +254,16 @@ class Transmission:
 
     def _send_mapped(self, reads: list[Request], total: int) -> bool:
         """Answer reads straight from the page cache, if the file is in memory; the socket's copy is the only one."""
-        where = self._backend.map_reads(reads)
-        if where is None:
+        offsets = [request.offset for request in reads]
+        file = self._backend.map_reads(reads, offsets)
+        if file is None:
             return False
         header = self._header_size
         memory, start = self._place_for(len(reads) * header)
         end = replies.place_headers(reads, memory.view, start, self._structured)
-        file, shift = where
         try:
-            self.output.send_mapped(memory.view[start:end], header, reads, file, shift, total + end - start)
+            hold, whole = self._backend.hold_bytes, total + end - start
+            self.output.send_mapped(memory.view[start:end], header, reads, file, offsets, whole, hold)
         finally:
             memory.release()
         self._backend.account_read(len(reads), total)
@@ -319,6 +322,10 @@ class Transmission:
         """Send large reads straight from the page cache; returns those that cannot go this way."""
         others = []
         file_range = self._backend.file_range
+        give_back = self._backend.hold_bytes()
+        if give_back is not None and not self.lending.possible:
+            give_back()
+            return reads
         for request in reads:
             length = request.length
             where = file_range(request.offset, length) if length >= SEND_FILE_MIN else None
@@ -332,6 +339,8 @@ class Transmission:
             self.output.send_file(header, where[0], where[1], length)
             self._backend.account_read(1, length)
             self._parser.release([request])
+        if give_back is not None:
+            self.lending.lend(give_back)
         return others
 
     def _submit(self, requests: list[Request], began_ns: int) -> int:

@@ -126,8 +126,8 @@ class LinuxFile:
             self._map.hit(len(requests))
         return slow
 
-    def map_reads(self, requests: list[Request], shift: int) -> bool:
-        return self._map.active and self._map.point(requests, shift)
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
+        return self._map.active and self._map.point(requests, offsets)
 
     def _finish_short_read(self, request: Request, count: int) -> bool:
         """A short answer is the end of the file (then zeroes follow) or the end of what is cached."""

@@ -71,8 +71,8 @@ class PageCacheMap:
         self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
         self.active = True
 
-    def point(self, requests: list[Request], shift: int) -> bool:
-        """Let the buffers of READs be the file's bytes at ``offset + shift``; False if that cannot be now."""
+    def point(self, requests: list[Request], offsets: list[int]) -> bool:
+        """Let the buffers of READs be the file's bytes at these offsets; False if that cannot be now."""
         self._batches += 1
         if self._batches % FAULT_LOOKS == 0:
             faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
@@ -82,8 +82,7 @@ class PageCacheMap:
         view, size = self._view, self.size
         if view is None:
             return False
-        for request in requests:
-            start = request.offset + shift
+        for request, start in zip(requests, offsets, strict=True):
             end = start + request.length
             if end > size:
                 return False

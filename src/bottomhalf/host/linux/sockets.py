@@ -8,10 +8,13 @@ The data path calls ``recv_into``, ``send`` and ``sendmsg`` once per batch; they
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
 import struct
+import sys
+import termios
 from typing import Any
 
 from bottomhalf.host.protocol import Address, File, InetAddress, UnixAddress
@@ -30,6 +33,11 @@ class LinuxSocket(socket.socket):
 
     def send_file(self, file: File, offset: int, count: int) -> int:
         return os.sendfile(self.fileno(), file.fileno(), offset, count)
+
+    def unread(self) -> int | None:
+        if self.family != socket.AF_UNIX:
+            return None
+        return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def peer_name(self) -> str:
         try:

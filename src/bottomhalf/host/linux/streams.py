@@ -53,6 +53,9 @@ class LinuxStream:
     def send_file(self, file: File, offset: int, count: int) -> int:
         return os.sendfile(self._output, file.fileno(), offset, count)
 
+    def unread(self) -> None:
+        return None
+
     def peer_name(self) -> str:
         return self._name
 

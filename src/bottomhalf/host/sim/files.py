@@ -128,7 +128,7 @@ class SimFile(Descriptor):
             self.world.block(self.latency.draw(self.world, READ) + (fault.delay_ns if fault else 0))
         self.inode.touch(offset, length)
 
-    def map_reads(self, requests: list[Request], shift: int) -> bool:
+    def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
         """Never: here every read is a decision of the simulated page cache."""
         return False
 

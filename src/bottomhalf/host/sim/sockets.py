@@ -10,6 +10,9 @@ delivery can take time. How a connection ends follows Linux, where the two famil
   succeeds once and then brings ECONNRESET (TCP);
 * the peer closed without having read everything: ECONNRESET after what it sent;
 * ``shutdown()`` ends both directions of this side; the peer sees the end of the stream.
+
+``send_file`` into a Unix socket does not copy on Linux: who reads from it sees what is in the file then. So it is
+here.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ BUFFER_BYTES: Final = 212_992  # of one direction: net.core.wmem_default
 class Stream:
     """One direction: bytes that flew off, bytes that have arrived, and the end."""
 
-    __slots__ = ("_delay_ns", "_flying", "_last_ns", "arrived", "capacity", "ended", "flying_bytes", "world")
+    __slots__ = (
+        *("_delay_ns", "_flying", "_last_ns", "_shared", "_taken", "arrived", "capacity", "ended", "flying_bytes"),
+        "world",
+    )
 
     def __init__(self, world: World, capacity: int, delay_ns: tuple[int, int]) -> None:
         self.world = world
@@ -40,9 +46,35 @@ class Stream:
         self._flying: deque[bytes | None] = deque()  # None: the end
         self._delay_ns = delay_ns
         self._last_ns = 0
+        self._taken = 0  # bytes so far
+        self._shared: deque[tuple[int, int, SimFile, int]] = deque()  # parts of the stream: begin, end, where in a file
+
+    @property
+    def unread(self) -> int:
+        return len(self.arrived) + self.flying_bytes
+
+    def share(self, count: int, file: SimFile, offset: int) -> None:
+        """The last bytes that were put are those of a file, whatever becomes of them there."""
+        end = self._taken + self.unread
+        self._shared.append((end - count, end, file, offset))
+
+    def take(self, count: int) -> bytes:
+        """Take bytes that have arrived."""
+        taken = self.arrived[:count]
+        del self.arrived[:count]
+        begin, self._taken = self._taken, self._taken + count
+        while self._shared and self._shared[0][0] < self._taken:
+            first, end, file, offset = self._shared[0]
+            start, stop = max(first, begin), min(end, self._taken)
+            content = file.inode.current.read(offset + start - first, stop - start)
+            taken[start - begin : start - begin + len(content)] = content
+            if end > self._taken:
+                break
+            self._shared.popleft()
+        return bytes(taken)
 
     def room(self) -> int:
-        return self.capacity - len(self.arrived) - self.flying_bytes
+        return self.capacity - self.unread
 
     def put(self, data: bytes | None) -> None:
         """Send bytes, or None for the end, on their way."""
@@ -114,8 +146,7 @@ class SimSocket(Descriptor):
             count = min(len(arrived), len(view))
             if count > 1 and self.world.network.random() < self.world.odds.short_recv:
                 count = self.world.network.randint(1, count)
-            view[:count] = arrived[:count]
-            del arrived[:count]
+            view[:count] = self._inbound.take(count)
             self.world.note("recv", self._fd, count)
             return count
         self._raise_error()
@@ -125,9 +156,7 @@ class SimSocket(Descriptor):
 
     def take(self) -> bytes:
         """For tests: everything that has arrived, b"" if nothing has. Not part of the protocol."""
-        taken = bytes(self._inbound.arrived)
-        self._inbound.arrived.clear()
-        return taken
+        return self._inbound.take(len(self._inbound.arrived))
 
     # Sending
 
@@ -162,7 +191,14 @@ class SimSocket(Descriptor):
             return 0
         file.read_in_place(offset, count)
         self._outbound_put(file.inode.current.read(offset, count))
+        if self.is_local and not self._peer_is_gone():
+            self._outbound.share(count, file, offset)
         return count
+
+    def unread(self) -> int | None:
+        if not self.is_local:
+            return None
+        return 0 if self.peer.closed else self._outbound.unread
 
     def _grant(self, wanted: int) -> int:
         """How many of the bytes can be sent now; raises if none can."""
