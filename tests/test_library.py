@@ -505,12 +505,17 @@ def test_failing_disk(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             request.result = -errno.EIO
         return []
 
+    def broken_at_once(self: LinuxFile, length: int, offset: int) -> bytes | None:
+        raise OSError(errno.EIO, "Input/output error")
+
     with bottomhalf.open(image) as disk:
-        with monkeypatch.context() as patch:
-            patch.setattr(LinuxFile, "read_inline", broken)
-            with pytest.raises(OSError) as caught:
-                disk.pread(1, 0)
-            assert caught.value.errno == errno.EIO
+        for name, how in (("read_inline", broken), ("pread_nowait", broken_at_once)):
+            with monkeypatch.context() as patch:
+                patch.setattr(LinuxFile, "pread_nowait", lambda self, length, offset: None)
+                patch.setattr(LinuxFile, name, how)
+                with pytest.raises(OSError) as caught:
+                    disk.pread(1, 0)
+                assert caught.value.errno == errno.EIO
         assert disk.pread(1, 0) == image.read_bytes()[:1]
 
 

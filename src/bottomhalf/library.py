@@ -134,6 +134,10 @@ class Disk:
 
     def pread(self, length: int, offset: int) -> bytes:
         self._image.check(offset, length)
+        if self._image.context.is_home:
+            data = self._backend.pread_nowait(length, offset)
+            if data is not None:
+                return data
         buffer = bytearray(length)
         self._backend.request(READ, offset, length, memoryview(buffer))
         return bytes(buffer)
@@ -254,6 +258,13 @@ class AsyncDisk:
 
     async def pread(self, length: int, offset: int) -> bytes:
         self._image.check(offset, length)
+        if self._running_loop() is self._embedded.loop:
+            data = self._backend.pread_nowait(length, offset)
+            if data is not None:
+                self._at_once += 1
+                if self._at_once % AT_ONCE_MAX == 0:
+                    await self._give_way(0)
+                return data
         buffer = bytearray(length)
         await self._request(READ, offset, length, memoryview(buffer))
         return bytes(buffer)

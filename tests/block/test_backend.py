@@ -228,6 +228,27 @@ def test_file_range(seed: int) -> None:
         assert backend.file_range(0, 1) is None
 
 
+def test_pread_nowait(seed: int) -> None:
+    """Bytes that are in memory, or nothing; counted like other reads."""
+    with sim_bench(seed, disk=SIZE) as it:
+        it.host.set_cached("disk", "always")
+        file = it.file("disk")
+        backend = it.backend(RawNode(it.graph, file=file, offset=512))
+        it.context.run(backend.co_pwrite(100, b"here"))
+        assert backend.pread_nowait(6, 99) == b"\0here\0"
+        assert backend.statistics().operations[READ] == 1 and backend.statistics().bytes[READ] == 6
+        with it.graph.drained(file):
+            assert backend.pread_nowait(1, 0) is None
+        it.host.fault(op=READ, errno=errno.EIO, times=1)
+        with pytest.raises(OSError) as caught:
+            backend.pread_nowait(1, 0)
+        assert caught.value.errno == errno.EIO
+        it.host.set_cached("disk", "never")
+        assert backend.pread_nowait(1, 0) is None
+        assert backend.in_flight == 0 and backend.statistics().failed == 1
+        assert backend.statistics().operations[READ] == 1
+
+
 def test_block_status(seed: int) -> None:
     with sim_bench(seed, disk=SIZE) as it:
         backend = it.backend(RawNode(it.graph, file=it.file("disk"), offset=4096))

@@ -426,6 +426,24 @@ class BlockBackend(Parent):
         if self.root is not None and offset + length <= self.size:
             self.root.node.prefetch(offset, length)
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        """See Node.pread_nowait; within the image. None as well while the backend is drained. Home thread."""
+        root = self.root
+        self.in_flight += 1
+        try:
+            if self._quiesced or self._parked or root is None or (self._moved and not self.context.is_home):
+                return None
+            data = root.node.pread_nowait(length, offset)
+        except OSError:
+            self._failed += 1
+            raise
+        finally:
+            self.request_ended(1)
+        if data is not None:
+            self._operations[READ] += 1
+            self._bytes[READ] += length
+        return data
+
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         """See Node.file_range. None as well while the backend is drained."""
         if self._quiesced or offset + length > self.size or self.root is None:

@@ -143,6 +143,11 @@ class Node(Parent, metaclass=_NodeType):
         if they are not stored so or not in memory."""
         return None
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        """The bytes, if they can be had at once: for one who has a single read, and would rather ask than wait. None:
+        submit it. OSError."""
+        return None
+
     def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         """Point the buffers of READs, which are for ``offsets`` of this node, at the stored bytes themselves, and turn
         ``offsets`` into the places in the host's file, which is returned; or None, with ``offsets`` as they were. The

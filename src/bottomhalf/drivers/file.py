@@ -194,6 +194,9 @@ class FileNode(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return (self.file, offset) if self.file.is_cached(offset, length) else None
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        return self.file.pread_nowait(length, offset)
+
     def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         return self.file if self.file.map_reads(requests, offsets) else None
 

@@ -98,6 +98,11 @@ class RawNode(Node):
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return self._edge.node.file_range(offset + self.offset, length)
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        child = self._edge.node
+        child.debug_event("read_aio")
+        return child.pread_nowait(length, offset + self.offset)
+
     def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         shifted = [offset + self.offset for offset in offsets] if self.offset else offsets
         file = self._edge.node.map_reads(requests, shifted)

@@ -148,6 +148,10 @@ class File(Protocol):
         """Serve the READs whose bytes are in memory now; return those that are not. Never waits for a disk. A
         read beyond the end of the file yields zero bytes there. Sets ``result`` of those served."""
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        """The bytes, if all of them are in memory now and within the file; None: ask in another way. Never waits for
+        a disk. OSError."""
+
     def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
         """Serve READs without a copy: point the buffer of each at the bytes at its entry of ``offsets`` and return
         True, or return False (always allowed); for empty lists, whether it is worth asking. The views are for the

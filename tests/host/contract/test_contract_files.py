@@ -57,6 +57,10 @@ def test_inline_requests_are_served_or_left_alone(place: Place) -> None:
                 assert request.result == IN_PROGRESS
             else:
                 assert request.result == 0 and request.buffer == b"x" * 1000
+    for n in range(20):
+        assert file.pread_nowait(10 + n, n * 100) in (None, b"x" * (10 + n))
+    assert file.pread_nowait(20, 9_990) is None
+    assert file.pread_nowait(10_000, 0) in (None, b"x" * 10_000)
     beyond = Request(READ, 9_990, 20, memoryview(bytearray(b"j" * 20)))
     assert file.read_inline([beyond]) == [beyond] or beyond.buffer == b"x" * 10 + bytes(10)
     changed = bytearray(b"x" * 10_000)

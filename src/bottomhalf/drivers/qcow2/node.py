@@ -205,6 +205,12 @@ class Qcow2Node(Node):
                 pending.append(request)
         return pending
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        run = self._one_run(offset, length)
+        if run is None or run.kind != DATA:
+            return None
+        return self._file.node.pread_nowait(length, run.host)
+
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         """Where clusters lie side by side, in a table that is in memory."""
         mapping = self.mapping

@@ -38,6 +38,8 @@ _PAGE: Final = os.sysconf("SC_PAGESIZE")
 INLINE_WRITE_BATCH_NS_MAX: Final = 2_000_000  # a batch that waited and took longer sends the next to the engine
 INLINE_WRITE_PAUSE_NS: Final = 200_000_000  # for this long
 
+_SCRATCH_BYTES: Final = 1 << 16  # more than this is not read in one go: others wait meanwhile
+
 # NFS and some FUSE file systems answer RWF_NOWAIT with these; then every read goes to the engine.
 _NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -69,6 +71,8 @@ class LinuxFile:
         self._locks = ImageLocks(self._fd, path) if locking != "off" and not self.is_device else None
         self._locking_required = locking == "on"
         self._nowait = not direct
+        self._memory = bytearray(_SCRATCH_BYTES if self._nowait else 0)
+        self._scratch = memoryview(self._memory)[:0]  # as much of it as was needed last
         self._writes_wait_until_ns = 0
         self._cache_probe: PageCacheProbe | None = None
         self._knows_cached = not direct
@@ -125,6 +129,23 @@ class LinuxFile:
         else:
             self._map.hit(len(requests))
         return slow
+
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        if not self._nowait or length > _SCRATCH_BYTES:
+            return None
+        view = self._scratch if length == len(self._scratch) else memoryview(self._memory)[:length]
+        try:
+            count = os.preadv(self._fd, (view,), offset, _RWF_NOWAIT)
+        except BlockingIOError:
+            self._map.missed()
+            return None
+        except OSError as error:
+            if error.errno in _NO_NOWAIT:
+                self._nowait = False
+                return None
+            raise
+        self._scratch = view
+        return bytes(view) if count == length else None
 
     def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
         return self._map.active and self._map.point(requests, offsets)

@@ -128,6 +128,14 @@ class SimFile(Descriptor):
             self.world.block(self.latency.draw(self.world, READ) + (fault.delay_ns if fault else 0))
         self.inode.touch(offset, length)
 
+    def pread_nowait(self, length: int, offset: int) -> bytes | None:
+        request = Request(READ, offset, length, memoryview(bytearray(length)))
+        if offset + length > self.size() or self.read_inline([request]):
+            return None
+        if request.result:
+            raise failure(-request.result, self.path)
+        return bytes(request.buffer)
+
     def map_reads(self, requests: list[Request], offsets: list[int]) -> bool:
         """Never: here every read is a decision of the simulated page cache."""
         return False
