@@ -114,12 +114,33 @@ class Output:
         if len(pieces) == 1:
             self.send(*pieces[0])
             return
-        waited = bool(self._pieces)
+        if self._pieces or len(pieces) > PIECES_PER_SEND_MAX:
+            waited = bool(self._pieces)
+            for piece, memory in pieces:
+                self._pieces.append((piece, memory))
+                self.unsent_bytes += len(piece)
+            if not waited:
+                self.flush()
+            return
+        sent = 0
+        try:
+            sent = self._socket.sendmsg([piece for piece, _ in pieces])
+            self.sent_bytes += sent
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._pieces.extend(pieces)  # the memory goes with the connection
+            raise
         for piece, memory in pieces:
-            self._pieces.append((piece, memory))
-            self.unsent_bytes += len(piece)
-        if not waited:
-            self.flush()
+            length = len(piece)
+            if sent >= length:
+                sent -= length
+                if memory is not None:
+                    memory.release()
+            else:
+                self._pieces.append((memoryview(piece)[sent:], memory))
+                self.unsent_bytes += length - sent
+                sent = 0
 
     def send_mapped(
         self,

@@ -25,6 +25,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import deferred
+from bottomhalf.aio.io import SUBMIT_AT_IDLE
 from bottomhalf.exports.nbd.buffers import BUFFER_BYTES, BufferPool
 from bottomhalf.exports.nbd.lending import Lending
 from bottomhalf.exports.nbd.metadata import LOOKS_AT_ONCE_MAX, block_status_reply
@@ -227,6 +228,17 @@ class Transmission:
         if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
             return 0
         alignment = self._backend.memory_alignment
+        if alignment == 1:
+            return self._read_into_memory(reads, total, 1, began_ns)
+        # None of them is done at once: the device begins with the first while we lay out the others.
+        first, others = reads[:SUBMIT_AT_IDLE], reads[SUBMIT_AT_IDLE:]
+        waiting = self._read_into_memory(first, sum([read.length for read in first]), alignment, began_ns)
+        if others:
+            waiting += self._read_into_memory(others, sum([read.length for read in others]), alignment, began_ns)
+        return waiting
+
+    def _read_into_memory(self, reads: list[Request], total: int, alignment: int, began_ns: int) -> int:
+        """How many of them have to wait."""
         if alignment > 1:
             memory, start = self._place_for(total + len(reads) * (self._header_size + alignment))
             self._place_aligned(reads, memory, start, alignment)
@@ -260,7 +272,8 @@ class Transmission:
             return False
         header = self._header_size
         memory, start = self._place_for(len(reads) * header)
-        end = replies.place_headers(reads, memory.view, start, self._structured)
+        end = start + len(reads) * header
+        replies.place_headers(reads, memory.view, range(start, end, header), self._structured)
         try:
             hold, whole = self._backend.hold_bytes, total + end - start
             self.output.send_mapped(memory.view[start:end], header, reads, file, offsets, whole, hold)
@@ -272,19 +285,16 @@ class Transmission:
 
     def _place_aligned(self, reads: list[Request], memory: Buffer, position: int, alignment: int) -> None:
         """Lay replies out so that the data of each is aligned in memory, with the header right before it."""
-        header = self._header_size
+        header, view, address, mask = self._header_size, memory.view, memory.address, alignment - 1
+        starts = []
         for request in reads:
-            data = -(-(position + header) // alignment) * alignment
-            request.start = data - header
-            if self._structured:
-                replies.pack_offset_data(
-                    memory.view, request.start, request.cookie, request.offset, request.length
-                )
-            else:
-                replies.pack_simple_reply(memory.view, request.start, request.cookie)
+            data = (position + header + mask) & ~mask
+            starts.append(data - header)
             position = data + request.length
-            request.buffer = memory.view[data:position]
-            request.address = memory.address + data if memory.address else 0
+            request.start = data - header
+            request.buffer = view[data:position]
+            request.address = address + data if address else 0
+        replies.place_headers(reads, view, starts, self._structured)
 
     def _hold(self, pending: list[Request], memory: Buffer | None, began_ns: int) -> None:
         """Note what has to wait, and which memory it needs until then."""
