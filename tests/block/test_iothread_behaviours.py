@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bottomhalf.aio import IOThread, wait_while
+from bottomhalf.aio import AioContext, IOThread, kick, wait_while
 from bottomhalf.block import BlockBackend, BlockError, Node
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.protocol import DATA, PERM_CONSISTENT_READ, PERM_RESIZE, ZERO, Host
@@ -184,6 +184,73 @@ def test_flush(host: Host, read_only: bool) -> None:
     with moved(host, held=PERM_CONSISTENT_READ, read_only=read_only) as (_, node, backend, _):
         assert outcome(lambda: backend.request(FLUSH, 0, 0)) == 0
         assert node.flushes == 1
+
+
+@pytest.mark.parametrize("way", ["coroutine", "own coroutine"])
+def test_write_compressed(host: Host, way: str) -> None:
+    """/sync-op/pwrite_compressed: a driver that cannot says so, but what is not within the disk is no question of the
+    driver."""
+    with moved(host) as (it, node, backend, thread):
+        context = it.context if way == "coroutine" else thread.context
+
+        def ask(offset: int) -> int:
+            return outcome(lambda: _wait_for(context, backend.co_pwrite_compressed(offset, bytes(512))))
+
+        assert ask(0) == -errno.ENOTSUP
+        assert ask(-2) == -errno.EIO
+        assert ask(SIZE - 511) == -errno.EIO
+        assert not node.where
+        backend.drain()
+        assert backend.in_flight == 0
+
+
+def _wait_for(context: AioContext, body: Any) -> Any:
+    """Run a coroutine in a context, whose thread may be another, and wait for it in this one."""
+    ended: list[Any] = []
+
+    async def run() -> None:
+        try:
+            ended.append((await body, None))
+        except OSError as error:
+            ended.append((None, error))
+        kick()
+
+    context.schedule(run())
+    wait_while(context if context.is_home else None, lambda: not ended, what="a coroutine")
+    result, error = ended[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def test_vmstate_and_check(host: Host) -> None:
+    """/sync-op/load_vmstate /sync-op/save_vmstate /sync-op/check: a driver without them says ENOTSUP, also through what
+    stands on it."""
+    with bench(host) as it, threads(it, "io0") as (thread,):
+        node = Plain(it.graph, "node")
+        raw = RawNode(it.graph, "raw", file=node)
+        backend = it.backend(raw)
+        it.graph.move(node, thread.context)
+        buffer = memoryview(bytearray(512))
+        for each in (node, raw):
+            for body in (each.co_load_vmstate(0, buffer), each.co_save_vmstate(0, buffer), each.co_check()):
+                assert outcome(lambda body=body: _wait_for(thread.context, body)) == -errno.ENOTSUP
+        backend.close()
+
+
+def test_activate(host: Host) -> None:
+    """/sync-op/activate: of a node that is active there is nothing to do; one that was not may be written again."""
+    with moved(host) as (it, node, backend, _):
+        it.graph.activate(node)
+        it.graph.activate(None)
+        assert node.active
+        backend.allow_inactive = True
+        it.graph.inactivate(node)
+        assert not node.active
+        assert outcome(lambda: backend.request(WRITE, 0, 512, memoryview(bytearray(512)))) == -errno.EPERM
+        assert outcome(lambda: backend.request(READ, 0, 512, memoryview(bytearray(512)))) == 0
+        it.graph.activate(node)
+        assert outcome(lambda: backend.request(WRITE, 0, 512, memoryview(bytearray(512)))) == 0
 
 
 # -- moving ---------------------------------------------------------------------------------------------------------

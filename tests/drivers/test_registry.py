@@ -156,7 +156,9 @@ class TestRefusals:
                 **FILE,
                 detect_zeroes="unmap",
             )
-            refused(it, "active=off is not supported yet; leave it out or set it to on", **FILE, active=False)
+            text = "Inactive 'asleep' can't be a file child of active 'disk'"
+            asleep = {**FILE, "node-name": "asleep", "active": False}
+            refused(it, text, driver="raw", node_name="disk", file=asleep)
             refused(it, "Invalid node-name: '#x'", **FILE, node_name="#x")
             refused(it, "Could not open 'none': No such file or directory", driver="file", filename="none")
             refused(

@@ -102,6 +102,20 @@ x-blockdev-set-iothread {"node-name": "r", "iothread": null, "force": true}
 block-export-add {"type": "nbd", "id": "n", "node-name": "n", "iothread": "io0", "fixed-iothread": true}
 x-blockdev-set-iothread {"node-name": "n", "iothread": null, "force": true}
 block-export-del {"id": "n"}
+blockdev-set-active {"node-name": "nope", "active": true}
+blockdev-set-active {"node-name": "r"}
+blockdev-set-active {"node-name": "r", "active": true}
+blockdev-set-active {"node-name": "r", "active": false}
+blockdev-set-active {"node-name": "f", "active": false}
+blockdev-set-active {"node-name": "i", "active": false}
+query-named-block-nodes
+blockdev-add {"driver": "raw", "node-name": "above", "file": "i"}
+blockdev-set-active {"active": 1}
+x-debug-query-block-graph
+blockdev-set-active {"node-name": "i", "active": true}
+blockdev-add {"driver": "file", "node-name": "asleep", "filename": "{e}", "active": false}
+query-named-block-nodes
+blockdev-del {"node-name": "asleep"}
 x-debug-query-block-graph
 reopen {"driver": "raw", "file": "f"}
 reopen {"driver": "raw", "node-name": "nope", "file": "f"}

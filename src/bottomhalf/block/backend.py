@@ -26,6 +26,7 @@ from bottomhalf.block.queue import BackendStatistics, Queue
 from bottomhalf.block.transaction import Transaction
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, File
 from bottomhalf.host.request import (
+    COMPRESSED,
     DISCARD,
     FLUSH,
     FUA,
@@ -53,15 +54,19 @@ class BlockBackend(Parent):
         shared: int = PERM_ALL,
         writethrough: bool = False,
         allow_context_change: bool = True,
+        allow_inactive: bool = False,
         context: AioContext | None = None,
     ) -> None:
-        """``context`` is where its requests are to be served, and its node comes there; None: where the node is."""
+        """With ``allow_inactive`` its node may be inactivated though it writes; then writing fails with EPERM.
+        ``context`` is where its requests are to be served, and its node comes there; None: where the node is."""
         self.graph = graph
         self.name = name
         self.held = held
         self.shared = shared
         self.writethrough = writethrough
         self.allow_context_change = allow_context_change
+        self.allow_inactive = allow_inactive
+        self._held_when_active = held
         self.context: AioContext = graph.context if context is None else context
         self._keeps_context = context is not None
         self._moved = False  # whether users may not know where it lives
@@ -85,6 +90,8 @@ class BlockBackend(Parent):
         """Use a node. BlockError or ImageInUse if its other users or the image's other openers forbid it. Main
         thread."""
         assert self.root is None
+        if self.allow_inactive and not node.active:
+            self.held &= ~permissions.CHANGING
         if self._keeps_context and node.context is not self.context:
             try:
                 self.graph.move(node, self.context)
@@ -147,6 +154,15 @@ class BlockBackend(Parent):
             with self.graph.drained(self.root.node):
                 return
         wait_while(self.context, self.parent_drained_poll, what=f"requests to {self.describe()}")
+
+    def check_inactive(self, edge: Edge) -> None:
+        if not self.allow_inactive:
+            super().check_inactive(edge)
+
+    def child_active(self, edge: Edge, active: bool) -> None:
+        if self.allow_inactive:
+            self.held = self._held_when_active if active else self.held & ~permissions.CHANGING
+            edge.held = self.held
 
     def check_move(self, context: AioContext) -> None:
         if not self.allow_context_change:
@@ -349,6 +365,14 @@ class BlockBackend(Parent):
     async def co_pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         buffer = memoryview(data).cast("B")
         await self.co_request(WRITE, offset, len(buffer), buffer, flags)
+
+    async def co_pwrite_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """co_pwrite() that stores compressed, by clusters of the image. OSError: ENOTSUP if the image cannot."""
+        buffer = memoryview(data).cast("B")
+        able = self.root is not None and self.root.node.can_compress
+        if not able and 0 <= offset <= self.size - len(buffer):
+            raise OSError(errno.ENOTSUP, f"{self.describe()} cannot store compressed", self.name)
+        await self.co_request(WRITE, offset, len(buffer), buffer, COMPRESSED)
 
     async def co_flush(self) -> None:
         await self.co_request(FLUSH, 0, 0, None, 0)

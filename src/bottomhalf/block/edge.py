@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from bottomhalf.block.errors import BlockError
-from bottomhalf.host.protocol import PERM_ALL
+from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED
 
 if TYPE_CHECKING:
     from bottomhalf.aio import AioContext
@@ -83,6 +83,14 @@ class Parent:
     def backing_renamed(self, edge: Edge, node: Node) -> None:
         """The edge is about to lead to ``node``: write that down wherever the parent stores whom it is based on. May
         wait; OSError to refuse."""
+
+    def check_inactive(self, edge: Edge) -> None:
+        """BlockError if the parent cannot do without the permission to change the node."""
+        if edge.held & (PERM_WRITE | PERM_WRITE_UNCHANGED | PERM_RESIZE):
+            raise BlockError("Failed to inactivate node: Operation not permitted")
+
+    def child_active(self, edge: Edge, active: bool) -> None:
+        """The node may not be changed any more, or may again. Must not wait."""
 
     def check_move(self, context: AioContext) -> None:
         """BlockError if the parent cannot follow the node to another context."""

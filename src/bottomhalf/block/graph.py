@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.aio.coroutine import in_coroutine
-from bottomhalf.block import changes, contexts, drain, permissions, reopen
+from bottomhalf.block import activation, changes, contexts, drain, permissions, reopen
 from bottomhalf.block.errors import BlockError
 
 if TYPE_CHECKING:
@@ -214,6 +214,14 @@ class Graph:
     def reopen(self, queue: Mapping[Node, Any]) -> None:
         """See reopen.reopen. Several nodes, all or nothing."""
         reopen.reopen(self, queue)
+
+    def activate(self, node: Node | None) -> None:
+        """See activation.activate. None: all nodes."""
+        activation.activate_all(self) if node is None else activation.activate(self, node)
+
+    def inactivate(self, node: Node | None) -> None:
+        """See activation.inactivate. None: all nodes."""
+        activation.inactivate_all(self) if node is None else activation.inactivate(self, node)
 
     def flush(self, node: Node) -> None:
         """Make a node's content durable. Main thread. BlockError if that fails."""

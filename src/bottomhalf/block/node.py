@@ -92,6 +92,7 @@ class Node(Parent, metaclass=_NodeType):
         self.references = 0  # users who are no parents; see Graph.holding()
         self.implicit = False  # put in by a job: users are shown what is below it
         self.closed = False
+        self.active = True  # it may be written to; see ``activation``
         self.turning_read_only = False  # in a reopen that is not final yet
         self.inherits_from: Node | None = None  # the parent in whose options its own were given
         self.options: Any = None
@@ -199,6 +200,25 @@ class Node(Parent, metaclass=_NodeType):
     def prefetch(self, offset: int, length: int) -> None:
         """The range will be read soon."""
 
+    async def co_save_vmstate(self, offset: int, buffer: memoryview) -> None:
+        """Store a piece of a virtual machine's state in the image, beside the disk. OSError: ENOTSUP if neither the
+        driver nor what it stands on has a place for it."""
+        await self._primary("VM state").co_save_vmstate(offset, buffer)
+
+    async def co_load_vmstate(self, offset: int, buffer: memoryview) -> None:
+        """Read a piece of a virtual machine's state again; zeroes where nothing was stored."""
+        await self._primary("VM state").co_load_vmstate(offset, buffer)
+
+    async def co_check(self) -> Any:
+        """Look for damage in the image's tables; what the driver's own check finds. OSError: ENOTSUP if it has none."""
+        raise OSError(errno.ENOTSUP, f"driver '{self.driver}' has nothing to check", self.name)
+
+    def _primary(self, what: str) -> Node:
+        """Where else an operation can go that the driver does not know."""
+        if not self.children:
+            raise OSError(errno.ENOTSUP, f"driver '{self.driver}' has no place for {what}", self.name)
+        return self.children[0].node
+
     async def co_truncate(self, size: int) -> None:
         raise OSError(errno.ENOTSUP, f"driver {self.driver} cannot resize", self.name)
 
@@ -244,6 +264,16 @@ class Node(Parent, metaclass=_NodeType):
     def remove_child(self, edge: Edge) -> None:
         """x-blockdev-change: do without a child. Graph.detach_child() does it."""
         raise BlockError(f"The node {self.name} does not support removing a child")
+
+    def check_inactive(self, edge: Edge) -> None:
+        """A node above is inactive itself."""
+
+    async def co_inactivate(self) -> None:
+        """Write everything that is only in memory: others may have the image from now on. OSError."""
+        await self.co_flush()
+
+    async def co_activate(self) -> None:
+        """The image is ours again. Forget what was read of it: others may have written. OSError, ImageError."""
 
     def close(self) -> None:
         """Give back what the driver holds. No request is in flight."""

@@ -42,6 +42,7 @@ NAMES: Final = (
     (PERM_RESIZE, "resize"),
 )
 WRITING: Final = PERM_WRITE | PERM_WRITE_UNCHANGED
+CHANGING: Final = WRITING | PERM_RESIZE
 
 
 def names(mask: int) -> str:
@@ -69,7 +70,7 @@ def refresh(*nodes: Node, transaction: Transaction | None = None) -> None:
 
 
 def _refresh(roots: Iterable[Node], transaction: Transaction) -> None:
-    nodes = _parents_first(roots)
+    nodes = parents_first(roots)
     edges = [(edge, edge.held, edge.shared) for each in nodes for edge in each.children]
     asked: list[Node] = []
 
@@ -94,6 +95,11 @@ def _refresh(roots: Iterable[Node], transaction: Transaction) -> None:
         each.apply_permissions(old_held | held, old_shared & shared)
         for edge in each.children:
             edge.held, edge.shared = each.child_permissions(edge, held, shared)
+            if not each.active:
+                edge.held &= ~CHANGING
+                edge.shared |= PERM_WRITE | PERM_RESIZE
+            elif not edge.node.active:
+                raise BlockError(f"Inactive '{edge.node.name}' can't be a {edge.name} child of active '{each.name}'")
 
 
 def loosen(node: Node) -> None:
@@ -148,7 +154,7 @@ def for_data(held: int, shared: int) -> tuple[int, int]:
 # -- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _parents_first(roots: Iterable[Node]) -> list[Node]:
+def parents_first(roots: Iterable[Node]) -> list[Node]:
     """The nodes and all below, each after those of its parents that are among them."""
     found: set[int] = set()
     children_first: list[Node] = []
@@ -166,6 +172,8 @@ def _parents_first(roots: Iterable[Node]) -> list[Node]:
 
 
 def _check_node(node: Node, held: int) -> None:
+    if held & CHANGING and not node.active:
+        raise BlockError(f"Permission '{names(held & CHANGING)}' unavailable on inactive node")
     if held & WRITING and node.read_only:
         if node.turning_read_only:
             raise BlockError(f"Read-only block node '{node.name}' cannot support read-write users")

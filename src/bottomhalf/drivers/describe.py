@@ -108,7 +108,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
         ro=node.read_only,
         drv=node.driver,
         backing_file_depth=0,
-        active=True,
+        active=node.active,
         encrypted=False,
         detect_zeroes=(node.options and node.options.detect_zeroes) or BlockdevDetectZeroesOptions.OFF,
         bps=0,

@@ -159,6 +159,7 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool
     try:
         node = opener(opening)
         node.options = options
+        node.active = options.active is not False
         for child in opening.brought:
             child.inherits_from = node
         if options.detect_zeroes not in (None, BlockdevDetectZeroesOptions.OFF):
@@ -207,8 +208,6 @@ def _check_common(options: BlockdevOptions) -> None:
     detect = options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
     if detect == BlockdevDetectZeroesOptions.UNMAP and options.discard != BlockdevDiscardOptions.UNMAP:
         raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-    if options.active is False:
-        raise BlockError("active=off is not supported yet; leave it out or set it to on")
 
 
 def _inherit(parent: BlockdevOptions, given: BlockdevOptions) -> BlockdevOptions:

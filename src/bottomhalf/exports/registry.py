@@ -101,6 +101,8 @@ class ExportRegistry:
             except BlockError:
                 if options.fixed_iothread:
                     raise
+        if not options.allow_inactive:
+            self._graph.activate(node)
         try:
             export = NbdExport(
                 self._graph,
@@ -113,6 +115,7 @@ class ExportRegistry:
                 multi_conn=server.connections_max != 1,
                 exclusive=exclusive,
                 fixed_iothread=options.fixed_iothread,
+                allow_inactive=options.allow_inactive,
             )
         except BaseException:
             self._graph.bring_home([node])

@@ -17,6 +17,7 @@ from bottomhalf.qapi.block import (
     XBlockdevSetIothread,
 )
 from bottomhalf.qapi.block_graph import (
+    BlockdevSetActive,
     BlockInfo,
     XDbgBlockGraph,
     XDbgBlockGraphEdge,
@@ -148,8 +149,23 @@ def _permissions(mask: int) -> list[BlockPermission]:
     return [name for n, name in reversed(list(enumerate(_PERMISSIONS))) if mask >> n & 1]
 
 
+def blockdev_set_active(storage: Storage, arguments: BlockdevSetActive) -> None:
+    """blockdev-set-active."""
+    graph = storage.graph
+    node = None
+    if arguments.node_name is not None:
+        node = graph.nodes.get(arguments.node_name)
+        if node is None:
+            raise BlockError(f"Failed to find node with node-name='{arguments.node_name}'")
+    if arguments.active:
+        graph.activate(node)
+    else:
+        graph.inactivate(node)
+
+
 HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "blockdev-reopen": blockdev_reopen,
+    "blockdev-set-active": blockdev_set_active,
     "blockdev-snapshot": blockdev_snapshot,
     "query-block": query_block,
     "x-blockdev-change": x_blockdev_change,

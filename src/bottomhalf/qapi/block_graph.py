@@ -36,6 +36,13 @@ class QueryBlock(Command, name="query-block", returns=list[BlockInfo]):
     """List devices that have a name. Exports have none."""
 
 
+class BlockdevSetActive(Command, name="blockdev-set-active"):
+    """Let others have an image, or take it back."""
+
+    node_name: Annotated[str | None, Doc("the node, with what is below it; all nodes if left out")] = None
+    active: Annotated[bool, Doc("whether this program may write it")]
+
+
 class XDbgBlockGraphNodeType(StrEnum):
     """What stands in the graph."""
 

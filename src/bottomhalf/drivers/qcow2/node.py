@@ -18,6 +18,7 @@ from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.block.edge import ROLE_COW, ROLE_IMAGE
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout
+from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
@@ -85,11 +86,15 @@ class Qcow2Node(Node):
         unmap: bool = False,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
-        self.header = header
         self._file = self.attach(file, "file", ROLE_IMAGE)
         if backing is not None:
             self.attach(backing, "backing", ROLE_COW)
         self.refresh_limits()
+        self._begin_with(header)
+
+    def _begin_with(self, header: Header) -> None:
+        """Nothing is known of the image but its header."""
+        self.header = header
         self.metadata = Metadata(lambda: self._file.node, header)
         self.mapping = self.metadata.mapping
         self._writer = Writer(self)
@@ -411,6 +416,12 @@ class Qcow2Node(Node):
         if flags & FUA:
             await self.co_flush()
 
+    async def co_check(self) -> CheckResult:
+        """As check.co_check(): what is written, after what was only in memory is."""
+        async with self.metadata.lock:
+            await self.metadata.commit()
+            return await co_check(self.file, self.header)
+
     async def co_truncate(self, size: int) -> None:
         await self._guarded(self._writer.co_truncate(size))
 
@@ -466,14 +477,23 @@ class Qcow2Node(Node):
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    async def co_inactivate(self) -> None:
+        await self._co_write_all()
+
+    async def co_activate(self) -> None:
+        passes = self.metadata.pass_discards
+        self._begin_with(await co_read_header(self.file))
+        self.metadata.pass_discards = passes
+        await self.open()
+
     def close(self) -> None:
-        if self.read_only:
+        if self.read_only or not self.active:
             return
         self.metadata.let_go()
         what = f"the tables of {self.describe()}"
-        run_in(self.context, lambda: self.context.run(self._co_close(), what=what), what)
+        run_in(self.context, lambda: self.context.run(self._co_write_all(), what=what), what)
 
-    async def _co_close(self) -> None:
+    async def _co_write_all(self) -> None:
         await self.co_flush()
         while self.metadata.dirty:  # what one commit frees, the next one writes
             await self.co_flush()

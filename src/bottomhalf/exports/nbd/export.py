@@ -51,6 +51,7 @@ class NbdExport:
         multi_conn: bool = True,
         exclusive: bool = False,
         fixed_iothread: bool = False,
+        allow_inactive: bool = False,
     ) -> None:
         if writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
@@ -75,6 +76,7 @@ class NbdExport:
             shared=PERM_ALL & ~(PERM_RESIZE | (PERM_WRITE if exclusive else 0)),
             writethrough=writethrough,
             allow_context_change=not fixed_iothread,
+            allow_inactive=allow_inactive,
         )
         try:
             self.backend.insert(node)
