@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 
 from bottomhalf.aio import AioContext, AioError, WrongContext, current, defer_call, deferred, suspend, wait_while
-from bottomhalf.aio.io import SUBMIT_AT, ContextEngine
+from bottomhalf.aio.io import SUBMIT_AT, SUBMIT_AT_IDLE, ContextEngine
 from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.protocol import File, Host
 from bottomhalf.host.request import FLUSH, IN_PROGRESS, READ, WRITE, Request
@@ -357,10 +357,10 @@ def test_one_call_per_owner(sim: SimHost, tmp_path: object) -> None:
     disk = make_disk(context, tmp_path)
     order: list[str] = []
     owner = Owner("A", order)
-    disk.engine.submit(disk.file, [disk.write(owner, n) for n in range(10)])
-    assert disk.engine.in_flight == 10
+    disk.engine.submit(disk.file, [disk.write(owner, n) for n in range(SUBMIT_AT_IDLE)])
+    assert disk.engine.in_flight == SUBMIT_AT_IDLE
     until(context, lambda: owner.told)
-    assert owner.told == 1 and len(owner.requests) == 10 and disk.engine.in_flight == 0
+    assert owner.told == 1 and len(owner.requests) == SUBMIT_AT_IDLE and disk.engine.in_flight == 0
     nobody = disk.write(None)
     disk.engine.submit(disk.file, [nobody])
     until(context, lambda: nobody.result == 0)
@@ -382,6 +382,25 @@ def test_deferred_sections_batch(sim: SimHost, tmp_path: object) -> None:
             disk.submit(Owner(str(n), order))
     assert enters == [SUBMIT_AT, SUBMIT_AT + 10]
     until(context, lambda: len(order) == SUBMIT_AT + 10)
+    engine.enter = enter  # type: ignore[method-assign]
+    context.close()
+
+
+@pytest.mark.parametrize("stale", [0, SUBMIT_AT_IDLE, SUBMIT_AT - 1])
+def test_an_idle_device_begins_sooner(sim: SimHost, tmp_path: object, stale: int) -> None:
+    """With the first few of a batch; also if what was prepared before has gone without us, and is done."""
+    sim.odds.at_once = 0
+    context = AioContext(sim)
+    disk = make_disk(context, tmp_path)
+    enters: list[int] = []
+    engine = disk.engine._engine
+    enter = engine.enter
+    engine.enter = lambda: (enters.append(disk.engine.in_flight), enter())
+    disk.engine._prepared = stale
+    order: list[str] = []
+    disk.submit(*(Owner(str(n), order) for n in range(40)))
+    assert enters == [SUBMIT_AT_IDLE, SUBMIT_AT_IDLE + SUBMIT_AT, 40]
+    until(context, lambda: len(order) == 40)
     engine.enter = enter  # type: ignore[method-assign]
     context.close()
 

@@ -14,7 +14,7 @@ from bottomhalf.drivers.describe import file_name
 from bottomhalf.drivers.file import FileNode
 from bottomhalf.drivers.registry import open_node, reopen_nodes
 from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE
+from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE, ZERO
 from bottomhalf.host.request import FLUSH
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
@@ -61,6 +61,32 @@ def refused(it: Bench, text: str, *given: BlockdevOptions) -> None:
     assert str(caught.value).partition("\n")[0] == text
     assert [state(node) for node in it.graph.nodes.values()] == before
     assert not any(node.quiesce_counter or node.references for node in it.graph.nodes.values())
+
+
+def test_detect_zeroes(seed: int) -> None:
+    """Turned on and off again; a change that is refused leaves it as it was."""
+    with sim_bench(seed, disk=SIZE) as it:
+        it.host.add_file("other", bytes(SIZE))
+        disk = add(it, file(discard="unmap"))
+        plain = raw("file", discard="unmap")
+        detecting = raw("file", discard="unmap", detect_zeroes="unmap")
+        user = it.user(add(it, plain))
+
+        def makes_hole() -> bool:
+            """Whether zero bytes that are written over data become a hole."""
+            assert user.do(write(0, b"x" * 8192)) == [0]
+            assert user.do(write(0, bytes(8192))) == [0]
+            return disk.block_status(0, 8192) == (ZERO, 8192)
+
+        assert not makes_hole()
+        reopen_nodes(it.graph, [detecting])
+        assert makes_hole()
+        refused(it, "Cannot change the option 'driver'", plain, options(driver="null-co", node_name="file"))
+        assert makes_hole()
+        reopen_nodes(it.graph, [plain])
+        assert not makes_hole()
+        text = "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+        refused(it, text, raw("file", detect_zeroes="unmap"))
 
 
 def test_read_only_and_back_under_load(seed: int) -> None:

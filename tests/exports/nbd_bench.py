@@ -311,13 +311,18 @@ class Peer:
 
     # -- conversation -----------------------------------------------------------------------------------------------
 
-    def negotiate(self, export: str = "", **options: Any) -> None:
-        """Reach the end of the handshake."""
+    def begin(self, export: str = "", **options: Any) -> None:
+        """Begin with the handshake."""
         self.handshake = ClientHandshake(export, **options)
         if self.raw:
             early, self.raw = bytes(self.raw), bytearray()
             self._take(early)
+
+    def negotiate(self, export: str = "", **options: Any) -> None:
+        """Reach the end of the handshake."""
+        self.begin(export, **options)
         state = self.handshake
+        assert state is not None
         self.bench.until(
             lambda: self.client or self.ended or self.error or state.state in _ENDS, "the end of the handshake"
         )

@@ -429,21 +429,91 @@ def test_drain_from_the_main_thread_replaces_file_ranges_in_the_other(
         end(bench, thread)
 
 
-def test_node_of_an_export_with_clients_does_not_move_away_under_them(seed: int) -> None:
-    """Another export of the same node that asks for an iothread gets none while clients of this one are there."""
+def test_clients_move_with_the_node(seed: int) -> None:
+    """To and fro under load: every request is answered once and rightly; clients come, go and are slow meanwhile."""
     with Bench(seed) as bench:
         content = bench.disk(MIB)
+        thread = Thread(bench)
+        export = bench.exports[0]
+        node = bench.graph.find(export.node_name)
+        clients = [bench.client("disk") for _ in range(3)]
+        asked: dict[tuple[int, int], int] = {}
+        for turn in range(6):
+            for number, client in enumerate(clients):
+                for _ in range(bench.random.randrange(12)):
+                    offset = bench.random.randrange(MIB - 4096)
+                    asked[number, client.read(offset, 4096)] = offset
+                if bench.random.random() < 0.3:
+                    client.pause()
+            for _ in range(bench.random.randrange(4)):
+                bench.context.poll(False)
+            context = thread.context if turn % 2 == 0 else bench.context
+            bench.graph.move(node, context)
+            assert node.context is export.context is context
+            assert all(connection.context is context for connection in export.connections)
+            if turn == 2:
+                gone = clients.pop()
+                gone.close()
+                asked = {(number, cookie): offset for (number, cookie), offset in asked.items() if number < 2}
+            if turn == 3:
+                clients.append(bench.client("disk"))
+        for client in clients:
+            client.resume()
+        for (number, cookie), offset in asked.items():
+            assert clients[number].good(cookie).data == content[offset : offset + 4096]
+        end(bench, thread)
+
+
+def test_a_client_that_chooses_the_export_while_it_moves(seed: int) -> None:
+    with Bench(seed) as bench:
+        content = bench.disk(MIB)
+        thread = Thread(bench)
+        export = bench.exports[0]
+        node = bench.graph.find(export.node_name)
+        first = bench.client("disk")
+        second = bench.peer()
+        second.begin("disk")
+        for _ in range(bench.random.randrange(30)):
+            bench.context.poll(False)
+        bench.graph.move(node, thread.context)
+        cookie = first.read(0, 512)
+        assert first.good(cookie).data == content[:512]
+        bench.until(lambda: second.client is not None, "the second to be through")
+        assert second.good(second.read(512, 512)).data == content[512:1024]
+        assert {connection.context for connection in export.connections} == {thread.context}
+        end(bench, thread)
+
+
+def test_an_export_that_is_to_stay_stays(seed: int) -> None:
+    with Bench(seed) as bench:
+        content = bench.random.randbytes(MIB)
+        bench.host.add_file("disk.raw", content)
+        bench.export("disk", bench.file("disk.raw"), fixed_iothread=True)
         thread = Thread(bench)
         node = bench.graph.find(bench.exports[0].node_name)
         client = bench.client("disk")
         with pytest.raises(BlockError, match="iothread"):
             bench.graph.move(node, thread.context)
         assert client.good(client.read(0, 512)).data == content[:512]
-        client.disconnect()
-        bench.until(lambda: not bench.server.connections, "the client to go")
+        end(bench, thread)
+
+
+def test_a_connection_that_is_ended_while_it_moves(seed: int) -> None:
+    """Neither its thread nor the main one has it then; it ends all the same, once."""
+    with Bench(seed) as bench:
+        bench.disk(MIB, cached="never")
+        thread = Thread(bench)
+        export = bench.exports[0]
+        node = bench.graph.find(export.node_name)
+        clients = [bench.client("disk") for _ in range(3)]
+        for client in clients:
+            client.read(0, 4096)
+        ending = bench.connection(clients[bench.random.randrange(3)])
+        bench.context.schedule_oneshot(ending.close_soon)
         bench.graph.move(node, thread.context)
-        client = bench.client("disk")
-        assert client.good(client.read(0, 512)).data == content[:512]
+        bench.until(lambda: ending not in export.connections, "the connection to end")
+        bench.graph.move(node, bench.context)
+        assert len(export.connections) == 2
         end(bench, thread)
 
 

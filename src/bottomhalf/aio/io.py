@@ -81,7 +81,8 @@ class ContextEngine:
     def submit(self, file: File, requests: list[Request]) -> None:
         """Start requests of one op. Their owners are told in a later turn of the loop, never from in here."""
         at, count, prepare = 0, len(requests), self._prepare
-        submit_at = SUBMIT_AT if self._engine.in_flight else SUBMIT_AT_IDLE
+        # What was prepared before may have gone with an enter() of the engine's own, and be done: less than is counted.
+        submit_at = SUBMIT_AT if self._engine.in_flight else self._prepared + SUBMIT_AT_IDLE
         while at < count:
             part = requests[at : at + submit_at - self._prepared]
             at += len(part)

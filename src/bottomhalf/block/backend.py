@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, move_to, suspend, wait_while
@@ -74,6 +74,7 @@ class BlockBackend(Parent):
         self.size = 0
         self.in_flight = 0
         self.on_resize: Callable[[], object] | None = None
+        self.on_moving: Callable[[], AbstractContextManager[None]] | None = None  # see Parent.moving()
         self.on_drain: Callable[[], object] | None = None  # a drained section begins; must not wait
         self._quiesced = 0
         self._errands_begun = self._errands_done = 0  # see run_at_home()
@@ -168,6 +169,9 @@ class BlockBackend(Parent):
         if not self.allow_context_change:
             raise BlockError("Cannot change iothread of active block backend")
 
+    def moving(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.on_moving is None else self.on_moving()
+
     def move_to(self, context: AioContext) -> None:
         self.context = context
         self._moved = True
@@ -187,6 +191,11 @@ class BlockBackend(Parent):
 
     def parent_drained_poll(self) -> bool:
         return self.in_flight > 0 or self._errands_begun != self._errands_done
+
+    @property
+    def drained(self) -> bool:
+        """Whether requests wait for the end of a drained section."""
+        return self._quiesced > 0
 
     def run_at_home(self, callback: Callable[[], object]) -> None:
         """For ``on_drain``: call something in the backend's own thread; a drained section waits for it too. (It is

@@ -4,13 +4,15 @@
 A request passes from node to node by plain calls, so all nodes that are connected, upwards or downwards, share one
 AioContext, and whoever uses them follows or refuses. A job links nodes that have no edge to each other.
 
-All are asked first. Then, in a drained section of all of them, each node leaves its context and enters the new one; a
-driver that cannot enter is a refusal too, and everybody goes back. While the section waits the graph may change, so
+All are asked first. Those who have something of their own in the old thread, as sockets, leave it. Then, in a drained
+section of all of them, each node leaves its context and enters the new one; a driver that cannot enter is a refusal
+too, and everybody goes back. While the section waits the graph may change, so
 it is looked at again, and the section begun anew if others are concerned now.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,7 +63,10 @@ def move(graph: Graph, node: Node, context: AioContext, ignore: Parent | None = 
         for user in users:
             if user is not ignore:
                 user.check_move(context)
-        with graph.drained(*nodes):
+        with ExitStack() as stack:
+            for user in users:
+                stack.enter_context(user.moving())
+            stack.enter_context(graph.drained(*nodes))
             if connected(node) == (nodes, users) and node.context is not context:
                 with Transaction() as transaction:
                     for each in nodes:

@@ -8,6 +8,7 @@ through ``Parent`` for everything that it cannot know: to be quiet, to move to a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from bottomhalf.block.errors import BlockError
@@ -95,6 +96,11 @@ class Parent:
     def check_move(self, context: AioContext) -> None:
         """BlockError if the parent cannot follow the node to another context."""
         raise BlockError(f"Changing iothreads is not supported by {self.describe()}")
+
+    def moving(self) -> AbstractContextManager[None]:
+        """Around an attempt to move: leave the old context before it, and go on afterwards in the one where the node is
+        then. Main thread; may wait. BlockError if the parent cannot leave now."""
+        return nullcontext()
 
     def move_to(self, context: AioContext) -> None:
         """The node is in another context now, in a drained section, and the parent follows; or goes back there, if

@@ -20,6 +20,7 @@ from bottomhalf.block.changes import check_place, make_room, repoint, skip_impli
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
+from bottomhalf.block.watching import detect_zeroes
 
 if TYPE_CHECKING:
     from bottomhalf.block.edge import Edge
@@ -90,8 +91,6 @@ def _check(node: Node, options: Any) -> None:
         raise BlockError("Cannot change the option 'driver'")
     if bool(options.force_share) != bool(node.options.force_share):
         raise BlockError("Cannot change the option 'force-share'")
-    if (options.detect_zeroes or "off") != (node.options.detect_zeroes or "off"):
-        raise BlockError("Cannot change the option 'detect-zeroes'")
 
 
 def _children(graph: Graph, node: Node, options: Any) -> list[tuple[Edge, Node]]:
@@ -117,6 +116,7 @@ def _take_common(transaction: Transaction, node: Node, options: Any) -> None:
 
     def undo() -> None:
         node.read_only, node.unmap, node.options, node.turning_read_only = old
+        _detect_zeroes(node, node.options)
 
     def settle() -> None:
         node.turning_read_only = False
@@ -126,6 +126,12 @@ def _take_common(transaction: Transaction, node: Node, options: Any) -> None:
     node.read_only = bool(options.read_only)
     node.unmap = options.discard == "unmap"
     node.options = options
+    _detect_zeroes(node, options)
+
+
+def _detect_zeroes(node: Node, options: Any) -> None:
+    how = options.detect_zeroes or "off"
+    detect_zeroes(node, how != "off", unmap=how == "unmap")
 
 
 def _check_rest(node: Node, old: Any, new: Any, taken: set[str]) -> None:

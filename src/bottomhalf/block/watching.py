@@ -120,13 +120,14 @@ def _change(node: Any, change: Callable[[Watch], object]) -> None:
         node.__class__ = _watching(type(node))
 
 
-def detect_zeroes(node: Node, *, unmap: bool = False) -> None:
-    """From now on writes of zero bytes are zero writes, which may make holes with ``unmap``. Drained, or not used yet.
+def detect_zeroes(node: Node, wanted: bool = True, *, unmap: bool = False) -> None:
+    """From now on writes of zero bytes are zero writes, which may make holes with ``unmap``; or, if that is not
+    ``wanted`` any more, what they are. Drained, or not used yet.
 
     A write that is to be stored compressed is left as it is."""
 
     def change(watch: Watch) -> None:
-        watch.zeroes, watch.zero_flags = True, MAY_UNMAP if unmap else 0
+        watch.zeroes, watch.zero_flags = wanted, MAY_UNMAP if unmap else 0
 
     _change(node, change)
 

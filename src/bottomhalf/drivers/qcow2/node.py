@@ -257,8 +257,16 @@ class Qcow2Node(Node):
 
     def hold_bytes(self) -> Callable[[], object]:
         """Clusters that are freed from now on are given to nobody."""
-        epoch = self.metadata.begin(1)
-        return lambda: self.metadata.end(epoch, 1)
+        metadata = self.metadata
+        epoch = metadata.begin(1)
+
+        def give_back() -> None:
+            if self.context.is_home:
+                metadata.end(epoch, 1)
+            else:  # the node has moved
+                self.context.schedule_oneshot(give_back)
+
+        return give_back
 
     def _one_run(self, offset: int, length: int) -> Run | None:
         """What a range is, if it is of one piece and the tables are in memory."""

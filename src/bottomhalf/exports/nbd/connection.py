@@ -40,6 +40,8 @@ class Connection:
         self.output = Output(socket)
         self._transmission: Transmission | None = None
         self._gone = False
+        self._leaving = False  # it is to leave its context for another; nothing new is begun
+        self.left = False  # it has, and belongs to the main thread
         self._watched: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None)
         self._timer: Timer | None = None
         if server.handshake_max_ns:
@@ -103,21 +105,62 @@ class Connection:
         self.export = export
         export.attach(self)
         # Nothing is watched until the export's context, perhaps another thread's, goes on.
-        self.context.set_fd_handler(self.socket.fileno())
-        self._watched = (None, None)
+        self._unwatch()
         self._transmission = Transmission(self, export, handshake.negotiated)
-        if export.context is self.context:
-            self._begin()
+        if export.moving:
+            self._leaving = self.left = True
         else:
-            self.context = export.context
-            self.context.schedule_oneshot(self._begin)
+            self.join(export.context)
 
     def _begin(self) -> None:
-        """Enter the transmission phase, in the export's context."""
-        assert self._handshake is not None
-        if not self.closed:
+        """Go on, or begin with the transmission phase, in the export's context."""
+        if not self.context.is_home or self.left:
+            return  # it has left again, and will join again
+        transmission = self._transmission
+        if transmission is None:
+            return  # closed and gone
+        transmission.enter(self.context)
+        if self.closed:
+            self._finish()
+        elif self._handshake is not None:
             self._send_handshake()  # the answer to GO or EXPORT_NAME
             self._handshake = None
+        else:
+            self.progress()
+
+    # -- from one context to another ----------------------------------------------------------------------------
+
+    def leave_soon(self) -> None:
+        """Begin nothing new, and when all is answered belong to the main thread. Main thread."""
+        context = self.context
+
+        def leave() -> None:
+            if self.context is context and not self.left:
+                self._leaving = True
+                self._unwatch()
+                self.progress()
+
+        context.schedule_oneshot(leave)
+
+    def _leave(self) -> None:
+        """Nothing is in flight: let go of everything that belongs to the thread. In its context."""
+        assert self._transmission is not None
+        self.keep_file_bytes()
+        self._unwatch()
+        self._transmission.leave()
+        self.left = True
+        kick()
+
+    def join(self, context: AioContext) -> None:
+        """Go on in a context. Main thread, to which the connection belongs now."""
+        if self._gone:
+            return
+        self._leaving = self.left = False
+        self.context = context
+        if context.is_home:
+            self._begin()
+        else:
+            context.schedule_oneshot(self._begin)
 
     # -- transmission -------------------------------------------------------------------------------------------
 
@@ -150,6 +193,10 @@ class Connection:
             return
         if transmission.busy:
             return  # whoever is serving comes here afterwards
+        if self._leaving and not self.closed:
+            if not transmission.in_flight and not self.left:
+                self._leave()
+            return
         if self._watched[0] is None and not self.closed and not transmission.finishing and transmission.has_room:
             try:
                 transmission.serve()  # what was received before a bound was reached
@@ -173,6 +220,10 @@ class Connection:
             self.close()
         else:  # who does not read our answers may not ask more
             self._watch(reading=not over and not self.output)
+
+    def _unwatch(self) -> None:
+        self._watched = (None, None)
+        self.context.set_fd_handler(self.socket.fileno())
 
     def _watch(self, *, reading: bool) -> None:
         on_request = self._on_handshake if self._transmission is None else self._on_requests
@@ -206,7 +257,7 @@ class Connection:
 
     def keep_file_bytes(self) -> None:
         """See Transmission.keep_file_bytes. Whoever drains the disk is not to blame if it cannot be read."""
-        if self._transmission is not None and not self.closed:
+        if self._transmission is not None and not self.closed and not self.left:
             try:
                 self._transmission.keep_file_bytes()
             except OSError as error:
@@ -218,13 +269,13 @@ class Connection:
 
     def close_soon(self) -> None:
         """End the connection in its own context. Main thread."""
-        context = self.context
+        context = self.server.context if self.left else self.context
 
         def close() -> None:
-            if self.context is context:
+            if context is (self.server.context if self.left else self.context):
                 self.close()
             else:
-                self.close_soon()  # it has chosen an export meanwhile
+                self.close_soon()  # it has chosen an export meanwhile, or moves with it
 
         context.schedule_oneshot(close)
 
@@ -233,7 +284,8 @@ class Connection:
         if not self.closed:
             self.closed = True
             self._cancel_timer()
-            self.context.set_fd_handler(self.socket.fileno())
+            if not self.left:
+                self._unwatch()
             self.socket.shutdown()
             self.output.drop()
             if self._transmission is not None:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bottomhalf.aio import AioContext
+from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
 from bottomhalf.host.request import FLUSH
@@ -84,6 +85,8 @@ class NbdExport:
             self.backend.close()
             raise
         self.backend.on_drain = self._drained
+        self.backend.on_moving = self._move
+        self.moving = False  # clients who come meanwhile wait
         self.alignment = node.request_alignment
 
     @property
@@ -106,17 +109,33 @@ class NbdExport:
         )
 
     def attach(self, connection: Connection) -> None:
-        """A client has chosen this export. Its sockets' handlers cannot follow the node to another context."""
+        """A client has chosen this export. Main thread."""
         self.connections.append(connection)
-        self.backend.allow_context_change = False
 
     def detach(self, connection: Connection) -> None:
-        """A client has gone. In the export's context."""
+        """A client has gone. In the connection's context."""
         self.connections.remove(connection)
-        if not self.connections:
-            self.backend.allow_context_change = not self._fixed_iothread
-            if self.on_idle is not None:
-                self.on_idle()
+        if not self.connections and self.on_idle is not None:
+            self.on_idle()
+
+    @contextmanager
+    def _move(self) -> Iterator[None]:
+        """The node moves to another thread, and the clients' sockets with it. Meanwhile they belong to the main thread,
+        which touches them no more than it has to."""
+        if self.backend.drained and any(connection.in_flight for connection in self.connections):
+            raise BlockError(f"Export '{self.id}' cannot change its iothread while it is drained")
+        assert not self.moving
+        self.moving = True
+        try:
+            for connection in list(self.connections):
+                connection.leave_soon()
+            what = f"clients of export '{self.id}' to leave their thread"
+            wait_while(None, lambda: not all(each.left for each in self.connections), what=what)
+            yield
+        finally:
+            self.moving = False
+            for connection in list(self.connections):
+                connection.join(self.context)
 
     def _drained(self) -> None:
         if self.context.is_home:

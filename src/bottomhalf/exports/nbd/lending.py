@@ -32,8 +32,8 @@ LINGER_NS_MAX: Final = 30_000_000_000  # a connection that we have ended keeps i
 class Lending:
     """What one connection has been lent. In the context of the connection."""
 
-    def __init__(self, context: AioContext, socket: Socket, output: Output) -> None:
-        self._context = context
+    def __init__(self, socket: Socket, output: Output) -> None:
+        self._context: AioContext | None = None
         self._socket = socket
         self._output = output
         self._lent: deque[tuple[int, Callable[[], object]]] = deque()  # (bytes of the stream, what gives it back)
@@ -49,11 +49,28 @@ class Lending:
     def lend(self, give_back: Callable[[], object]) -> None:
         """Call ``give_back`` when everything that the output has been given so far is read."""
         self._lent.append((self._output.sent_bytes + self._output.unsent_bytes, give_back))
+        self._delay_ns = FIRST_LOOK_NS
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self._context is not None
         if self._timer is None:
             self._timer = self._context.timer(self._look, name="NBD client that reads shared pages")
         if not self._timer.armed:
-            self._delay_ns = FIRST_LOOK_NS
             self._timer.arm_ns(self._context.now_ns() + self._delay_ns)
+
+    def enter(self, context: AioContext) -> None:
+        """Look in a context from now on. In it."""
+        self._context = context
+        if self._lent:
+            self._wait()
+
+    def leave(self) -> None:
+        """Look nowhere. In the context."""
+        self._context = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _settle(self) -> bool:
         """Give back what was read; whether that is all."""
@@ -65,19 +82,19 @@ class Lending:
         return not lent
 
     def _look(self) -> None:
-        assert self._timer is not None
+        assert self._context is not None
         now_ns = self._context.now_ns()
         if self._settle() or 0 < self._ends_ns <= now_ns:
             if self._ends_ns:
                 self._close()
             return
         self._delay_ns = min(2 * self._delay_ns, LOOK_NS_MAX)
-        self._timer.arm_ns(now_ns + self._delay_ns)
+        self._wait()
 
     def end(self) -> None:
         """The connection is over, the output is dropped: close the socket, when the client has read what it shares."""
         self._lent = deque((min(place, self._output.sent_bytes), give_back) for place, give_back in self._lent)
-        if self._settle():
+        if self._settle() or self._context is None:
             self._close()
         else:
             self._ends_ns = self._context.now_ns() + LINGER_NS_MAX

@@ -39,6 +39,7 @@ from bottomhalf.wire.nbd.export import Negotiated
 from bottomhalf.wire.nbd.server_transmission import RequestParser
 
 if TYPE_CHECKING:
+    from bottomhalf.aio import AioContext, BottomHalf
     from bottomhalf.exports.nbd.connection import Connection
     from bottomhalf.exports.nbd.export import NbdExport
 
@@ -72,10 +73,10 @@ class Transmission:
         self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
         self._parser = RequestParser(negotiated, owner=self._queue)
         self._batch = Batch()
-        self._go_on = export.context.bottom_half(connection.progress, name="NBD client whose turn it is again")
+        self._go_on: BottomHalf | None = None
         self._statistics = export.statistics
         self._now_ns = export.context.host.monotonic_ns
-        self.lending = Lending(export.context, connection.socket, connection.output)
+        self.lending = Lending(connection.socket, connection.output)
         self.in_flight = 0
         self._bytes_in_flight = 0
         self._input = self._buffers.take(max(BUFFER_BYTES, len(negotiated.leftover)))
@@ -87,6 +88,20 @@ class Transmission:
         leftover = negotiated.leftover
         self._input.view[: len(leftover)] = leftover
         self._end = len(leftover)
+
+    def enter(self, context: AioContext) -> None:
+        """Be served in a context from now on. In it."""
+        if self._go_on is not None:
+            return
+        self._go_on = context.bottom_half(self._connection.progress, name="NBD client whose turn it is again")
+        self.lending.enter(context)
+
+    def leave(self) -> None:
+        """Be served nowhere. Nothing is in flight. In the context."""
+        if self._go_on is not None:
+            self._go_on.delete()
+            self._go_on = None
+            self.lending.leave()
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
@@ -156,6 +171,7 @@ class Transmission:
                 break
         else:
             self._backlog = True
+            assert self._go_on is not None
             self._go_on.schedule()
 
     def _make_room(self, needed: int) -> None:
@@ -467,7 +483,8 @@ class Transmission:
     def close(self) -> None:
         """Give the memory back. Nothing is in flight."""
         assert not self.in_flight and not self.busy
-        self._go_on.delete()
+        if self._go_on is not None:
+            self._go_on.delete()
         self.output.drop()
         self._batch.clear()
         self._input.release()
