@@ -23,6 +23,7 @@ from bottomhalf.tools.formats import KNOWN, probe
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.check import CheckResult
+    from bottomhalf.drivers.qcow2.create import CreateOptions
 
 __all__ = ["create", "check", "info", "ImageInfo"]
 
@@ -48,8 +49,10 @@ class ImageInfo:
 def create(path: str | PathLike[str], *, format: str = "raw", size: int, **options: Any) -> None:
     """Make an image file; one that is there is written over, unless somebody has it open.
 
-    ``options`` are those of the format. qcow2: ``version``, ``cluster_size``, ``refcount_bits``, ``extended_l2``,
-    ``lazy_refcounts``, ``compression_type``, ``backing_file``, ``backing_fmt``. ValueError for others."""
+    ``options`` are those of the format, by qemu-img's names. qcow2: ``compat`` ("0.10" or "1.1"; or ``version``, 2 or
+    3), ``cluster_size``, ``refcount_bits``, ``extended_l2``, ``lazy_refcounts``, ``compression_type``,
+    ``preallocation`` ("off", "metadata", "falloc", "full"), ``data_file`` (a path; that file is made anew, too),
+    ``data_file_raw``, ``backing_file``, ``backing_fmt``. ValueError for others, BlockError for what cannot be."""
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
@@ -59,19 +62,50 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
             raise ValueError(f"an image of {size} bytes")
         with _opened(fspath(path), writable=True, create=size):
             return
-    from bottomhalf.drivers.qcow2.create import CreateOptions
     from bottomhalf.drivers.qcow2.create import create as create_image
 
-    try:
-        wanted = CreateOptions(size=size, **options)
-    except TypeError:
-        known = ", ".join(sorted(set(CreateOptions.__dataclass_fields__) - {"size"}))
-        wrong = next(name for name in options if name not in CreateOptions.__dataclass_fields__)
-        raise ValueError(f"qcow2 images have no option {wrong!r}, but {known}") from None
+    wanted = _create_options(size, options)
     wanted.header()
+    what = f"the making of {fspath(path)}"
     with _opened(fspath(path), writable=True, create=0) as (context, file):
-        create_image(file, wanted)
-        context.run(file.co_flush(), what=f"the making of {fspath(path)}")
+        if wanted.data_file is None:
+            create_image(file, wanted)
+        else:
+            with _opened(wanted.data_file, writable=True, create=0, graph=file.graph) as (_, data):
+                create_image(file, wanted, data)
+                context.run(data.co_flush(), what=what)
+        context.run(file.co_flush(), what=what)
+
+
+def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
+    """From names as users know them, by way of the schema's class, which says what values there are."""
+    from bottomhalf.drivers.qcow2.create import CreateOptions
+    from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2
+    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.qapi.types import members
+    from bottomhalf.qapi.visit import from_json
+
+    given = dict(options)
+    known = {member.attribute for member in members(BlockdevCreateOptionsQcow2)} - {"file", "size"} | {"compat"}
+    for wrong in given.keys() - known:
+        raise ValueError(f"qcow2 images have no option {wrong!r}, but {', '.join(sorted(known))}")
+    version = _version(given.pop("compat", None) or given.pop("version", 3))
+    data_file = given.pop("data_file", None)
+    values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    try:
+        chosen = from_json(
+            BlockdevCreateOptionsQcow2, {"file": "image", "size": max(size, 0), "version": version, **values}
+        )
+    except OptionError as error:
+        raise BlockError(str(error)) from error
+    if size < 0:
+        raise BlockError("Image size must be a multiple of 512 bytes")
+    return CreateOptions.of(chosen, None if data_file is None else fspath(data_file))
+
+
+def _version(given: Any) -> str:
+    text = str(given)
+    return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:
@@ -108,14 +142,18 @@ def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResul
 
 
 @contextmanager
-def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator[tuple[AioContext, Node]]:
-    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size."""
+def _opened(
+    path: str, *, writable: bool, create: int | None = None, graph: Graph | None = None
+) -> Iterator[tuple[AioContext, Node]]:
+    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size. In a
+    graph that is there already, or in one of its own."""
     from bottomhalf.drivers.registry import open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
-    context = AioContext(name="image")
-    graph = Graph(context)
+    own = graph is None
+    context = AioContext(name="image") if graph is None else graph.context
+    graph = graph or Graph(context)
     held = PERM_CONSISTENT_READ | (PERM_WRITE | PERM_RESIZE if writable else 0)
     backend = BlockBackend(graph, held=held, shared=PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))
     try:
@@ -128,8 +166,9 @@ def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator
         yield context, node
     finally:
         backend.close()
-        graph.close()
-        context.close()
+        if own:
+            graph.close()
+            context.close()
 
 
 def _create_file(context: AioContext, path: str, size: int) -> None:

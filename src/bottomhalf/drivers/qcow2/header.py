@@ -74,6 +74,22 @@ class Header:
         return bool(self.incompatible & layout.EXTENDED_L2)
 
     @property
+    def external(self) -> bool:
+        """Whether the guest's data lie in a file of their own."""
+        return bool(self.incompatible & layout.DATA_FILE)
+
+    @property
+    def raw_data(self) -> bool:
+        """Whether that file is a raw image of the disk for those who do not know of this one."""
+        return self.external and bool(self.autoclear & layout.RAW_DATA)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of that file, if the image knows it."""
+        data = self.extension(layout.EXTENSION_DATA_FILE)
+        return None if data is None else data.decode("utf-8", "surrogateescape")
+
+    @property
     def l2_entries(self) -> int:
         """Entries of an L2 table."""
         return self.cluster_size // (16 if self.extended_l2 else 8)
