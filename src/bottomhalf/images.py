@@ -24,8 +24,9 @@ from bottomhalf.tools.formats import KNOWN, probe
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.check import CheckResult
     from bottomhalf.drivers.qcow2.create import CreateOptions
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
 
-__all__ = ["create", "check", "info", "ImageInfo"]
+__all__ = ["amend", "create", "check", "info", "rebase", "ImageInfo"]
 
 
 class ImageInfo:
@@ -139,6 +140,69 @@ def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResul
         what = f"the check of {fspath(path)}"
         header = context.run(co_read_header(file), what=what)
         return context.run(co_check(file, header, repair), what=what)  # type: ignore[no-any-return]
+
+
+def amend(path: str | PathLike[str], *, follow_names: bool = False, **options: Any) -> None:
+    """Change what an image is, by the names of qemu-img amend. qcow2: ``compat`` ("0.10", "1.1"), ``refcount_bits``,
+    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options that there
+    are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file that the image
+    names may be opened, which images that have one need."""
+    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend
+
+    known = AmendOptions.__dataclass_fields__
+    for name in options:
+        if name in CREATE_ONLY:
+            raise BlockError(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+        if name not in known:
+            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
+    with _opened_image(fspath(path), follow_names) as (context, node):
+        context.run(co_amend(node, AmendOptions(**options)), what=f"the change of {fspath(path)}")
+
+
+def rebase(
+    path: str | PathLike[str],
+    backing: str | None,
+    backing_format: str | None = None,
+    *,
+    unsafe: bool = False,
+    follow_names: bool = False,
+) -> None:
+    """Let an image name another backing file, or none (None). Only ``unsafe``: what is read through the image changes
+    unless both files have the same content, and neither is opened. BlockError."""
+    if not unsafe:
+        raise BlockError("copying what the old backing file has is not supported yet; unsafe=True only renames")
+    from bottomhalf.drivers.qcow2.amend import co_rebase
+
+    with _opened_image(fspath(path), follow_names) as (context, node):
+        context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+
+
+@contextmanager
+def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Qcow2Node]]:
+    """A qcow2 image, alone and for writing, without its backing file."""
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
+    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.qapi.block import BlockdevOptions
+    from bottomhalf.qapi.visit import from_json
+
+    with _opened(path, writable=False) as (_, file):
+        if _format(file) != "qcow2":
+            raise BlockError("Format driver does not support this operation")
+    context = AioContext(name="image")
+    graph = Graph(context)
+    backend = BlockBackend(graph, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, shared=0)
+    try:
+        below = {"driver": "file", "filename": path, "discard": "unmap"}
+        options = {"driver": "qcow2", "file": below, "backing": None, "discard": "unmap"}
+        node = open_node(graph, from_json(BlockdevOptions, options), follow_names=follow_names)
+        assert isinstance(node, Qcow2Node)
+        node.monitor_owned = True
+        backend.insert(node)
+        yield context, node
+    finally:
+        backend.close()
+        graph.close()
+        context.close()
 
 
 @contextmanager

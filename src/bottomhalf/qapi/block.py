@@ -426,6 +426,17 @@ class BlockSetWriteThreshold(Command, name="block-set-write-threshold"):
     write_threshold: Annotated[Uint64, Doc("offset in bytes; 0 forgets it")]
 
 
+class BlockImageCorrupted(EventType, name="BLOCK_IMAGE_CORRUPTED"):
+    """An image turned out to be damaged. If that is fatal, it is of no use any more, and marked as corrupt."""
+
+    device: Annotated[str, Doc("the device; empty if it has no name")]
+    node_name: Annotated[str | None, Doc("the node")] = None
+    msg: Annotated[str, Doc("what is wrong, for people")]
+    offset: Annotated[int | None, Doc("the write that was prevented: first byte in the image file")] = None
+    size: Annotated[int | None, Doc("the same: bytes")] = None
+    fatal: Annotated[bool, Doc("whether the node answers errors only from now on")]
+
+
 class BlockWriteThreshold(EventType, name="BLOCK_WRITE_THRESHOLD"):
     """Somebody writes beyond a threshold, which is forgotten now."""
 

@@ -90,6 +90,16 @@ class Counters:
         block = await self._block(cluster // per_block)
         return 0 if block is None else block[cluster % per_block]
 
+    async def counts(self, first: int, count: int) -> list[int]:
+        """The counters of so many clusters. With the lock held."""
+        found: list[int] = []
+        while len(found) < count:
+            index, at = divmod(first + len(found), self._per_block)
+            take = min(self._per_block - at, count - len(found))
+            block = await self._block(index)
+            found += [0] * take if block is None else block[at : at + take]
+        return found
+
     async def refer(self, cluster: int) -> None:
         """One reference more to a cluster that has some. With the lock held."""
         index, at = divmod(cluster, self._per_block)

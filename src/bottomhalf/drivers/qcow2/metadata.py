@@ -25,6 +25,7 @@ import errno
 import os
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import CoMutex, CoQueue
@@ -41,6 +42,7 @@ from bottomhalf.drivers.qcow2.layout import (
     DIRTY,
     L1_RESERVED,
     OFFSET_MASK,
+    SECTOR_BYTES,
 )
 from bottomhalf.drivers.qcow2.overlap import co_find_places
 from bottomhalf.drivers.qcow2.together import co_submit_all
@@ -269,7 +271,8 @@ class Metadata(Counters):
         """Before a guest writes through an L2 table in memory: its entries do not lead to tables. Corruption."""
         table = self.l2.get(index)
         if table is not None and not table.checked:
-            self.places.entries(table.entries, self.mapping.words)
+            if not self.mapping.external:
+                self.places.entries(table.entries, self.mapping.words)
             table.checked = True
 
     def set_entry(self, table: Table, index: int, entry: int, bitmap: int = 0) -> None:
@@ -295,6 +298,41 @@ class Metadata(Counters):
         header.l1_offset = cluster << header.cluster_bits
         header.l1_size = entries
         self._header_dirty = self._l1_moved = True
+
+    async def use_counters(self, order: int, table: array[int], offset: int) -> None:
+        """All counters have been written anew, with another width, below a table at ``offset``: let the header name
+        that. Nothing else is waiting to be written. With the lock held. OSError, and the old ones are in use."""
+        header, bits = self.header, self.header.cluster_bits
+        before = header.refcount_order, header.refcount_table_offset, header.refcount_table_clusters
+        header.refcount_order, header.refcount_table_offset = order, offset
+        header.refcount_table_clusters = len(table) * 8 >> bits
+        try:
+            await self.write_header()
+        except BaseException:  # what the disk says now is not known
+            header.refcount_order, header.refcount_table_offset, header.refcount_table_clusters = before
+            self._header_dirty = True
+            raise
+        self.refcount_table = table
+        self._blocks.clear()
+        self.places.add(overlap.REFCOUNT_TABLE, offset, len(table) * 8)
+        for entry in table:
+            self.places.add(overlap.REFCOUNT_BLOCK, entry)
+
+    async def write_header(self) -> None:
+        """Make the header durable. What follows its first sector is so before that, which refers to it: a sector is
+        what a crash leaves whole. OSError."""
+        data = self.header.to_bytes()
+        if len(data) > SECTOR_BYTES:
+            before = await self.read(0, len(data))
+            offset, length = self.header.name_of(before)
+            if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
+                if offset < len(data) and offset + length > SECTOR_BYTES:  # the old name is not written over
+                    with suppress(ImageError):
+                        data = self.header.to_bytes(-(-(offset + length) // 8) * 8)
+                await self.write([(SECTOR_BYTES, data[SECTOR_BYTES:])])
+                await self.file.co_flush()
+        await self.write([(0, data[:SECTOR_BYTES])])
+        await self.file.co_flush()
 
     def header_changed(self) -> None:
         self._header_dirty = True
@@ -349,8 +387,7 @@ class Metadata(Counters):
             await self.file.co_flush()
             self._dirty_table.clear()
         if self._header_dirty:
-            await self.write([(0, self.header.to_bytes())])
-            await self.file.co_flush()
+            await self.write_header()
             self._header_dirty = False
         pieces = list(pages_of(self.header.l1_offset, tables.pack(self.l1), self._dirty_l1))
         for table in changed:
@@ -365,14 +402,20 @@ class Metadata(Counters):
         if self._marked_dirty and not self.settings.lazy and not self._dirty_blocks:
             await self._mark_dirty(False)
 
+    async def settle(self) -> None:
+        """Commit until nothing is left: what one commit frees, the next one writes. With the lock held, and nobody on
+        his way to the image. OSError."""
+        await self.commit()
+        while self.dirty:
+            await self.commit()
+
     async def _mark_dirty(self, dirty: bool) -> None:
         """Say on the disk that counters are written late, before they are; or that all have been."""
         header = self.header
         self._marked_dirty = False
         header.incompatible = header.incompatible | DIRTY if dirty else header.incompatible & ~DIRTY
         try:
-            await self.write([(0, header.to_bytes())])
-            await self.file.co_flush()
+            await self.write_header()
         except BaseException:  # what the disk says now is not known
             header.incompatible &= ~DIRTY
             self._header_dirty = True
@@ -399,8 +442,7 @@ class Metadata(Counters):
             each.clear()
         self._header_dirty = self._table_moved = self._l1_moved = False
         self.header.incompatible |= CORRUPT
-        await self.write([(0, self.header.to_bytes())])
-        await self.file.co_flush()
+        await self.write_header()
 
     def _fresh_tables(self, changed: list[Table]) -> Iterable[tuple[int, bytes]]:
         return [(table.offset, tables.pack(table.entries)) for table in changed if table.fresh]

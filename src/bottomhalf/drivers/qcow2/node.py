@@ -24,6 +24,7 @@ from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.preallocation import co_preallocate
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Run
@@ -103,8 +104,8 @@ class Qcow2Node(Node):
             lambda: self._file.node, header, None if data_file is None else lambda: self._data.node
         )
         self.mapping = self.metadata.mapping
-        self._writer = Writer(self)
-        self._squeezer = Squeezer(self, self._writer)
+        self.writer = Writer(self)
+        self._squeezer = Squeezer(self, self.writer)
         self._trouble = Trouble(self)
         self._cleaner = Cleaner(self)
         self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
@@ -318,7 +319,7 @@ class Qcow2Node(Node):
         async def serve() -> None:
             result = 0
             try:
-                await self._guarded(self._writer.co_write(requests))
+                await self._guarded(self.writer.co_write(requests))
             except OSError as error:
                 result = -(error.errno or errno.EIO)
             except BaseException:
@@ -406,7 +407,7 @@ class Qcow2Node(Node):
             if flags & FUA:
                 await self.co_flush()
             return
-        await self._guarded(self._writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)]))
+        await self._guarded(self.writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)]))
 
     async def co_flush(self) -> None:
         await self._guarded(self._co_commit())
@@ -416,16 +417,19 @@ class Qcow2Node(Node):
             await self.metadata.commit()
 
     async def co_discard(self, offset: int, length: int) -> None:
-        await self._guarded(self._writer.co_zero(offset, length, unmap=True, discard=True))
+        await self._guarded(self.writer.co_zero(offset, length, unmap=True, discard=True))
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         unmap = bool(flags & MAY_UNMAP and self.unmap)
-        await self._guarded(self._writer.co_zero(offset, length, unmap=unmap, discard=False))
+        await self._guarded(self.writer.co_zero(offset, length, unmap=unmap, discard=False))
         if flags & FUA:
             await self.co_flush()
 
     async def co_truncate(self, size: int) -> None:
-        await self._guarded(self._writer.co_truncate(size))
+        before = self.header.size
+        await self._guarded(self.writer.co_truncate(size))
+        if self.header.raw_data:  # others read the data file by itself, where every cluster is in its place
+            await self._guarded(co_preallocate(self, before, size, "metadata"))
 
     # -- what is where ------------------------------------------------------------------------------------------
 
@@ -513,6 +517,8 @@ class Qcow2Node(Node):
 
     async def _co_close(self) -> None:
         self.metadata.settings = replace(self.metadata.settings, lazy=False)
-        await self.co_flush()
-        while self.metadata.dirty:  # what one commit frees, the next one writes
-            await self.co_flush()
+        await self._guarded(self._co_settle())
+
+    async def _co_settle(self) -> None:
+        async with self.metadata.lock:
+            await self.metadata.settle()
