@@ -13,7 +13,7 @@ What the image's L1 and L2 tables depend on (cluster size, extended entries) can
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import BlockError
@@ -46,6 +46,9 @@ async def co_amend(node: Qcow2Node, options: AmendOptions) -> None:
     """Carry it out, or refuse it before anything has changed. BlockError, OSError."""
     header, metadata = node.header, node.metadata
     version = header.version if options.compat is None else _version(options.compat)
+    metadata.settings = replace(metadata.settings, lazy=False)  # nothing is left to be counted later
+    async with metadata.lock:
+        await metadata.settle()
     _check(node, options, version)
     if version > header.version:
         await _upgrade(node)

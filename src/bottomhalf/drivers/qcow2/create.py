@@ -23,6 +23,7 @@ from bottomhalf.drivers.qcow2.layout import (
 from bottomhalf.drivers.qcow2.metadata import refresh_sizes
 from bottomhalf.drivers.qcow2.node import Qcow2Node
 from bottomhalf.drivers.qcow2.preallocation import MODES, co_preallocate
+from bottomhalf.drivers.qcow2.runtime import Settings
 from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQcow2Version
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ async def _co_begin(file: Node, header: Header) -> None:
 async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
     await node.open()
     await node.co_truncate(options.size)
+    Settings.default(node.header).apply(node.metadata)  # of a disk of that size
     await co_preallocate(node, 0, options.size, options.preallocates)
     async with node.metadata.lock:
         await node.metadata.commit()

@@ -238,10 +238,22 @@ class Metadata(Counters):
     async def make_room_for_changes(self) -> None:
         """Before a change: tables that have to be written cannot be dropped, so there must not be too many of them."""
         await self.find_places()
-        if len(self.l2) >= self.settings.l2_tables and all(table.dirty or table.fresh for table in self.l2.values()):
+        if self._is_full():
             await self.commit()
         elif len(self._dirty_blocks) > self.settings.refcount_blocks:
             await self.commit(counters=True)
+
+    def _is_full(self) -> bool:
+        """Whether as many tables have to be written as memory has room for."""
+        droppable = len(self.l2) - self.settings.l2_tables + 1  # so many clean ones, and it is not
+        if droppable <= 0:
+            return False
+        for table in self.l2.values():
+            if not table.dirty and not table.fresh:
+                droppable -= 1
+                if not droppable:
+                    return False
+        return True
 
     async def writable_table(self, index: int) -> Table:
         """The L2 table of an L1 entry for changing: made if there is none, copied if it is shared with a snapshot.
@@ -321,14 +333,17 @@ class Metadata(Counters):
     async def write_header(self) -> None:
         """Make the header durable. What follows its first sector is so before that, which refers to it: a sector is
         what a crash leaves whole. OSError."""
-        data = self.header.to_bytes()
+        data = bytearray(self.header.to_bytes())
         if len(data) > SECTOR_BYTES:
             before = await self.read(0, len(data))
-            offset, length = self.header.name_of(before)
             if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
-                if offset < len(data) and offset + length > SECTOR_BYTES:  # the old name is not written over
-                    with suppress(ImageError):
-                        data = self.header.to_bytes(-(-(offset + length) // 8) * 8)
+                offset, length = self.header.name_of(before)
+                end = offset + length
+                if SECTOR_BYTES < end and offset < len(data) and end < self.mapping.cluster_size:
+                    with suppress(ImageError):  # the new name goes behind the old one, if there is room
+                        data = bytearray(self.header.to_bytes(-(-end // 8) * 8))
+                        offset = max(offset, SECTOR_BYTES)
+                        data[offset:end] = await self.read(offset, end - offset)
                 await self.write([(SECTOR_BYTES, data[SECTOR_BYTES:])])
                 await self.file.co_flush()
         await self.write([(0, data[:SECTOR_BYTES])])

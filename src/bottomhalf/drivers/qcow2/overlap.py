@@ -68,9 +68,9 @@ _FLAGS: Final = {
     "bitmap_directory": BITMAP_DIRECTORY,
 }
 
-# Clusters of tables whose places are remembered; those of 64 TB in clusters of 64 KiB are an eighth of it. Beyond that
-# only the constant ones are.
-PLACES_MAX: Final = 1 << 20
+# Clusters of tables whose places are remembered: those of 128 TB in clusters of 64 KiB. An image that says it has more
+# is protected in part; it costs some 60 MB as it is.
+PLACES_MAX: Final = 1 << 18
 
 
 class Corruption(ImageError):
@@ -187,5 +187,7 @@ async def _find_snapshots(metadata: Metadata) -> None:
 
 def _add_all(places: Places, kind: int, entries: Iterable[int]) -> None:
     for entry in entries:
+        if len(places) >= PLACES_MAX:
+            return
         if entry & OFFSET_MASK:
             places.add(kind, entry & OFFSET_MASK)
