@@ -86,6 +86,7 @@ class Storage:
         """An image turned out to be damaged, in whatever thread."""
         from bottomhalf.qapi.block import BlockImageCorrupted
 
+        self.log(f"{node.driver}: {text}")
         event = BlockImageCorrupted(
             device="", node_name=node.name, msg=text, offset=offset, size=size, fatal=fatal
         )

@@ -144,6 +144,31 @@ def test_at_the_same_time(seed: int) -> None:
     assert not found.corruptions and not found.leaks, found.findings
 
 
+def test_a_reader_does_not_keep_what_was_written_over() -> None:
+    """A cluster is being unpacked when it is discarded, and its place gets other content under the same entry."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=16 * CLUSTER, cluster_size=CLUSTER)
+    with disk(host, "disk.qcow2") as opened:
+
+        async def entry() -> int:
+            table = await opened.node.metadata.l2_table(0)
+            assert table is not None
+            return table.entries[1]
+
+        async def play() -> None:
+            await squeeze(opened, CLUSTER, b"a" * CLUSTER)
+            await opened.backend.co_flush()
+            old = await entry()
+            await gather(opened.backend.co_pread(CLUSTER, 10), opened.backend.co_discard(CLUSTER, CLUSTER))
+            await opened.backend.co_flush()
+            await opened.backend.co_flush()
+            await squeeze(opened, CLUSTER, b"b" * CLUSTER)
+            assert await entry() == old, "the scene is not what it is meant to be"
+            assert await opened.backend.co_pread(CLUSTER, CLUSTER) == b"b" * CLUSTER
+
+        opened.run(play())
+
+
 def test_the_loop_goes_on_while_threads_compress() -> None:
     """A cluster that is being compressed stops nobody: a read that begins later ends earlier."""
     host = SimHost(0)
