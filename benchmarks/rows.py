@@ -72,6 +72,7 @@ class LoadRow(ServerRow):
     client: Client = "fio"
     direct: bool = False
     qcow2: bool = False  # all clusters allocated
+    allocating: bool = False  # none
 
     def measure(self, server: Server, settings: Settings) -> Sample:
         """Return operations per second, or bytes for sequential loads."""
@@ -79,7 +80,7 @@ class LoadRow(ServerRow):
         writes = self.load.op == "randwrite"
         image = settings.image_for_writes if writes else settings.image
         if self.qcow2:
-            image = system.as_qcow2(image)
+            image = system.empty_qcow2(image) if self.allocating else system.as_qcow2(image)
         with running(server, image, direct=self.direct) as up:
             if writes and not self.qcow2:
                 system.settle_for_writes(image)
@@ -89,6 +90,8 @@ class LoadRow(ServerRow):
             meter = system.Meter(up.pid)
             result = run(client, program, self.load, up.socket, settings.seconds)
             meter.stop()
+            if self.allocating:
+                image.unlink()
             if held is not None:
                 held.release()
         if not result.ops:
@@ -166,6 +169,16 @@ _QCOW2: Final = tuple(
     )
     for name, goal, units, load, client, direct, about in _QCOW2_LOADS
 )
+_ALLOCATING: Final = LoadRow(
+    "qcow2-allocate-4k-qd32",
+    {"qemu-nbd+qcow2": 1.0},
+    _IOPS,
+    about="an empty qcow2 image of 64 GiB: random 4 KiB writes, nearly each of which allocates a cluster",
+    ours="bottomhalf+qcow2",
+    load=Load("randwrite", 4096, 32),
+    qcow2=True,
+    allocating=True,
+)
 
 ROWS: Final[tuple[ServerRow, ...]] = (
     LoadRow(
@@ -239,6 +252,7 @@ ROWS: Final[tuple[ServerRow, ...]] = (
     ),
     *_FILTERS,
     *_QCOW2,
+    _ALLOCATING,
     StartupRow(
         "startup",
         {_QSD: None, "qemu-nbd": None},

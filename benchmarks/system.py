@@ -52,6 +52,14 @@ def as_qcow2(image: Path) -> Path:
     return made
 
 
+def empty_qcow2(image: Path) -> Path:
+    """A new qcow2 image beside the image, so large that random writes hardly meet a cluster twice."""
+    made = image.with_suffix(".empty.qcow2")
+    made.unlink(missing_ok=True)
+    bottomhalf.create(made, format="qcow2", size=64 << 30)
+    return made
+
+
 class Held:
     """Keeps an image in the page cache: mapped read-only and locked, as long as this object lives.
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Disk", "AsyncDisk", "ImageInfo", "check", "create", "info", "open", "__version__"]
+__all__ = ["Disk", "AsyncDisk", "ImageInfo", "amend", "check", "create", "info", "open", "rebase", "__version__"]
 
 if TYPE_CHECKING:
-    from bottomhalf.images import ImageInfo, check, create, info
+    from bottomhalf.images import ImageInfo, amend, check, create, info, rebase
     from bottomhalf.library import AsyncDisk, Disk, open
 
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
         from bottomhalf import library
 
         return getattr(library, name)
-    if name in ("ImageInfo", "check", "create", "info"):
+    if name in ("ImageInfo", "amend", "check", "create", "info", "rebase"):
         from bottomhalf import images
 
         return getattr(images, name)

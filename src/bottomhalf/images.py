@@ -23,8 +23,10 @@ from bottomhalf.tools.formats import KNOWN, probe
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.check import CheckResult
+    from bottomhalf.drivers.qcow2.create import CreateOptions
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
 
-__all__ = ["create", "check", "info", "ImageInfo"]
+__all__ = ["amend", "create", "check", "info", "rebase", "ImageInfo"]
 
 
 class ImageInfo:
@@ -48,8 +50,10 @@ class ImageInfo:
 def create(path: str | PathLike[str], *, format: str = "raw", size: int, **options: Any) -> None:
     """Make an image file; one that is there is written over, unless somebody has it open.
 
-    ``options`` are those of the format. qcow2: ``version``, ``cluster_size``, ``refcount_bits``, ``extended_l2``,
-    ``lazy_refcounts``, ``compression_type``, ``backing_file``, ``backing_fmt``. ValueError for others."""
+    ``options`` are those of the format, by qemu-img's names. qcow2: ``compat`` ("0.10" or "1.1"; or ``version``, 2 or
+    3), ``cluster_size``, ``refcount_bits``, ``extended_l2``, ``lazy_refcounts``, ``compression_type``,
+    ``preallocation`` ("off", "metadata", "falloc", "full"), ``data_file`` (a path; that file is made anew, too),
+    ``data_file_raw``, ``backing_file``, ``backing_fmt``. ValueError for others, BlockError for what cannot be."""
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
@@ -59,19 +63,50 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
             raise ValueError(f"an image of {size} bytes")
         with _opened(fspath(path), writable=True, create=size):
             return
-    from bottomhalf.drivers.qcow2.create import CreateOptions
     from bottomhalf.drivers.qcow2.create import create as create_image
 
-    try:
-        wanted = CreateOptions(size=size, **options)
-    except TypeError:
-        known = ", ".join(sorted(set(CreateOptions.__dataclass_fields__) - {"size"}))
-        wrong = next(name for name in options if name not in CreateOptions.__dataclass_fields__)
-        raise ValueError(f"qcow2 images have no option {wrong!r}, but {known}") from None
+    wanted = _create_options(size, options)
     wanted.header()
+    what = f"the making of {fspath(path)}"
     with _opened(fspath(path), writable=True, create=0) as (context, file):
-        create_image(file, wanted)
-        context.run(file.co_flush(), what=f"the making of {fspath(path)}")
+        if wanted.data_file is None:
+            create_image(file, wanted)
+        else:
+            with _opened(wanted.data_file, writable=True, create=0, graph=file.graph) as (_, data):
+                create_image(file, wanted, data)
+                context.run(data.co_flush(), what=what)
+        context.run(file.co_flush(), what=what)
+
+
+def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
+    """From names as users know them, by way of the schema's class, which says what values there are."""
+    from bottomhalf.drivers.qcow2.create import CreateOptions
+    from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2
+    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.qapi.types import members
+    from bottomhalf.qapi.visit import from_json
+
+    given = dict(options)
+    known = {member.attribute for member in members(BlockdevCreateOptionsQcow2)} - {"file", "size"} | {"compat"}
+    for wrong in given.keys() - known:
+        raise ValueError(f"qcow2 images have no option {wrong!r}, but {', '.join(sorted(known))}")
+    version = _version(given.pop("compat", None) or given.pop("version", 3))
+    data_file = given.pop("data_file", None)
+    values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    try:
+        chosen = from_json(
+            BlockdevCreateOptionsQcow2, {"file": "image", "size": max(size, 0), "version": version, **values}
+        )
+    except OptionError as error:
+        raise BlockError(str(error)) from error
+    if size < 0:
+        raise BlockError("Image size must be a multiple of 512 bytes")
+    return CreateOptions.of(chosen, None if data_file is None else fspath(data_file))
+
+
+def _version(given: Any) -> str:
+    text = str(given)
+    return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:
@@ -107,15 +142,82 @@ def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResul
         return context.run(co_check(file, header, repair), what=what)  # type: ignore[no-any-return]
 
 
+def amend(path: str | PathLike[str], *, follow_names: bool = False, **options: Any) -> None:
+    """Change what an image is, by the names of qemu-img amend. qcow2: ``compat`` ("0.10", "1.1"), ``refcount_bits``,
+    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options that there
+    are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file that the image
+    names may be opened, which images that have one need."""
+    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend
+
+    known = AmendOptions.__dataclass_fields__
+    for name in options:
+        if name in CREATE_ONLY:
+            raise BlockError(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+        if name not in known:
+            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
+    with _opened_image(fspath(path), follow_names) as (context, node):
+        context.run(co_amend(node, AmendOptions(**options)), what=f"the change of {fspath(path)}")
+
+
+def rebase(
+    path: str | PathLike[str],
+    backing: str | None,
+    backing_format: str | None = None,
+    *,
+    unsafe: bool = False,
+    follow_names: bool = False,
+) -> None:
+    """Let an image name another backing file, or none (None). Only ``unsafe``: what is read through the image changes
+    unless both files have the same content, and neither is opened. BlockError."""
+    if not unsafe:
+        raise BlockError("copying what the old backing file has is not supported yet; unsafe=True only renames")
+    from bottomhalf.drivers.qcow2.amend import co_rebase
+
+    with _opened_image(fspath(path), follow_names) as (context, node):
+        context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+
+
 @contextmanager
-def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator[tuple[AioContext, Node]]:
-    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size."""
+def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Qcow2Node]]:
+    """A qcow2 image, alone and for writing, without its backing file."""
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
     from bottomhalf.drivers.registry import open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
+    with _opened(path, writable=False) as (_, file):
+        if _format(file) != "qcow2":
+            raise BlockError("Format driver does not support this operation")
     context = AioContext(name="image")
     graph = Graph(context)
+    backend = BlockBackend(graph, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, shared=0)
+    try:
+        below = {"driver": "file", "filename": path, "discard": "unmap"}
+        options = {"driver": "qcow2", "file": below, "backing": None, "discard": "unmap"}
+        node = open_node(graph, from_json(BlockdevOptions, options), follow_names=follow_names)
+        assert isinstance(node, Qcow2Node)
+        node.monitor_owned = True
+        backend.insert(node)
+        yield context, node
+    finally:
+        backend.close()
+        graph.close()
+        context.close()
+
+
+@contextmanager
+def _opened(
+    path: str, *, writable: bool, create: int | None = None, graph: Graph | None = None
+) -> Iterator[tuple[AioContext, Node]]:
+    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size. In a
+    graph that is there already, or in one of its own."""
+    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.qapi.block import BlockdevOptions
+    from bottomhalf.qapi.visit import from_json
+
+    own = graph is None
+    context = AioContext(name="image") if graph is None else graph.context
+    graph = graph or Graph(context)
     held = PERM_CONSISTENT_READ | (PERM_WRITE | PERM_RESIZE if writable else 0)
     backend = BlockBackend(graph, held=held, shared=PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))
     try:
@@ -128,8 +230,9 @@ def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator
         yield context, node
     finally:
         backend.close()
-        graph.close()
-        context.close()
+        if own:
+            graph.close()
+            context.close()
 
 
 def _create_file(context: AioContext, path: str, size: int) -> None:

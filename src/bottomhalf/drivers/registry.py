@@ -94,6 +94,20 @@ class Opening:
             given = given.replace(read_only=True if given.read_only is None else given.read_only)
         return self.child(given)
 
+    def data_file(self, given: BlockdevOptions | str | None, named: str | None) -> Node | None:
+        """The node with the data: the one that was given, else the file that the image names, if names may be
+        followed. A name stands for a file and nothing else: whoever made the image chose it."""
+        if given is None and named is None:
+            return None
+        if given is None:
+            if not self.follow_names:
+                raise BlockError(
+                    f"The image names a data file, '{named}', which is not opened unless you say so: give it as "
+                    "data-file"
+                )
+            given = from_json(BlockdevOptions, {"driver": "file", "filename": named})
+        return self.child(given)
+
     def undo(self) -> None:
         """The node could not be opened: close the children that were opened for it."""
         for node in reversed(self.brought):
@@ -276,17 +290,17 @@ def _open_qcow2(opening: Opening) -> Node:
     with image_errors(name):
         header = file.context.run(co_read_header(file), what=what)
         backing = opening.backing(branch.backing, header.backing_file, header.backing_format, file)
+        data_file = opening.data_file(branch.data_file, header.data_file if header.external else None)
         common = opening.common
         if opening.options.auto_read_only and file.read_only:
             common["read_only"] = True
-        node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing)
+        node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing, data_file=data_file)
         try:
+            node.configure(branch)
             file.context.run(node.open(), what=what)
         except BaseException:
             opening.graph.forget(node)
             raise
-    passes = branch.pass_discard_request
-    node.metadata.pass_discards = node.unmap if passes is None else passes
     return node
 
 

@@ -51,6 +51,7 @@ class Storage:
         for context in (self.loop.main, self.loop.iohandler):
             context.exception_handler = self._callback_failed
         self.graph = Graph(self.loop.main)
+        self.graph.image_corrupted = self._image_corrupted
         self.chardevs: dict[str, Chardev] = {}
         self.hmp_monitors: list[HmpMonitor] = []
         self._tree: Tree | None = None
@@ -80,6 +81,16 @@ class Storage:
         node = open_node(self.graph, options, follow_names=follow_names)
         node.monitor_owned = True
         return node
+
+    def _image_corrupted(self, node: Node, text: str, offset: int | None, size: int | None, fatal: bool) -> None:
+        """An image turned out to be damaged, in whatever thread."""
+        from bottomhalf.qapi.block import BlockImageCorrupted
+
+        self.log(f"{node.driver}: {text}")
+        event = BlockImageCorrupted(
+            device="", node_name=node.name, msg=text, offset=offset, size=size, fatal=fatal
+        )
+        self.loop.main.schedule_oneshot(lambda: self.emit(event))
 
     # -- objects ------------------------------------------------------------------------------------------------
 

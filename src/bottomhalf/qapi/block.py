@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 from bottomhalf.qapi.common import BlockDirtyBitmap, OnOffAuto
+from bottomhalf.qapi.qcow2_checks import Qcow2OverlapChecks
 from bottomhalf.qapi.types import (
     Alternate,
     Command,
@@ -146,9 +147,38 @@ class BlockdevOptionsRaw(BlockdevOptionsGenericFormat):
 class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
     """An image in QEMU's format: allocated as it is written, with backing files and snapshots."""
 
+    lazy_refcounts: Annotated[
+        bool | None, Doc("write reference counts late, and mark the image dirty meanwhile", default="as the image says")
+    ] = None
     pass_discard_request: Annotated[
         bool | None, Doc("what the guest discards is discarded in the file", default="on if discard=unmap")
     ] = None
+    pass_discard_snapshot: Annotated[
+        bool | None, Doc("what deleting a snapshot frees is discarded in the file", default="on")
+    ] = None
+    pass_discard_other: Annotated[
+        bool | None, Doc("what is freed otherwise is discarded in the file", default="off")
+    ] = None
+    discard_no_unref: Annotated[
+        bool | None, Doc("what the guest discards keeps its place in the image", default="off")
+    ] = None
+    overlap_check: Annotated[
+        Qcow2OverlapChecks | None, Doc("tables that are protected from writes to them by mistake", default="cached")
+    ] = None
+    cache_size: Annotated[int | None, Doc("bytes of both caches together")] = None
+    l2_cache_size: Annotated[
+        int | None, Doc("bytes of L2 tables in memory", default="what the disk needs, 32 MiB at most")
+    ] = None
+    l2_cache_entry_size: Annotated[
+        int | None, Doc("bytes of an L2 table that QEMU reads at a time; here tables are read whole")
+    ] = None
+    refcount_cache_size: Annotated[
+        int | None, Doc("bytes of refcount blocks in memory", default="four clusters")
+    ] = None
+    cache_clean_interval: Annotated[
+        int | None, Doc("seconds after which unused tables leave memory; 0 is never", default="600")
+    ] = None
+    data_file: Annotated[BlockdevRef | None, Doc("node with the guest's data", default="what the image names")] = None
 
 
 class BlockdevOptionsNull(Struct):
@@ -394,6 +424,17 @@ class BlockSetWriteThreshold(Command, name="block-set-write-threshold"):
 
     node_name: Annotated[str, Doc("the node")]
     write_threshold: Annotated[Uint64, Doc("offset in bytes; 0 forgets it")]
+
+
+class BlockImageCorrupted(EventType, name="BLOCK_IMAGE_CORRUPTED"):
+    """An image turned out to be damaged. If that is fatal, it is of no use any more, and marked as corrupt."""
+
+    device: Annotated[str, Doc("the device; empty if it has no name")]
+    node_name: Annotated[str | None, Doc("the node")] = None
+    msg: Annotated[str, Doc("what is wrong, for people")]
+    offset: Annotated[int | None, Doc("the write that was prevented: first byte in the image file")] = None
+    size: Annotated[int | None, Doc("the same: bytes")] = None
+    fatal: Annotated[bool, Doc("whether the node answers errors only from now on")]
 
 
 class BlockWriteThreshold(EventType, name="BLOCK_WRITE_THRESHOLD"):

@@ -16,6 +16,7 @@ from bottomhalf.drivers.qcow2.create import CreateOptions, create
 from bottomhalf.drivers.qcow2.node import Qcow2Node, co_read_header
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
+from bottomhalf.host.request import COMPRESSED
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json
@@ -30,8 +31,15 @@ def make(host: SimHost, path: str, **options: Any) -> None:
     graph = Graph(context)
     file = FileNode(graph, filename=path)
     file.monitor_owned = True
-    create(file, CreateOptions(**options))
+    data = None
+    if "data_file" in options:
+        host.create_file(options["data_file"], 0)
+        data = FileNode(graph, filename=options["data_file"])
+        data.monitor_owned = True
+    create(file, CreateOptions(**options), data)
     context.run(file.co_flush())
+    if data is not None:
+        context.run(data.co_flush())
     graph.close()
     context.close()
 
@@ -45,6 +53,12 @@ def check(host: SimHost, path: str, repair: str | None = None) -> CheckResult:
     finally:
         file.close()
         context.close()
+
+
+def replace(host: SimHost, path: str, content: bytes | bytearray) -> None:
+    """Other bytes for a file that nobody has open."""
+    host.disk.files.pop(path, None)
+    host.add_file(path, bytes(content))
 
 
 class Disk:
@@ -123,18 +137,31 @@ class Model:
         return all(byte in allowed[n] for n, byte in enumerate(content))
 
 
-def random_steps(seed: int, size: int, count: int, cluster: int) -> list[tuple[str, int, int, int]]:
-    """(what, offset, length, byte) of random operations, of sizes around a cluster's."""
+def random_steps(
+    seed: int, size: int, count: int, cluster: int, *, squeeze: int = 0
+) -> list[tuple[str, int, int, int]]:
+    """(what, offset, length, byte) of random operations, of sizes around a cluster's. ``squeeze``: how many of 18 and
+    as many more are compressed writes."""
     chance = random.Random(seed)
     steps = []
     for number in range(count):
-        what = chance.choices(("write", "zero", "discard", "flush"), (10, 2, 3, 3))[0]
+        what = chance.choices(("write", "zero", "discard", "flush", "squeeze"), (10, 2, 3, 3, squeeze))[0]
         length = min(chance.choice((1, 512, cluster // 2, cluster, 2 * cluster, 5 * cluster)), size)
         offset = chance.randrange(0, size - length + 1)
         if chance.random() < 0.5:
             offset = offset // cluster * cluster
+        if what == "squeeze":
+            offset = offset // cluster * cluster
+            length = -(-length // cluster) * cluster
         steps.append((what, offset, min(length, size - offset), number % 255 + 1))
     return steps
+
+
+def squeezable(offset: int, length: int, byte: int) -> bytes:
+    """Bytes that become smaller, but for every third byte's."""
+    if byte % 3:
+        return bytes([byte]) * length
+    return random.Random(f"{offset} {length} {byte}").randbytes(length)
 
 
 async def carry_out(disk: Disk, model: Model, step: tuple[str, int, int, int], sure: bool = True) -> None:
@@ -143,6 +170,10 @@ async def carry_out(disk: Disk, model: Model, step: tuple[str, int, int, int], s
     if what == "write":
         data = bytes([byte]) * length
         await disk.backend.co_pwrite(offset, data)
+        model.put(offset, data)
+    elif what == "squeeze":
+        data = squeezable(offset, length, byte)
+        await disk.backend.co_pwrite(offset, data, COMPRESSED)
         model.put(offset, data)
     elif what == "zero":
         await disk.backend.co_write_zeroes(offset, length, (byte & 1) * 2)

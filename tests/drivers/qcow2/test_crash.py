@@ -6,6 +6,7 @@ The simulated disk keeps any of the writes since the last flush, in any order, w
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -19,15 +20,28 @@ GEOMETRIES = [
     {"cluster_size": 4096, "size": 20 * 4096, "version": 2},
     {"cluster_size": 16384, "size": 6 * 16384, "extended_l2": True},
 ]
+OTHER_FORMS: list[tuple[dict[str, Any], dict[str, Any], int]] = [  # geometry, options of the node, compressed writes
+    ({"cluster_size": 512, "size": 64 * 512}, {}, 10),
+    ({"cluster_size": 512, "size": 64 * 512, "refcount_bits": 1}, {}, 10),
+    ({"cluster_size": 4096, "size": 20 * 4096, "refcount_bits": 4, "compression_type": "zstd"}, {}, 10),
+    ({"cluster_size": 16384, "size": 6 * 16384, "extended_l2": True}, {"pass-discard-other": True}, 10),
+    ({"cluster_size": 512, "size": 64 * 512, "data_file": "data.raw"}, {}, 0),
+    ({"cluster_size": 512, "size": 64 * 512, "data_file": "data.raw", "data_file_raw": True}, {}, 0),
+    ({"cluster_size": 16384, "size": 6 * 16384, "extended_l2": True, "data_file": "data.raw"}, {}, 0),
+    ({"cluster_size": 512, "size": 64 * 512}, {"discard-no-unref": True, "l2-cache-size": 1024}, 5),
+    ({"cluster_size": 512, "size": 64 * 512, "preallocation": "metadata"}, {}, 0),
+]
 
 
-def survive(host: SimHost, path: str, model: Model, chance: int) -> None:
+def survive(host: SimHost, path: str, model: Model, chance: int, **options: Any) -> None:
     """One of the disks that a power cut may leave."""
     after = SimHost(chance)
-    after.add_file(path, host.survivor(path))
+    for each in (path, "data.raw"):
+        if each in host.disk.files:
+            after.add_file(each, host.survivor(each))
     found = check(after, path)
     assert not found.corruptions and not found.check_errors, found.findings
-    with disk(after, path) as reopened:
+    with disk(after, path, **options) as reopened:
         assert model.allows(reopened.content())
         reopened.run(reopened.backend.co_pwrite(0, b"it can still be written"))
     found = check(after, path)
@@ -36,18 +50,27 @@ def survive(host: SimHost, path: str, model: Model, chance: int) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_random_sequences(seed: int, geometry: dict[str, int]) -> None:
+    play(seed, geometry, {}, 0)
+
+
+@pytest.mark.parametrize("geometry, options, squeeze", OTHER_FORMS, ids=str)
+def test_other_forms(seed: int, geometry: dict[str, Any], options: dict[str, Any], squeeze: int) -> None:
+    play(seed, geometry, options, squeeze)
+
+
+def play(seed: int, geometry: dict[str, Any], options: dict[str, Any], squeeze: int) -> None:
     sim = SimHost(seed)
     make(sim, "disk.qcow2", **geometry)
-    opened = Disk(sim, "disk.qcow2")
+    opened = Disk(sim, "disk.qcow2", **options)
     model = Model(opened.size)
     chance = random.Random(seed)
-    for step in random_steps(seed, opened.size, 25, geometry["cluster_size"]):
+    for step in random_steps(seed, opened.size, 25, geometry["cluster_size"], squeeze=squeeze):
         opened.run(carry_out(opened, model, step))
         if chance.random() < 0.4:
-            survive(sim, "disk.qcow2", model, seed)
+            survive(sim, "disk.qcow2", model, seed, **options)
     assert opened.content() == model.now
     opened.close()
     found = check(sim, "disk.qcow2")
     assert not found.corruptions and not found.leaks, found.findings
     model.flush()
-    survive(sim, "disk.qcow2", model, seed)
+    survive(sim, "disk.qcow2", model, seed, **options)

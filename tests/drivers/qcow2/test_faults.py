@@ -12,7 +12,7 @@ import pytest
 
 from bottomhalf.host.request import FLUSH, OP_NAMES, READ, WRITE
 from bottomhalf.host.sim import SimHost
-from tests.drivers.qcow2.bench import Disk, Model, carry_out, check, disk, make, random_steps
+from tests.drivers.qcow2.bench import Disk, Model, carry_out, check, disk, make, random_steps, squeezable
 
 POSITIONS_MAX = 500  # more I/O than the steps below take of one kind
 STEPS = 12
@@ -22,6 +22,9 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"cluster_size": 512, "size": 60 * 512},
     {"cluster_size": 512, "size": 300 * 512, "refcount_bits": 64},
     {"cluster_size": 16384, "size": 5 * 16384, "extended_l2": True},
+    {"cluster_size": 512, "size": 60 * 512, "refcount_bits": 4, "squeeze": 10},
+    {"cluster_size": 512, "size": 60 * 512, "data_file": "data.raw"},
+    {"cluster_size": 512, "size": 60 * 512, "data_file": "data.raw", "data_file_raw": True},
 ]
 
 
@@ -33,7 +36,9 @@ async def try_step(opened: Disk, model: Model, step: tuple[str, int, int, int], 
         return True
     except OSError as error:
         errors.append(error.errno or 0)
-        if what in ("write", "zero", "discard"):
+        if what == "squeeze":
+            model.put(offset, squeezable(offset, length, byte))
+        elif what in ("write", "zero", "discard"):
             model.put(offset, bytes([byte]) * length if what == "write" else bytes(length))
         return False
 
@@ -44,15 +49,18 @@ async def try_step(opened: Disk, model: Model, step: tuple[str, int, int, int], 
 @pytest.mark.parametrize("times", [1, None])
 def test_every_position(op: int, number: int, times: int | None, geometry: dict[str, Any]) -> None:
     positions = 0
-    for seed in range(SEQUENCES):
+    geometry = dict(geometry)
+    squeeze = geometry.pop("squeeze", 0)
+    first = 2 if squeeze else 0  # a sequence that has some of everything
+    for seed in range(first, first + SEQUENCES):
         for position in range(POSITIONS_MAX):
             host = SimHost(seed)
             make(host, "disk.qcow2", **geometry)
             opened = Disk(host, "disk.qcow2")
-            fault = host.fault(path="disk.qcow2", op=op, errno=number, after=position, times=times)
+            fault = host.fault(op=op, errno=number, after=position, times=times)
             model = Model(opened.size)
             errors: list[int] = []
-            for step in random_steps(seed, opened.size, STEPS, geometry["cluster_size"]):
+            for step in random_steps(seed, opened.size, STEPS, geometry["cluster_size"], squeeze=squeeze):
                 before = model.flushed, model.since
                 if opened.run(try_step(opened, model, step, errors)) and errors and step[0] == "flush":
                     model.flushed, model.since = before  # it cannot bring back what a failed flush may have lost
@@ -71,7 +79,8 @@ def test_every_position(op: int, number: int, times: int | None, geometry: dict[
 def _see(host: SimHost, opened: Disk, model: Model) -> None:
     """The disk as it is now, after a power cut, and closed in order."""
     after = SimHost(host.seed)
-    after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+    for path in host.disk.files:
+        after.add_file(path, host.survivor(path))
     found = check(after, "disk.qcow2")
     assert not found.corruptions and not found.check_errors, found.findings
     with disk(after, "disk.qcow2") as reopened:

@@ -139,8 +139,10 @@ class _Checker:
                     result.compressed_clusters += 1
                     result.allocated_clusters += 1
                     result.fragmented_clusters += 1
-            elif host := entry & OFFSET_MASK:
-                self._refer(host, size, "data cluster")
+            elif mapping.has_place(entry):
+                host = entry & OFFSET_MASK
+                if not mapping.external:
+                    self._refer(host, size, "data cluster")
                 if active:
                     result.allocated_clusters += 1
                     if self._next_host and host != self._next_host:
@@ -243,7 +245,7 @@ class _Checker:
             for index in range(mapping.entries):
                 found = table.entries[index * mapping.words]
                 host = found & OFFSET_MASK
-                if found & COMPRESSED or not host or host >> mapping.cluster_bits >= self._clusters:
+                if found & COMPRESSED or not host or mapping.external or host >> mapping.cluster_bits >= self._clusters:
                     continue
                 stored = await metadata.refcount(host >> mapping.cluster_bits)
                 single = stored == 1

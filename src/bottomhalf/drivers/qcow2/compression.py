@@ -16,6 +16,18 @@ from bottomhalf.drivers.qcow2.layout import ZSTD
 _WINDOW_BITS: Final = -12  # raw deflate, 4 KiB
 
 
+def compress(data: bytes | memoryview, size: int, kind: int) -> bytes | None:
+    """A cluster's bytes made smaller, as it is stored; None if they do not become smaller. ``data`` may be shorter than
+    the ``size`` bytes of a cluster: there are zeroes behind it. Any thread."""
+    padding = bytes(size - len(data))
+    if kind == ZSTD:
+        result: bytes = _zstd().ZstdCompressor().compress(bytes(data) + padding)
+    else:
+        packer = zlib.compressobj(wbits=_WINDOW_BITS)
+        result = packer.compress(data) + packer.compress(padding) + packer.flush()
+    return result if len(result) < size else None
+
+
 def decompress(data: bytes | memoryview, size: int, kind: int) -> bytes:
     """The ``size`` bytes of a cluster. ``data`` may go on behind them. ImageError if it gives fewer."""
     if kind == ZSTD:

@@ -6,7 +6,7 @@ Cluster 0 has the header, 1 the refcount table, 2 the first refcount block; L1 f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from bottomhalf.block.errors import BlockError
@@ -22,6 +22,9 @@ from bottomhalf.drivers.qcow2.layout import (
 )
 from bottomhalf.drivers.qcow2.metadata import refresh_sizes
 from bottomhalf.drivers.qcow2.node import Qcow2Node
+from bottomhalf.drivers.qcow2.preallocation import MODES, co_preallocate
+from bottomhalf.drivers.qcow2.runtime import Settings
+from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQcow2Version
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
@@ -40,6 +43,24 @@ class CreateOptions:
     compression_type: str = "zlib"
     backing_file: str | None = None
     backing_fmt: str | None = None
+    preallocation: str = "off"
+    data_file: str | None = None  # the name by which the image knows it
+    data_file_raw: bool = False
+
+    @classmethod
+    def of(cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None) -> CreateOptions:
+        """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there."""
+        names = {field.name for field in fields(cls)} - {"version", "data_file"}
+        chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
+        for name in ("preallocation", "compression_type", "backing_fmt"):
+            if name in chosen:
+                chosen[name] = str(chosen[name])
+        return cls(version=2 if given.version == BlockdevQcow2Version.V2 else 3, data_file=data_file, **chosen)
+
+    @property
+    def preallocates(self) -> str:
+        """The mode; a data file that others read by itself needs every cluster to be in its place."""
+        return "metadata" if self.data_file_raw and self.preallocation == "off" else self.preallocation
 
     def header(self) -> Header:
         """The header of the image while it has no disk yet. BlockError for what cannot be."""
@@ -52,7 +73,10 @@ class CreateOptions:
             raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
         if self.size < 0 or self.size % layout.SECTOR_BYTES:
             raise BlockError("Image size must be a multiple of 512 bytes")
+        if self.preallocation not in MODES:
+            raise BlockError(f"Parameter 'preallocation' does not accept value '{self.preallocation}'")
         self._check_version(order, cluster_bits)
+        self._check_together()
         header = Header(size=0, cluster_bits=cluster_bits, version=self.version, refcount_order=order)
         header.refcount_table_offset = self.cluster_size
         header.refcount_table_clusters = 1
@@ -66,10 +90,14 @@ class CreateOptions:
         elif self.compression_type != "zlib":
             raise BlockError(f"compression type is zlib or zstd, not '{self.compression_type}'")
         if self.backing_fmt is not None:
-            if self.backing_file is None:
-                raise BlockError("Backing format cannot be used without backing file")
             header.set_extension(layout.EXTENSION_BACKING_FORMAT, self.backing_fmt.encode())
         header.backing_file = self.backing_file
+        if self.data_file is not None:
+            header.incompatible |= layout.DATA_FILE
+            header.set_extension(layout.EXTENSION_DATA_FILE, self.data_file.encode("utf-8", "surrogateescape"))
+        if self.data_file_raw:
+            header.autoclear |= layout.RAW_DATA
+        header.to_bytes()  # whether the names fit
         return header
 
     def _check_version(self, order: int, cluster_bits: int) -> None:
@@ -85,6 +113,7 @@ class CreateOptions:
                 (self.lazy_refcounts, "Lazy refcounts"),
                 (self.extended_l2, "Extended L2 entries"),
                 (self.compression_type != "zlib", "Non-zlib compression type"),
+                (self.data_file is not None, "External data files are"),
             ):
                 if wanted:
                     raise BlockError(
@@ -93,15 +122,29 @@ class CreateOptions:
         if self.extended_l2 and cluster_bits < EXTENDED_CLUSTER_BITS_MIN:
             raise BlockError("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
 
+    def _check_together(self) -> None:
+        """Options that exclude or need each other."""
+        if self.data_file_raw and self.backing_file is not None:
+            raise BlockError("Backing file and data-file-raw cannot be used at the same time")
+        if self.data_file_raw and self.data_file is None:
+            raise BlockError("data-file-raw requires data-file")
+        if self.backing_file is not None and self.preallocation != "off" and not self.extended_l2:
+            raise BlockError(
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+            )
+        if self.backing_fmt is not None and self.backing_file is None:
+            raise BlockError("Backing format cannot be used without backing file")
 
-def create(file: Node, options: CreateOptions) -> None:
-    """Make an image in ``file``, which is empty. Plain code in the home thread. OSError, BlockError."""
+
+def create(file: Node, options: CreateOptions, data_file: Node | None = None) -> None:
+    """Make an image in ``file``, which is empty, and its data in ``data_file`` if the options name one. Plain code in
+    the home thread. OSError, BlockError."""
     what = f"the making of an image in {file.describe()}"
     header = options.header()
     file.context.run(_co_begin(file, header), what=what)
-    node = Qcow2Node(file.graph, file=file, header=header)
+    node = Qcow2Node(file.graph, file=file, header=header, data_file=data_file)
     try:
-        file.context.run(_co_grow(node, options.size), what=what)
+        file.context.run(_co_grow(node, options), what=what)
     finally:
         file.graph.forget(node)
 
@@ -118,6 +161,10 @@ async def _co_begin(file: Node, header: Header) -> None:
     refresh_sizes(file)
 
 
-async def _co_grow(node: Qcow2Node, size: int) -> None:
+async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
     await node.open()
-    await node.co_truncate(size)
+    await node.co_truncate(options.size)
+    Settings.default(node.header).apply(node.metadata)  # of a disk of that size
+    await co_preallocate(node, 0, options.size, options.preallocates)
+    async with node.metadata.lock:
+        await node.metadata.commit()

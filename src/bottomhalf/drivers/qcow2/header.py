@@ -74,6 +74,22 @@ class Header:
         return bool(self.incompatible & layout.EXTENDED_L2)
 
     @property
+    def external(self) -> bool:
+        """Whether the guest's data lie in a file of their own."""
+        return bool(self.incompatible & layout.DATA_FILE)
+
+    @property
+    def raw_data(self) -> bool:
+        """Whether that file is a raw image of the disk for those who do not know of this one."""
+        return self.external and bool(self.autoclear & layout.RAW_DATA)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of that file, if the image knows it."""
+        data = self.extension(layout.EXTENSION_DATA_FILE)
+        return None if data is None else data.decode("utf-8", "surrogateescape")
+
+    @property
     def l2_entries(self) -> int:
         """Entries of an L2 table."""
         return self.cluster_size // (16 if self.extended_l2 else 8)
@@ -243,9 +259,15 @@ class Header:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def to_bytes(self) -> bytes:
-        """The first cluster's beginning, from the magic to the backing file's name. ImageError if that is more than a
-        cluster."""
+    @staticmethod
+    def name_of(head: bytes | bytearray) -> tuple[int, int]:
+        """(offset, length) of the backing file's name, as a header that was written says; offset 0: there is none."""
+        offset, length = _COMMON.unpack_from(head, _COMMON_AT)[:2]
+        return offset, length
+
+    def to_bytes(self, name_at: int = 0) -> bytes:
+        """The first cluster's beginning, from the magic to the backing file's name, which begins at ``name_at`` at the
+        earliest. ImageError if that is more than a cluster."""
         extensions = [(kind, data) for kind, data in self.extensions if kind != layout.EXTENSION_FEATURE_NAMES]
         if self.version == 3 and self.cluster_size > 4096:
             extensions.insert(self._place_of_feature_names(extensions), (layout.EXTENSION_FEATURE_NAMES, _features()))
@@ -254,6 +276,7 @@ class Header:
             _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8) for kind, data in extensions
         ) + _EXTENSION.pack(layout.EXTENSION_END, 0)
         name = b"" if self.backing_file is None else self.backing_file.encode("utf-8", "surrogateescape")
+        body += bytes(max(name_at - length - len(body), 0) if name else 0)
         backing_offset = length + len(body) if name else 0
         made = MAGIC + self.version.to_bytes(4, "big")
         made += _COMMON.pack(

@@ -39,6 +39,7 @@ INCOMPATIBLE_KNOWN: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXT
 LAZY_REFCOUNTS: Final = 1
 # Autoclear: who does not know one of them clears it before the first write.
 BITMAPS: Final = 1
+RAW_DATA: Final = 2
 
 FEATURE_NAMES: Final = (  # kind (0 incompatible, 1 compatible, 2 autoclear), bit, name
     (0, 0, "dirty bit"),

@@ -14,10 +14,15 @@ A cluster whose counter became zero is not given out while a request that was ma
 write would land in somebody else's data. Requests are counted by epochs, and freeing something ends an epoch.
 
 Everything that changes tables holds ``lock``. Looking up needs no lock: tables in memory are always the truth.
+
+With lazy refcounts (``lazy-refcounts=on``) step 1 leaves the counters out, as long as no block of them is new, and the
+header says "dirty" on the disk before anything relies on that. Who opens an image that says so counts anew.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,66 +30,65 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import CoMutex, CoQueue
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import refcounts, tables
+from bottomhalf.drivers.qcow2 import overlap, tables
+from bottomhalf.drivers.qcow2.counters import FREED_OTHER as FREED_OTHER
+from bottomhalf.drivers.qcow2.counters import FREED_REQUEST as FREED_REQUEST
+from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT as FREED_SNAPSHOT
+from bottomhalf.drivers.qcow2.counters import PAGE_BYTES, Counters, pages_of
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import (
     COPIED,
+    CORRUPT,
+    DIRTY,
     L1_RESERVED,
     OFFSET_MASK,
-    REFCOUNT_TABLE_BYTES_MAX,
-    REFCOUNT_TABLE_RESERVED,
+    SECTOR_BYTES,
 )
+from bottomhalf.drivers.qcow2.overlap import co_find_places
 from bottomhalf.drivers.qcow2.together import co_submit_all
 from bottomhalf.host.request import WRITE, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
 
-PAGE_BYTES: Final = 4096  # of a table that are written together
-L2_CACHE_BYTES_MAX: Final = 32 << 20
-BLOCKS_CACHED_MIN: Final = 4
+DROPPED_SHARE: Final = 16  # of the tables that memory has room for, as many are dropped at a time
 
 
 class Table:
     """An L2 table in memory."""
 
-    __slots__ = ("dirty", "entries", "fresh", "offset")
+    __slots__ = ("checked", "dirty", "entries", "fresh", "offset", "used")
 
     def __init__(self, entries: array[int], offset: int, fresh: bool = False) -> None:
         self.entries = entries
         self.offset = offset  # in the file
         self.dirty: set[int] = set()  # pages that differ from the disk
         self.fresh = fresh  # nothing on the disk refers to it
+        self.checked = fresh  # its entries do not lead to tables (see ``overlap``)
+        self.used = 0  # when it was last, in ticks of Metadata.tick
 
 
-class Metadata:
+class Metadata(Counters):
     """The tables of one image. Everything in the home thread of the file's context."""
 
-    def __init__(self, file: Callable[[], Node], header: Header) -> None:
+    def __init__(self, file: Callable[[], Node], header: Header, data: Callable[[], Node] | None = None) -> None:
+        super().__init__(header)
         self._file = file  # what holds the image now: the graph may put something in between
+        self._data = data  # what holds the guest's data, if that is another file
         self.header = header
-        self.mapping = tables.Mapping(header.cluster_bits, header.extended_l2)
+        self.mapping = tables.Mapping(header.cluster_bits, header.extended_l2, header.external)
         self.l1: array[int] = array("Q")
         self.l2: dict[int, Table] = {}  # by L1 index
         self.lock = CoMutex(f"the tables of {file().name}")
-        table_bytes = header.cluster_size
-        self.l2_cached_max = max(2, min(L2_CACHE_BYTES_MAX // table_bytes, header.l1_size))
+        self.tick = 0  # grows with each table that is loaded, and each time the unused ones are dropped
+        self.on_load: Callable[[], object] | None = None
+        self.broken = False  # the image was marked corrupt: nothing is written any more
+        self._places_known = 0  # what was protected when ``places`` was filled
+        self._marked_dirty = False  # by us, because counters are written late
         self._loading: dict[int, CoQueue] = {}
-        self.refcount_table: array[int] = array("Q")  # of refcounts
-        self._blocks: dict[int, array[int]] = {}
-        self._dirty_blocks: dict[int, set[int]] = {}
-        self._dirty_table: set[int] = set()  # pages
         self._dirty_l1: set[int] = set()  # pages
-        self._table_moved = False  # the header does not refer to its place yet
         self._l1_moved = False
         self._header_dirty = False
-        self._freed: list[tuple[int, int]] = []  # epoch, cluster: to be counted down after the next commit
-        self._epoch = 0
-        self._active: dict[int, int] = {}  # mapped requests that are on their way, by epoch
-        self._closing = False
-        self._hint = 0  # no free cluster below
-        self.virgin = 0  # clusters from here on were never written
-        self.pass_discards = False  # what is not used any more is discarded in the file
 
     @property
     def file(self) -> Node:
@@ -102,16 +106,21 @@ class Metadata:
                 await self.file.co_pread(offset, view[:count])
         return buffer
 
-    async def write(self, pieces: list[tuple[int, Any]]) -> None:
+    async def write_data(self, pieces: list[tuple[int, Any]]) -> None:
+        """write() for the guest's data, which may have a file of their own."""
+        await self.write(pieces, None if self._data is None else self._data())
+
+    async def write(self, pieces: list[tuple[int, Any]], file: Node | None = None) -> None:
         """Write (offset, bytes) all at once; the file grows as needed. OSError."""
+        file = file or self.file
         requests = [Request(WRITE, offset, len(data), memoryview(data)) for offset, data in pieces]
         if requests:
-            await co_submit_all(self.file, requests)
-            if max(request.offset + request.length for request in requests) > self.file.size:
-                refresh_sizes(self.file)
+            await co_submit_all(file, requests)
+            if max(request.offset + request.length for request in requests) > file.size:
+                refresh_sizes(file)
 
     async def open(self) -> None:
-        """Read what is always in memory: L1 and the refcount table."""
+        """Read what is always in memory: L1 and the refcount table. OSError, ImageError."""
         header = self.header
         self.l1 = tables.unpack(await self.read(header.l1_offset, header.l1_size * 8))
         for index, entry in enumerate(self.l1):
@@ -121,13 +130,23 @@ class Metadata:
         self.refcount_table = tables.unpack(await self.read(header.refcount_table_offset, size))
         self.virgin = (self.file.size + self.mapping.cluster_mask) >> header.cluster_bits
 
+    async def find_places(self) -> None:
+        """Learn where tables lie, before the first change, so that nothing else is written there. OSError."""
+        wanted = self.places.protected | self._places_known
+        if wanted != self._places_known:
+            await co_find_places(self)
+            self._places_known = wanted
+
     async def l2_table(self, index: int) -> Table | None:
         """The L2 table of an L1 entry, from memory or the disk; None if there is none. OSError, ImageError."""
         while (table := self.l2.get(index)) is None:
+            if self.broken:
+                raise OSError(errno.ENOMEDIUM, os.strerror(errno.ENOMEDIUM), self.file.name)
             waiting = self._loading.get(index)
             if waiting is None:
                 return await self._load(index)
             await waiting.wait()
+        table.used = self.tick
         return table
 
     async def runs(self, offset: int, length: int) -> list[tables.Run]:
@@ -149,20 +168,56 @@ class Metadata:
             if (known := self.l2.get(index)) is not None:
                 return known  # it was copied meanwhile
             table = Table(tables.unpack(data), offset)
+            if self.header.raw_data:
+                self._check_raw(table, index)
             self._make_room()
+            self.tick += 1
+            table.used = self.tick
             self.l2[index] = table
+            if self.on_load is not None:
+                self.on_load()
             return table
         finally:
             del self._loading[index]
             queue.wake_all()
 
+    def _check_raw(self, table: Table, index: int) -> None:
+        """What others read as a raw image has every cluster in its place."""
+        mapping = self.mapping
+        first = index << mapping.l1_shift
+        for n, entry in enumerate(table.entries[:: mapping.words]):
+            guest = first + (n << mapping.cluster_bits)
+            if mapping.has_place(entry) and entry & OFFSET_MASK != guest:
+                raise ImageError(
+                    f"External data file host cluster offset {entry & OFFSET_MASK:#x} does not match guest cluster "
+                    f"offset: {guest:#x}, L2 index: {n:#x}"
+                )
+
     def _make_room(self) -> None:
-        """Drop the table that was loaded first, if there are too many; not one that has to be written."""
-        if len(self.l2) >= self.l2_cached_max:
-            for index, table in self.l2.items():
-                if not table.dirty and not table.fresh:
+        """Drop the tables that were not used for the longest time, if there are too many; none that has to be
+        written."""
+        most = self.settings.l2_tables
+        excess = len(self.l2) - most + 1
+        if excess > 0:
+            clean = [(table.used, index) for index, table in self.l2.items() if not table.dirty and not table.fresh]
+            clean.sort()
+            for _, index in clean[: max(excess, most // DROPPED_SHARE)]:
+                del self.l2[index]
+
+    def drop_unused(self, since: int) -> bool:
+        """Drop tables that were last used before that tick, and blocks; whether some are left that may be dropped
+        later. A new tick begins."""
+        self.tick += 1
+        left = False
+        for index, table in list(self.l2.items()):
+            if not table.dirty and not table.fresh:
+                if table.used < since:
                     del self.l2[index]
-                    return
+                else:
+                    left = True
+        for number in [number for number in self._blocks if number not in self._dirty_blocks]:
+            del self._blocks[number]
+        return left
 
     # -- requests that are mapped -------------------------------------------------------------------------------
 
@@ -172,12 +227,14 @@ class Metadata:
         return self._epoch
 
     def let_go(self) -> None:
-        """The image is being closed: what is still held by readers (see Node.hold_bytes) is not given to anybody."""
+        """Nobody in this program gets any more clusters: those that readers still hold (see Node.hold_bytes) can be
+        counted down. Nothing is on its way."""
         self._active.clear()
-        self._closing = True
+        self._epoch += 1
+        self._held_from = self._epoch
 
     def end(self, epoch: int, count: int) -> None:
-        if self._closing:
+        if epoch < self._held_from:
             return
         left = self._active[epoch] - count
         if left:
@@ -185,143 +242,27 @@ class Metadata:
         else:
             del self._active[epoch]
 
-    # -- refcounts ----------------------------------------------------------------------------------------------
-
-    async def _block(self, index: int) -> array[int] | None:
-        """A refcount block; None if there is none. With the lock held."""
-        block = self._blocks.get(index)
-        if block is not None:
-            return block
-        entry = self.refcount_table[index] if index < len(self.refcount_table) else 0
-        if not entry:
-            return None
-        if entry & REFCOUNT_TABLE_RESERVED or entry & self.mapping.cluster_mask:
-            raise ImageError(f"Refblock offset {entry:#x} unaligned (reftable index: {index:#x})")
-        data = await self.read(entry, self.mapping.cluster_size)
-        block = refcounts.unpack(data, self.header.refcount_order)
-        if len(self._blocks) >= max(BLOCKS_CACHED_MIN, self.l2_cached_max // 4):
-            for other in self._blocks:
-                if other not in self._dirty_blocks:
-                    del self._blocks[other]
-                    break
-        self._blocks[index] = block
-        return block
-
-    async def refcount(self, cluster: int) -> int:
-        per_block = self._per_block
-        block = await self._block(cluster // per_block)
-        return 0 if block is None else block[cluster % per_block]
-
-    async def set_refcount(self, cluster: int, count: int) -> None:
-        """Repair a counter. With the lock held. ImageError if there is no place for it."""
-        index, at = divmod(cluster, self._per_block)
-        block = await self._block(index)
-        if block is None:
-            raise ImageError("the refcount structure would have to be built anew, which is not supported yet")
-        self._set(index, block, at, min(count, refcounts.refcount_max(self.header.refcount_order)))
-
-    @property
-    def _per_block(self) -> int:
-        return refcounts.entries_of_block(self.header.cluster_bits, self.header.refcount_order)
-
-    def _set(self, index: int, block: array[int], at: int, value: int) -> None:
-        block[at] = value
-        page = (at << self.header.refcount_order >> 3) // PAGE_BYTES
-        self._dirty_blocks.setdefault(index, set()).add(page)
-
-    async def allocate(self, count: int) -> tuple[int, int, bool]:
-        """Up to ``count`` clusters side by side, at least one: (the first one's number, how many, whether they were
-        never written). Their counters are one. With the lock held. OSError, ImageError if the tables are damaged."""
-        per_block = self._per_block
-        index, at = divmod(self._hint, per_block)
-        while True:
-            block = await self._block(index)
-            if block is None:
-                self._new_region(index, 0)
-                block = self._blocks[index]
-            try:
-                at = block.index(0, at)
-            except ValueError:
-                index, at = index + 1, 0
-                continue
-            break
-        got = 1
-        while got < count and at + got < per_block and block[at + got] == 0:
-            got += 1
-        for n in range(at, at + got):
-            self._set(index, block, n, 1)
-        first = index * per_block + at
-        self._hint = first + got
-        virgin = first >= self.virgin
-        self.virgin = max(self.virgin, self._hint)
-        return first, got, virgin
-
-    async def allocate_together(self, count: int) -> int:
-        """So many clusters side by side, for a table: the first one's number. With the lock held."""
-        while count <= self._per_block // 2:
-            first, got, _ = await self.allocate(count)
-            if got == count:
-                return first
-            self.free_all(range(first, first + got))
-        used = len(self.refcount_table)
-        while used and not self.refcount_table[used - 1]:
-            used -= 1
-        return self._new_region(used, count)
-
-    def _new_region(self, index: int, count: int) -> int:
-        """Nobody has counted these clusters yet: make blocks from the given one on, as many as it takes for ``count``
-        clusters side by side, and for the blocks themselves and a larger refcount table if there is no room for them.
-        The first of the ``count``. With the lock held."""
-        per_block, cluster_size = self._per_block, self.mapping.cluster_size
-        ranges, table_clusters = 1, 0
-        while True:
-            if index + ranges > len(self.refcount_table):
-                table_clusters = -(-max((index + ranges) * 3 // 2, 1) * 8 // cluster_size)
-                if table_clusters * cluster_size > REFCOUNT_TABLE_BYTES_MAX:
-                    raise ImageError("the image cannot grow: its reference count table is full")
-            total = ranges + table_clusters + count
-            if total <= ranges * per_block:
-                break
-            ranges = -(-total // per_block)
-        first = index * per_block
-        pages = range(-(-cluster_size // PAGE_BYTES))
-        for n in range(ranges):
-            self._blocks[index + n] = refcounts.empty(self.header.cluster_bits, self.header.refcount_order)
-            self._dirty_blocks[index + n] = set(pages)
-        for n in range(total):
-            self._set(index + n // per_block, self._blocks[index + n // per_block], n % per_block, 1)
-        if table_clusters:
-            self._move_table(first + ranges, table_clusters)
-        for n in range(ranges):
-            self.refcount_table[index + n] = (first + n) << self.header.cluster_bits
-            self._dirty_table.add((index + n) * 8 // PAGE_BYTES)
-        self.virgin = max(self.virgin, first + total)
-        return first + ranges + table_clusters
-
-    def _move_table(self, cluster: int, clusters: int) -> None:
-        """Give the refcount table a larger place."""
-        header = self.header
-        old = header.refcount_table_offset >> header.cluster_bits
-        self.free_all(range(old, old + header.refcount_table_clusters))
-        self.refcount_table.extend([0] * (clusters * self.mapping.cluster_size // 8 - len(self.refcount_table)))
-        header.refcount_table_offset = cluster << header.cluster_bits
-        header.refcount_table_clusters = clusters
-        self._header_dirty = self._table_moved = True
-
-    def free(self, cluster: int) -> None:
-        """One reference less, once nothing on the disk refers to it any more."""
-        self._freed.append((self._epoch, cluster))
-
-    def free_all(self, clusters: Iterable[int]) -> None:
-        for cluster in clusters:
-            self.free(cluster)
-
     # -- changing -----------------------------------------------------------------------------------------------
 
     async def make_room_for_changes(self) -> None:
         """Before a change: tables that have to be written cannot be dropped, so there must not be too many of them."""
-        if len(self.l2) >= self.l2_cached_max and all(table.dirty or table.fresh for table in self.l2.values()):
+        await self.find_places()
+        if self._is_full():
             await self.commit()
+        elif len(self._dirty_blocks) > self.settings.refcount_blocks:
+            await self.commit(counters=True)
+
+    def _is_full(self) -> bool:
+        """Whether as many tables have to be written as memory has room for."""
+        droppable = len(self.l2) - self.settings.l2_tables + 1  # so many clean ones, and it is not
+        if droppable <= 0:
+            return False
+        for table in self.l2.values():
+            if not table.dirty and not table.fresh:
+                droppable -= 1
+                if not droppable:
+                    return False
+        return True
 
     async def writable_table(self, index: int) -> Table:
         """The L2 table of an L1 entry for changing: made if there is none, copied if it is shared with a snapshot.
@@ -341,9 +282,19 @@ class Metadata:
                 entries[at] &= ~COPIED
             self.free((entry & OFFSET_MASK) >> self.header.cluster_bits)
             table = Table(entries, offset, fresh=True)
+        self.places.add(overlap.ACTIVE_L2, offset)
+        table.used = self.tick
         self.l2[index] = table
         self.set_l1(index, offset | COPIED)
         return table
+
+    def check_entries(self, index: int) -> None:
+        """Before a guest writes through an L2 table in memory: its entries do not lead to tables. Corruption."""
+        table = self.l2.get(index)
+        if table is not None and not table.checked:
+            if not self.mapping.external:
+                self.places.entries(table.entries, self.mapping.words)
+            table.checked = True
 
     def set_entry(self, table: Table, index: int, entry: int, bitmap: int = 0) -> None:
         """Change one L2 entry, in memory."""
@@ -364,9 +315,48 @@ class Metadata:
         old = -(-header.l1_size * 8 // self.mapping.cluster_size)
         self.free_all((header.l1_offset >> header.cluster_bits) + n for n in range(old))
         self.l1.extend([0] * (entries - len(self.l1)))
+        self.places.add(overlap.ACTIVE_L1, cluster << header.cluster_bits, entries * 8)
         header.l1_offset = cluster << header.cluster_bits
         header.l1_size = entries
         self._header_dirty = self._l1_moved = True
+
+    async def use_counters(self, order: int, table: array[int], offset: int) -> None:
+        """All counters have been written anew, with another width, below a table at ``offset``: let the header name
+        that. Nothing else is waiting to be written. With the lock held. OSError, and the old ones are in use."""
+        header, bits = self.header, self.header.cluster_bits
+        before = header.refcount_order, header.refcount_table_offset, header.refcount_table_clusters
+        header.refcount_order, header.refcount_table_offset = order, offset
+        header.refcount_table_clusters = len(table) * 8 >> bits
+        try:
+            await self.write_header()
+        except BaseException:  # what the disk says now is not known
+            header.refcount_order, header.refcount_table_offset, header.refcount_table_clusters = before
+            self._header_dirty = True
+            raise
+        self.refcount_table = table
+        self._blocks.clear()
+        self.places.add(overlap.REFCOUNT_TABLE, offset, len(table) * 8)
+        for entry in table:
+            self.places.add(overlap.REFCOUNT_BLOCK, entry)
+
+    async def write_header(self) -> None:
+        """Make the header durable. What follows its first sector is so before that, which refers to it: a sector is
+        what a crash leaves whole. OSError."""
+        data = bytearray(self.header.to_bytes())
+        if len(data) > SECTOR_BYTES:
+            before = await self.read(0, len(data))
+            if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
+                offset, length = self.header.name_of(before)
+                end = offset + length
+                if end > SECTOR_BYTES and offset < len(data) and end < self.mapping.cluster_size:
+                    with suppress(ImageError):  # the new name goes behind the old one, if there is room
+                        data = bytearray(self.header.to_bytes(-(-end // 8) * 8))
+                        offset = max(offset, SECTOR_BYTES)
+                        data[offset:end] = await self.read(offset, end - offset)
+                await self.write([(SECTOR_BYTES, data[SECTOR_BYTES:])])
+                await self.file.co_flush()
+        await self.write([(0, data[:SECTOR_BYTES])])
+        await self.file.co_flush()
 
     def header_changed(self) -> None:
         self._header_dirty = True
@@ -377,7 +367,8 @@ class Metadata:
     def dirty(self) -> bool:
         """Whether a commit has something to do beside flushing."""
         return bool(
-            self._dirty_blocks
+            (self._dirty_blocks and not (self._marked_dirty and self.settings.lazy))
+            or (self._marked_dirty and not self.settings.lazy)
             or self._dirty_table
             or self._dirty_l1
             or self._header_dirty
@@ -385,13 +376,23 @@ class Metadata:
             or any(table.dirty or table.fresh for table in self.l2.values())
         )
 
-    async def commit(self) -> None:
+    async def commit(self, *, counters: bool = False) -> None:
         """Make everything durable, in steps; see above. With the lock held. OSError: what was not written is still to
-        be written, by the next commit."""
+        be written, by the next commit. ``counters``: also those that may be written late."""
+        if self.broken:
+            return
+        late = self.settings.lazy and not (counters or self._dirty_table or self._table_moved or self._header_dirty)
+        if late and self._dirty_blocks and not self._marked_dirty:
+            await self._mark_dirty(True)
         changed = [table for table in self.l2.values() if table.dirty or table.fresh]
-        await self.write([*self._block_pages(), *self._fresh_tables(changed), *self._moved_tables()])
+        if self._data is not None:
+            await self._data().co_flush()
+        self._check_places(changed)
+        blocks = [] if late else list(self._block_pages())
+        await self.write([*blocks, *self._fresh_tables(changed), *self._moved_tables()])
         await self.file.co_flush()
-        self._dirty_blocks.clear()
+        if not late:
+            self._dirty_blocks.clear()
         # What was new is durable now, and from the next write on something may refer to it, even if that write fails:
         # its next change takes the way of all changes.
         for table in changed:
@@ -406,16 +407,15 @@ class Metadata:
             self._dirty_l1.clear()
         if self._dirty_table:
             packed = tables.pack(self.refcount_table)
-            await self.write(list(_pages(self.header.refcount_table_offset, packed, self._dirty_table)))
+            await self.write(list(pages_of(self.header.refcount_table_offset, packed, self._dirty_table)))
             await self.file.co_flush()
             self._dirty_table.clear()
         if self._header_dirty:
-            await self.write([(0, self.header.to_bytes())])
-            await self.file.co_flush()
+            await self.write_header()
             self._header_dirty = False
-        pieces = list(_pages(self.header.l1_offset, tables.pack(self.l1), self._dirty_l1))
+        pieces = list(pages_of(self.header.l1_offset, tables.pack(self.l1), self._dirty_l1))
         for table in changed:
-            pieces += _pages(table.offset, tables.pack(table.entries), table.dirty)
+            pieces += pages_of(table.offset, tables.pack(table.entries), table.dirty)
         if pieces:
             await self.write(pieces)
             await self.file.co_flush()
@@ -423,46 +423,50 @@ class Metadata:
             for table in changed:
                 table.dirty.clear()
         await self._count_down()
+        if self._marked_dirty and not self.settings.lazy and not self._dirty_blocks:
+            await self._mark_dirty(False)
 
-    async def _count_down(self) -> None:
-        """Step 4: nothing on the disk refers to what was freed."""
-        if not self._freed:
-            return
-        self._epoch += 1
-        oldest = min(self._active, default=self._epoch)
-        per_block = self._per_block
-        freed, self._freed = self._freed, []
-        unused: list[int] = []
-        for epoch, cluster in freed:
-            if oldest <= epoch:
-                self._freed.append((epoch, cluster))  # somebody may still write there
-                continue
-            index, at = divmod(cluster, per_block)
-            block = await self._block(index)
-            if block is not None and block[at]:  # else the image was damaged before; a check will tell
-                self._set(index, block, at, block[at] - 1)
-                if block[at] == 0:
-                    unused.append(cluster)
-        if self.pass_discards:
-            await self._discard(sorted(unused))
-        self._hint = min([self._hint, *unused])
+    async def settle(self) -> None:
+        """Commit until nothing is left: what one commit frees, the next one writes. With the lock held, and nobody on
+        his way to the image. OSError."""
+        await self.commit()
+        while self.dirty:
+            await self.commit()
 
-    async def _discard(self, clusters: list[int]) -> None:
-        """Give the file's space back, before anybody can be given the clusters."""
-        bits = self.header.cluster_bits
-        start = end = -1
-        for cluster in [*clusters, -1]:
-            if cluster != end:
-                if end > start:
-                    with suppress(OSError):  # it is a hint
-                        await self.file.co_discard(start << bits, (end - start) << bits)
-                start = cluster
-            end = cluster + 1
+    async def _mark_dirty(self, dirty: bool) -> None:
+        """Say on the disk that counters are written late, before they are; or that all have been."""
+        header = self.header
+        self._marked_dirty = False
+        header.incompatible = header.incompatible | DIRTY if dirty else header.incompatible & ~DIRTY
+        try:
+            await self.write_header()
+        except BaseException:  # what the disk says now is not known
+            header.incompatible &= ~DIRTY
+            self._header_dirty = True
+            raise
+        self._marked_dirty = dirty
 
-    def _block_pages(self) -> Iterable[tuple[int, bytes]]:
-        for index, pages in self._dirty_blocks.items():
-            packed = refcounts.pack(self._blocks[index], self.header.refcount_order)
-            yield from _pages(self.refcount_table[index], packed, pages)
+    def _check_places(self, changed: list[Table]) -> None:
+        """What is about to be written lies where nothing else does."""
+        size = self.mapping.cluster_size
+        for table in changed:
+            self.places.table(table.offset, overlap.ACTIVE_L2, size)
+        for index in self._dirty_blocks:
+            self.places.table(self.refcount_table[index], overlap.REFCOUNT_BLOCK, size)
+        if self._dirty_l1 or self._l1_moved:
+            self.places.table(self.header.l1_offset, overlap.ACTIVE_L1, size)
+        if self._dirty_table or self._table_moved:
+            self.places.table(self.header.refcount_table_offset, overlap.REFCOUNT_TABLE, size)
+
+    async def mark_corrupt(self) -> None:
+        """Say on the disk that the image is damaged, and write nothing more. OSError."""
+        self.broken = True
+        self.l2.clear()
+        for each in (self._dirty_blocks, self._dirty_table, self._dirty_l1, self._freed):
+            each.clear()
+        self._header_dirty = self._table_moved = self._l1_moved = False
+        self.header.incompatible |= CORRUPT
+        await self.write_header()
 
     def _fresh_tables(self, changed: list[Table]) -> Iterable[tuple[int, bytes]]:
         return [(table.offset, tables.pack(table.entries)) for table in changed if table.fresh]
@@ -479,16 +483,3 @@ def refresh_sizes(node: Node) -> None:
     for edge in node.children:
         refresh_sizes(edge.node)
     node.refresh_size()
-
-
-def _pages(offset: int, data: bytes, pages: set[int]) -> Iterable[tuple[int, bytes]]:
-    """The given pages of a table, those side by side as one piece."""
-    start = end = -1
-    for page in sorted(pages):
-        if page != end:
-            if end > start:
-                yield offset + start * PAGE_BYTES, data[start * PAGE_BYTES : end * PAGE_BYTES]
-            start = page
-        end = page + 1
-    if end > start >= 0:
-        yield offset + start * PAGE_BYTES, data[start * PAGE_BYTES : end * PAGE_BYTES]

@@ -10,31 +10,40 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import run_in
 from bottomhalf.block import BlockError, ImageError, Node
-from bottomhalf.block.edge import ROLE_COW, ROLE_IMAGE
+from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
+from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.preallocation import co_preallocate
+from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
+from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Run
 from bottomhalf.drivers.qcow2.together import co_submit_all
+from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
+from bottomhalf.host.request import COMPRESSED as COMPRESS
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP, READ, WRITE, Request, deliver
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
+    from bottomhalf.block.transaction import Transaction
     from bottomhalf.host.protocol import File
 
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
+_SPECIAL: Final = FUA | COMPRESS
 
 
 class _Passage:
@@ -66,7 +75,8 @@ async def co_read_header(file: Node) -> Header:
 
 
 class Qcow2Node(Node):
-    """A qcow2 image in ``file``. ``backing`` is what unallocated clusters read from; None: zeroes.
+    """A qcow2 image in ``file``. ``backing`` is what unallocated clusters read from; None: zeroes. ``data_file`` holds
+    the guest's data, if the image says that they are in another file.
 
     Made with a header that was read already; ``open()`` has to follow before the first request."""
 
@@ -82,11 +92,13 @@ class Qcow2Node(Node):
         file: Node,
         header: Header,
         backing: Node | None = None,
+        data_file: Node | None = None,
         read_only: bool = False,
         unmap: bool = False,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
-        self._file = self.attach(file, "file", ROLE_IMAGE)
+        self._file = self.attach(file, "file", ROLE_IMAGE if data_file is None else ROLE_IMAGE & ~ROLE_DATA)
+        self._data = self._file if data_file is None else self.attach(data_file, "data-file", ROLE_DATA)
         if backing is not None:
             self.attach(backing, "backing", ROLE_COW)
         self.refresh_limits()
@@ -95,10 +107,16 @@ class Qcow2Node(Node):
     def _begin_with(self, header: Header) -> None:
         """Nothing is known of the image but its header."""
         self.header = header
-        self.metadata = Metadata(lambda: self._file.node, header)
+        self.metadata = Metadata(
+            lambda: self._file.node, header, None if self._data is self._file else lambda: self._data.node
+        )
         self.mapping = self.metadata.mapping
-        self._writer = Writer(self)
+        self.writer = Writer(self)
+        self._squeezer = Squeezer(self, self.writer)
+        self._trouble = Trouble(self)
+        self._cleaner = Cleaner(self)
         self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
+        self._forgotten = 0  # how often it had to be forgotten
         self.size = header.size
 
     async def open(self) -> None:
@@ -106,20 +124,32 @@ class Qcow2Node(Node):
         header = self.header
         if header.crypt_method:
             raise BlockError("encrypted qcow2 images are not supported yet")
-        if header.incompatible & layout.DATA_FILE:
-            raise BlockError("qcow2 images with an external data file are not supported yet")
+        if header.external and self._data is self._file:
+            raise BlockError("'data-file' is required for this image")
+        if not header.external and self._data is not self._file:
+            raise BlockError("'data-file' can only be set for images with an external data file")
         if not self.read_only:
-            if header.incompatible & layout.CORRUPT:
-                raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-            if header.incompatible & layout.DIRTY:
-                raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
-            if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
-                raise BlockError(
-                    "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
-                )
+            self._check_writable()
         await self.metadata.open()
-        if not self.read_only and header.autoclear:
-            header.autoclear = 0  # what we do not know is not true any more after the first write
+        if not self.read_only:
+            self._clear_unknown()
+
+    def _check_writable(self) -> None:
+        """BlockError if the image must not be written."""
+        header = self.header
+        if header.incompatible & layout.CORRUPT:
+            raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
+        if header.incompatible & layout.DIRTY:
+            raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
+        if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
+            raise BlockError(
+                "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
+            )
+
+    def _clear_unknown(self) -> None:
+        """What we do not know is not true any more after the first write."""
+        if self.header.autoclear & ~layout.RAW_DATA:
+            self.header.autoclear &= layout.RAW_DATA
             self.metadata.header_changed()
 
     # -- the shape of the node ----------------------------------------------------------------------------------
@@ -129,17 +159,23 @@ class Qcow2Node(Node):
         return self._file.node
 
     @property
+    def data(self) -> Node:
+        """What holds the guest's data: the image's file, or one of their own."""
+        return self._data.node
+
+    @property
     def backing(self) -> Node | None:
         return next((edge.node for edge in self.children if edge.name == "backing"), None)
 
     def refresh_limits(self) -> None:
-        self.memory_alignment = self.file.memory_alignment
+        self.memory_alignment = max(self.file.memory_alignment, self.data.memory_alignment)
 
     def open_size(self) -> int:
         return self.header.size
 
     def allocated_size(self) -> int | None:
-        return self.file.allocated_size()
+        sizes = {edge: edge.node.allocated_size() for edge in (self._file, self._data)}.values()
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
     # -- batches ------------------------------------------------------------------------------------------------
 
@@ -149,7 +185,7 @@ class Qcow2Node(Node):
             return self._read(requests)
         if op == WRITE:
             return self._write(requests)
-        if op == FLUSH and not self.metadata.dirty:
+        if op == FLUSH and not self.metadata.dirty and not self.mapping.external:
             return self.file.submit_batch(requests)
         if op == DISCARD and not self.unmap:
             return self.finish(requests, 0)
@@ -160,12 +196,14 @@ class Qcow2Node(Node):
         try:
             return await body
         except ImageError as error:
+            await self._trouble.co_found(error)
             raise OSError(errno.EIO, str(error), self.name) from error
 
     def _read(self, requests: list[Request]) -> list[Request]:
         metadata, mapping, backing = self.metadata, self.mapping, self.backing
         l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
-        last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.file.size
+        tick = metadata.tick
+        last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.data.size
         mapped: list[Request] = []
         below: list[Request] = []
         slow: list[Request] = []
@@ -174,6 +212,7 @@ class Qcow2Node(Node):
             table = l2.get(offset >> l1_shift)
             inside = offset & mask
             if plain and table is not None and inside + length <= limit:
+                table.used = tick
                 entry = table.entries[offset >> bits & last]
                 host = entry & OFFSET_MASK
                 if host and not entry & _NOT_PLAIN:
@@ -214,7 +253,7 @@ class Qcow2Node(Node):
         run = self._one_run(offset, length)
         if run is None or run.kind != DATA:
             return None
-        return self._file.node.pread_nowait(length, run.host)
+        return self.data.pread_nowait(length, run.host)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         """Where clusters lie side by side, in a table that is in memory."""
@@ -225,11 +264,11 @@ class Qcow2Node(Node):
         else:
             table = self.metadata.l2.get(offset >> mapping.l1_shift)
             host = mapping.side_by_side(table.entries, offset, length) if table is not None else 0
-        return self.file.file_range(host, length) if host else None
+        return self.data.file_range(host, length) if host else None
 
     def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         """What lies in one piece, in tables that are in memory, can be looked at where it is."""
-        child = self._file.node
+        child = self.data
         if child.map_reads([], []) is None:
             return None
         mapping, l2 = self.mapping, self.metadata.l2
@@ -277,6 +316,7 @@ class Qcow2Node(Node):
             return None
         if table is None:
             return None if self.metadata.l1[index] & OFFSET_MASK else Run(UNALLOCATED, 0, length)
+        table.used = self.metadata.tick
         try:
             runs = list(mapping.runs(table.entries, offset, length))
         except ImageError:
@@ -285,7 +325,7 @@ class Qcow2Node(Node):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
-        pending = self._file.node.submit_batch(mapped)
+        pending = self._data.node.submit_batch(mapped)
         if pending:
             epoch = self.metadata.begin(len(pending))
             passages: dict[int, _Passage] = {}
@@ -301,7 +341,7 @@ class Qcow2Node(Node):
         metadata, mapping = self.metadata, self.mapping
         l2, l1, l1_shift = metadata.l2, metadata.l1, mapping.l1_shift
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
-        extended, file_size = mapping.extended, self.file.size
+        extended, file_size, tick = mapping.extended, self.data.size, metadata.tick
         mapped: list[Request] = []
         slow: list[Request] = []
         for request in requests:
@@ -309,7 +349,8 @@ class Qcow2Node(Node):
             index = offset >> l1_shift
             table = l2.get(index)
             inside = offset & mask
-            if table is not None and inside + length <= limit and l1[index] & COPIED and length:
+            if table is not None and inside + length <= limit and l1[index] & COPIED and length and table.checked:
+                table.used = tick
                 host = 0
                 if extended:
                     run = self._one_run(offset, length)
@@ -321,12 +362,17 @@ class Qcow2Node(Node):
                     if entry & COPIED and entry & OFFSET_MASK and not entry & _NOT_PLAIN:
                         host = (entry & OFFSET_MASK) + inside
                 fits = host and host + length <= file_size and not (host - inside) & mask
-                if fits and not (request.flags & FUA and metadata.dirty):
+                flags = request.flags
+                if fits and not (flags & _SPECIAL and (flags & COMPRESS or metadata.dirty)):
                     request.offset = host
                     mapped.append(request)
                     continue
             slow.append(request)
         pending = self._pass(mapped) if mapped else []
+        squeezed = [request for request in slow if request.flags & COMPRESS]
+        if squeezed:
+            slow = [request for request in slow if not request.flags & COMPRESS]
+            pending = pending + [r for r in squeezed if self.start(r, self._guarded(self._squeezer.co_serve(r)))]
         if slow:
             pending = pending + self._start_writes(slow)
         return pending
@@ -338,7 +384,7 @@ class Qcow2Node(Node):
         async def serve() -> None:
             result = 0
             try:
-                await self._guarded(self._writer.co_write(requests))
+                await self._guarded(self.writer.co_write(requests))
             except OSError as error:
                 result = -(error.errno or errno.EIO)
             except BaseException:
@@ -368,7 +414,7 @@ class Qcow2Node(Node):
                 for run in await self.metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
-                        self._read_from(self.file, run.host, part, reads)
+                        self._read_from(self.data, run.host, part, reads)
                     elif run.kind == SQUEEZED:
                         content = await self._unpack(run.host)
                         start = (offset + at) & self.mapping.cluster_mask
@@ -379,7 +425,7 @@ class Qcow2Node(Node):
                         fill_zeroes(part)
                     at += run.length
             if reads:
-                await co_submit_all(self.file, reads)
+                await co_submit_all(self.data, reads)
             if below and self.backing is not None:
                 await co_submit_all(self.backing, below)
         finally:
@@ -398,29 +444,49 @@ class Qcow2Node(Node):
         if self._unpacked[0] == entry:
             return self._unpacked[1]
         offset, length = self.mapping.squeezed(entry)
+        forgotten = self._forgotten
         data = await self.metadata.read(offset, length)
         content: bytes = await self.context.thread_pool.call(
             decompress, bytes(data), self.mapping.cluster_size, self.header.compression_type
         )
-        self._unpacked = entry, content
+        if forgotten == self._forgotten:  # else the entry may mean something else soon
+            self._unpacked = entry, content
         return content
 
     def forget_unpacked(self) -> None:
         """A compressed cluster is not used any more: its place may get other content."""
         self._unpacked = (0, b"")
+        self._forgotten += 1
+
+    @property
+    def can_compress(self) -> bool:
+        return not self.mapping.external
+
+    async def co_pwritev_compressed(self, offset: int, length: int, buffer: memoryview, pos: int = 0) -> None:
+        """Store ``buffer[pos:pos + length]`` compressed: whole clusters, the disk's last one may be less. OSError."""
+        await self._guarded(self._squeezer.co_write(offset, buffer[pos : pos + length]))
 
     async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
-        await self._writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)])
+        if flags & COMPRESS:
+            await self.co_pwritev_compressed(offset, len(buffer), buffer)
+            if flags & FUA:
+                await self.co_flush()
+            return
+        await self._guarded(self.writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)]))
 
     async def co_flush(self) -> None:
+        await self._guarded(self._co_commit())
+
+    async def _co_commit(self) -> None:
         async with self.metadata.lock:
             await self.metadata.commit()
 
     async def co_discard(self, offset: int, length: int) -> None:
-        await self._writer.co_zero(offset, length, unmap=True, discard=True)
+        await self._guarded(self.writer.co_zero(offset, length, unmap=True, discard=True))
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        await self._writer.co_zero(offset, length, unmap=bool(flags & MAY_UNMAP and self.unmap), discard=False)
+        unmap = bool(flags & MAY_UNMAP and self.unmap)
+        await self._guarded(self.writer.co_zero(offset, length, unmap=unmap, discard=False))
         if flags & FUA:
             await self.co_flush()
 
@@ -431,7 +497,10 @@ class Qcow2Node(Node):
             return await co_check(self.file, self.header)
 
     async def co_truncate(self, size: int) -> None:
-        await self._guarded(self._writer.co_truncate(size))
+        before = self.header.size
+        await self._guarded(self.writer.co_truncate(size))
+        if self.header.raw_data:  # others read the data file by itself, where every cluster is in its place
+            await self._guarded(co_preallocate(self, before, size, "metadata"))
 
     # -- what is where ------------------------------------------------------------------------------------------
 
@@ -486,15 +555,48 @@ class Qcow2Node(Node):
     # -- the end ------------------------------------------------------------------------------------------------
 
     async def co_inactivate(self) -> None:
-        await self._co_write_all()
+        self.metadata.let_go()
+        settings = self.metadata.settings
+        try:
+            await self._co_write_all()
+        finally:
+            self.metadata.settings = settings
 
     async def co_activate(self) -> None:
-        passes = self.metadata.pass_discards
+        settings = self.metadata.settings
+        self._cleaner.stop()
         self._begin_with(await co_read_header(self.file))
-        self.metadata.pass_discards = passes
+        settings.apply(self.metadata)
         await self.open()
+        self._cleaner.start()
+
+    def configure(self, branch: Any) -> None:
+        """Take the driver's runtime options over. BlockError."""
+        Settings.of(branch, self.header, unmap=self.unmap).apply(self.metadata)
+        self._cleaner.start()
+
+    def reopen(self, options: Any, transaction: Transaction) -> set[str]:
+        """All runtime options may change, and read-only images may become writable if nothing speaks against it."""
+        metadata, old = self.metadata, self.metadata.settings
+        if not self.read_only:
+            self._check_writable()
+        Settings.of(options.branch, self.header, unmap=self.unmap).apply(metadata)
+        transaction.add(abort=lambda: old.apply(metadata), commit=self._reopened)
+        return set(CHANGEABLE)
+
+    def _reopened(self) -> None:
+        self._cleaner.start()
+        if not self.read_only:
+            self._clear_unknown()
+
+    def detach_context(self) -> None:
+        self._cleaner.stop()
+
+    def attach_context(self) -> None:
+        self._cleaner.start()
 
     def close(self) -> None:
+        self._cleaner.stop()
         if self.read_only or not self.active:
             return
         self.metadata.let_go()
@@ -502,6 +604,9 @@ class Qcow2Node(Node):
         run_in(self.context, lambda: self.context.run(self._co_write_all(), what=what), what)
 
     async def _co_write_all(self) -> None:
-        await self.co_flush()
-        while self.metadata.dirty:  # what one commit frees, the next one writes
-            await self.co_flush()
+        self.metadata.settings = replace(self.metadata.settings, lazy=False)
+        await self._guarded(self._co_settle())
+
+    async def _co_settle(self) -> None:
+        async with self.metadata.lock:
+            await self.metadata.settle()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterable
 from typing import Final
 
 _SWAP: Final = sys.byteorder == "little"
@@ -46,6 +47,11 @@ def pack(block: array[int], order: int) -> bytes:
         block = array(block.typecode, block)
         block.byteswap()
     return block.tobytes()
+
+
+def of(counts: Iterable[int], order: int) -> array[int]:
+    """A block with these counters."""
+    return array(_CODES.get(order, "B"), counts)
 
 
 def empty(cluster_bits: int, order: int) -> array[int]:

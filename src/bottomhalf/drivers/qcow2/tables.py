@@ -71,16 +71,18 @@ class Mapping:
         "cluster_size",
         "entries",
         "extended",
+        "external",
         "l1_shift",
         "subcluster_bits",
         "words",
     )
 
-    def __init__(self, cluster_bits: int, extended: bool) -> None:
+    def __init__(self, cluster_bits: int, extended: bool, external: bool = False) -> None:
         self.cluster_bits = cluster_bits
         self.cluster_size = 1 << cluster_bits
         self.cluster_mask = self.cluster_size - 1
         self.extended = extended
+        self.external = external  # data lie in a file of their own, where offset 0 is a place like others
         self.words = 2 if extended else 1  # array items per L2 entry
         self.entries = self.cluster_size // (8 * self.words)  # per L2 table
         self.l1_shift = cluster_bits + self.entries.bit_length() - 1
@@ -89,6 +91,8 @@ class Mapping:
     def check_entry(self, entry: int, bitmap: int = 0) -> None:
         """ImageError for an L2 entry that cannot be."""
         if entry & COMPRESSED:
+            if self.external:
+                raise ImageError(f"a cluster is compressed in an image with an external data file (entry {entry:#x})")
             if bitmap:
                 raise ImageError(f"a compressed cluster has subclusters (L2 entry {entry:#x}, bitmap {bitmap:#x})")
             return
@@ -98,8 +102,13 @@ class Mapping:
             raise ImageError(f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (L2 entry {entry:#x})")
         if bitmap & (bitmap >> SUBCLUSTERS) & _LOW:
             raise ImageError(f"a subcluster is allocated and zero at once (L2 bitmap {bitmap:#x})")
-        if bitmap & _LOW and not entry & OFFSET_MASK:
+        if bitmap & _LOW and not self.has_place(entry):
             raise ImageError(f"a subcluster is allocated in a cluster that is not (L2 bitmap {bitmap:#x})")
+
+    def has_place(self, entry: int) -> bool:
+        """Whether a cluster that is not compressed is allocated. In an external data file it may be so at offset 0:
+        then COPIED says it."""
+        return bool(entry & (OFFSET_MASK | COPIED if self.external else OFFSET_MASK))
 
     def cluster(self, table: array[int], index: int) -> Iterator[Run]:
         """The runs of one whole cluster. ImageError for what cannot be."""
@@ -130,7 +139,7 @@ class Mapping:
         if entry & ZERO:
             return Run(ZEROES, 0, self.cluster_size)
         host = entry & OFFSET_MASK
-        return Run(DATA if host else UNALLOCATED, host, self.cluster_size)
+        return Run(DATA if self.has_place(entry) else UNALLOCATED, host, self.cluster_size)
 
     @staticmethod
     def _subcluster(bitmap: int, n: int) -> int:
@@ -183,3 +192,11 @@ class Mapping:
         offset = entry & ((1 << bits) - 1)
         sectors = (entry >> bits & ((1 << (62 - bits)) - 1)) + 1
         return offset, sectors * SECTOR_BYTES - offset % SECTOR_BYTES
+
+    def squeezed_entry(self, offset: int, length: int) -> int:
+        """The opposite: the entry for so many compressed bytes at a host offset. ImageError if it cannot say that."""
+        bits = 62 - (self.cluster_bits - 8)
+        if offset + length >> bits:
+            raise ImageError(f"a compressed cluster cannot lie at {offset:#x}: its entry has {bits} bits for that")
+        sectors = (offset + length - 1) // SECTOR_BYTES - offset // SECTOR_BYTES
+        return COMPRESSED | sectors << bits | offset

@@ -12,11 +12,13 @@ A cluster that was never written needs no zeroes around the data: behind the end
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.drivers.qcow2.counters import FREED_OTHER, FREED_REQUEST
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
 from bottomhalf.drivers.qcow2.tables import UNALLOCATED, ZEROES
-from bottomhalf.host.request import FUA, WRITE, Request
+from bottomhalf.host.request import FUA, MAY_UNMAP, NO_FALLBACK, WRITE, Request
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.node import Qcow2Node
@@ -70,15 +72,19 @@ class Writer:
             if cluster in batch.clusters:
                 await self._carry_out(batch)
             entry, bitmap = await self._entry(cluster)
+            metadata.check_entries(guest >> mapping.l1_shift)
             inside = guest & mapping.cluster_mask
             length = min(mapping.cluster_size - inside, len(data) - at)
             owned = metadata.l1[guest >> mapping.l1_shift] & COPIED and entry & COPIED and not entry & COMPRESSED
-            if owned and entry & OFFSET_MASK:
+            if owned and mapping.has_place(entry):
                 await self._into(cluster, entry, bitmap, inside, data[at : at + length], batch)
                 at += length
                 continue
             old = await self._unowned(cluster, -(-(inside + len(data) - at) >> mapping.cluster_bits), batch)
-            first, got, virgin = await metadata.allocate(len(old))
+            if mapping.external:  # a cluster lies there where the guest has it; what is there now, nobody knows
+                first, got, virgin = cluster, len(old), False
+            else:
+                first, got, virgin = await metadata.allocate(len(old))
             batch_end = min(len(data) - at, (got << mapping.cluster_bits) - inside)
             await self._new(cluster, old[:got], first, virgin, inside, data[at : at + batch_end], batch)
             at += batch_end
@@ -101,7 +107,7 @@ class Writer:
         found = [await self._entry(cluster)]
         while len(found) < most and cluster + len(found) not in batch.clusters:
             entry, bitmap = await self._entry(cluster + len(found))
-            if entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED:
+            if entry & COPIED and mapping.has_place(entry) and not entry & COMPRESSED:
                 break
             found.append((entry, bitmap))
         return found
@@ -210,35 +216,40 @@ class Writer:
 
     async def _carry_out(self, batch: _Batch) -> None:
         """Write the data, then set the entries."""
-        await self._metadata.write(batch.pieces)
+        await self._metadata.write_data(batch.pieces)
         batch.pieces = []
         while batch.links:
             cluster, entry, bitmap = batch.links[0]
-            await self._link(cluster, entry, bitmap)
+            await self.link(cluster, entry, bitmap)
             del batch.links[0]
             batch.clusters.discard(cluster)
 
-    async def _link(self, cluster: int, entry: int, bitmap: int) -> None:
+    async def link(self, cluster: int, entry: int, bitmap: int, why: int = FREED_OTHER) -> None:
+        """Let a guest cluster be what the entry says; what it was before is not referred to any more. With the lock
+        held."""
         metadata, mapping = self._metadata, self._mapping
         index = cluster & (mapping.entries - 1)
         table = await metadata.writable_table(cluster << mapping.cluster_bits >> mapping.l1_shift)
         old = table.entries[index * mapping.words]
-        if (old ^ entry) & (OFFSET_MASK | COMPRESSED):
-            self._free_old(old)
+        # Two compressed clusters may lie in one sector.
+        if (old ^ entry) & (OFFSET_MASK | COMPRESSED) or (old & COMPRESSED and old != entry):
+            self._free_old(old, why)
         metadata.set_entry(table, index, entry, bitmap)
 
-    def _free_old(self, old: int) -> None:
+    def _free_old(self, old: int, why: int) -> None:
         metadata, mapping = self._metadata, self._mapping
         if old & COMPRESSED:
             offset, length = mapping.squeezed(old)
             last = (offset + length - 1) >> mapping.cluster_bits
-            metadata.free_all(range(offset >> mapping.cluster_bits, last + 1))
+            metadata.free_all(range(offset >> mapping.cluster_bits, last + 1), why)
             self._node.forget_unpacked()
-        elif old & OFFSET_MASK:
-            metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits)
+        elif old & OFFSET_MASK and not mapping.external:
+            metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits, why)
 
     def _forget(self, batch: _Batch) -> None:
         """It failed: new clusters that nothing refers to are free again. (Entries of one's own clusters stay.)"""
+        if self._mapping.external:
+            return
         for cluster, entry, _ in batch.links:
             table = self._metadata.l2.get(cluster << self._mapping.cluster_bits >> self._mapping.l1_shift)
             index = (cluster & (self._mapping.entries - 1)) * self._mapping.words
@@ -265,18 +276,43 @@ class Writer:
             await self._write_zeroes(offset, (first << bits) - offset)
             await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
         async with self._metadata.lock:
+            if self._mapping.external and not await self._zero_outside(first, stop, unmap=unmap, discard=discard):
+                return
             for cluster in range(first, stop):
                 await self._zero_cluster(cluster, unmap)
+
+    async def _zero_outside(self, first: int, stop: int, *, unmap: bool, discard: bool) -> bool:
+        """Zero clusters in the external data file, before the entries say so: whoever reads that file by itself has to
+        find the zeroes, and space can be given back there. Whether the entries may follow.
+
+        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes."""
+        node, metadata, bits = self._node, self._metadata, self._mapping.cluster_bits
+        raw, passes = node.header.raw_data, metadata.settings.passes[FREED_REQUEST]
+        if discard and raw and not passes:
+            return False
+        start, end = first << bits, min(stop << bits, node.size)
+        if raw or (unmap and passes):
+            flags = (MAY_UNMAP if unmap and passes else 0) | (0 if raw else NO_FALLBACK)
+            try:
+                await node.data.co_write_zeroes(start, end - start, flags)
+            except OSError as error:
+                if raw or error.errno != errno.ENOTSUP:
+                    raise
+        return True
 
     async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
         metadata, mapping, node = self._metadata, self._mapping, self._node
         entry, bitmap = await self._entry(cluster)
-        has_content = entry & (OFFSET_MASK | COMPRESSED)
+        has_content = mapping.has_place(entry) or entry & COMPRESSED
         needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
         if not has_content and not needs_hiding:
             return
         await metadata.make_room_for_changes()
-        owned = entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED
+        owned = entry & COPIED and mapping.has_place(entry) and not entry & COMPRESSED
+        if owned and unmap and metadata.settings.keeps_discarded:
+            if metadata.settings.passes[FREED_REQUEST] and not mapping.external:
+                await self._give_back(entry & OFFSET_MASK)
+            unmap = False
         if owned and not unmap and node.header.version > 2:
             link = (entry, _ALL << SUBCLUSTERS) if mapping.extended else (entry | ZERO, 0)
         elif mapping.extended:
@@ -284,7 +320,13 @@ class Writer:
         else:
             link = (ZERO, 0) if needs_hiding else (0, 0)
         if link != (entry, bitmap):
-            await self._link(cluster, *link)
+            await self.link(cluster, *link, FREED_REQUEST)
+
+    async def _give_back(self, host: int) -> None:
+        """Let the file drop the content of a cluster that the image keeps. By zeroing: until the entry says so on the
+        disk, it is read."""
+        with suppress(OSError):  # it is a hint
+            await self._metadata.file.co_write_zeroes(host, self._mapping.cluster_size, MAY_UNMAP | NO_FALLBACK)
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
         if length > 0 and not await self._reads_as_zeroes(offset, length):
@@ -305,6 +347,8 @@ class Writer:
         if size < node.size:
             raise OSError(errno.ENOTSUP, "qcow2 images cannot be made smaller yet", node.name)
         async with metadata.lock:
+            if self._mapping.external:
+                await node.data.co_truncate(size)
             entries = -(-size >> self._mapping.l1_shift)
             if entries * 8 > L1_BYTES_MAX:
                 raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change what an image is: its version, the width of its counters, lazy refcounts, size, data file (qemu-img amend).
+
+The order is QEMU's: to version 3 first, because what follows may need it, and back to version 2 last. Each step is
+durable before the next one begins and leaves a good image, so a crash in between leaves an image of which less was
+changed. The header is what switches, and its first sector is written in one piece after everything that it refers to.
+
+    await co_amend(node, AmendOptions(compat="1.1", refcount_bits=64))     # alone with the image
+
+What the image's L1 and L2 tables depend on (cluster size, extended entries) can only be chosen when it is made.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from bottomhalf.block.errors import BlockError
+from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
+
+if TYPE_CHECKING:
+    from bottomhalf.drivers.qcow2.metadata import Metadata
+    from bottomhalf.drivers.qcow2.node import Qcow2Node
+
+VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+CREATE_ONLY: Final = frozenset(("cluster_size", "preallocation", "compression_type", "extended_l2", "encryption"))
+
+
+@dataclass(frozen=True)
+class AmendOptions:
+    """What is to be changed; None: it stays as it is. Names and meanings are those of qemu-img amend."""
+
+    compat: str | None = None
+    refcount_bits: int | None = None
+    lazy_refcounts: bool | None = None
+    data_file: str | None = None  # the name only: nothing is copied; "" forgets it
+    data_file_raw: bool | None = None
+    size: int | None = None
+    backing_file: str | None = None
+    backing_fmt: str | None = None
+
+
+async def co_amend(node: Qcow2Node, options: AmendOptions) -> None:
+    """Carry it out, or refuse it before anything has changed. BlockError, OSError."""
+    header, metadata = node.header, node.metadata
+    version = header.version if options.compat is None else _version(options.compat)
+    metadata.settings = replace(metadata.settings, lazy=False)  # nothing is left to be counted later
+    async with metadata.lock:
+        await metadata.settle()
+    _check(node, options, version)
+    if version > header.version:
+        await _upgrade(node)
+    if options.refcount_bits is not None:
+        await _change_width(node, options.refcount_bits.bit_length() - 1)
+    async with metadata.lock:
+        _set_names(node, options)
+        if options.lazy_refcounts is not None:
+            header.compatible &= ~layout.LAZY_REFCOUNTS
+            header.compatible |= layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
+            metadata.header_changed()
+        await metadata.commit()
+    if options.size is not None and options.size != header.size:
+        await node.co_truncate(options.size)
+    if version < header.version:
+        await _downgrade(node)
+
+
+def _version(compat: str) -> int:
+    if compat not in VERSIONS:
+        raise BlockError(f"Unknown compatibility level {compat}")
+    return VERSIONS[compat]
+
+
+def _check(node: Qcow2Node, options: AmendOptions, version: int) -> None:
+    """BlockError for what cannot be; the texts are QEMU's."""
+    header = node.header
+    for given, now in ((options.backing_file, header.backing_file), (options.backing_fmt, header.backing_format)):
+        if given is not None and given != (now or ""):
+            raise BlockError("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.")
+    bits = options.refcount_bits
+    if bits is not None and (not 1 <= bits <= 64 or bits & (bits - 1)):
+        raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
+    if version < 3:
+        if bits not in (None, 16):
+            raise BlockError(
+                "Refcount widths other than 16 bits require compatibility level 1.1 or above "
+                "(use compat=1.1 or greater)"
+            )
+        if bits is None and 1 << header.refcount_order != 16:
+            raise BlockError("compat=0.10 requires refcount_bits=16")
+        if options.lazy_refcounts:
+            raise BlockError(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
+            )
+        _check_downgrade(node)
+    if options.data_file is not None and not header.external:
+        raise BlockError("data-file can only be set for images that use an external data file")
+    if options.data_file_raw and not header.raw_data:
+        raise BlockError("data-file-raw cannot be set on existing images")
+    if options.size is not None and (options.size < 0 or options.size % layout.SECTOR_BYTES):
+        raise BlockError("The new size must be a multiple of 512")
+
+
+def _check_downgrade(node: Qcow2Node) -> None:
+    header = node.header
+    if header.external:
+        raise BlockError("Cannot downgrade an image with a data file")
+    if header.incompatible:
+        raise BlockError(f"Cannot downgrade an image with incompatible features {header.incompatible:#x} set")
+    if header.autoclear & layout.BITMAPS and header.extension(layout.EXTENSION_BITMAPS) is not None:
+        raise BlockError("Cannot downgrade an image with bitmaps; remove them first")
+
+
+def _set_names(node: Qcow2Node, options: AmendOptions) -> None:
+    header = node.header
+    if options.data_file is not None:
+        name = options.data_file.encode("utf-8", "surrogateescape")
+        header.set_extension(layout.EXTENSION_DATA_FILE, name or None)
+        node.metadata.header_changed()
+    if options.data_file_raw is False and header.raw_data:
+        header.autoclear &= ~layout.RAW_DATA
+        node.metadata.header_changed()
+
+
+async def co_rebase(node: Qcow2Node, backing: str | None, format: str | None) -> None:
+    """Name another backing file, or none; nothing is read from either. BlockError, OSError."""
+    header = node.header
+    if backing is not None and header.raw_data:
+        raise BlockError("Cannot set a backing file for an image with a raw data file")
+    async with node.metadata.lock:
+        header.backing_file = backing or None
+        kept = None if format is None or not backing else format.encode("utf-8", "surrogateescape")
+        header.set_extension(layout.EXTENSION_BACKING_FORMAT, kept)
+        header.to_bytes()  # whether it fits
+        node.metadata.header_changed()
+        await node.metadata.commit()
+
+
+# -- version --------------------------------------------------------------------------------------------------------
+
+
+async def _snapshots(node: Qcow2Node) -> list[snapshots.Snapshot]:
+    header, metadata = node.header, node.metadata
+    if not header.snapshot_count:
+        return []
+    room = min(layout.SNAPSHOT_TABLE_BYTES_MAX, max(node.file.size - header.snapshots_offset, 0))
+    data = await metadata.read(header.snapshots_offset, room)
+    return snapshots.parse(data, header.snapshot_count, header.cluster_size)[0]
+
+
+async def _upgrade(node: Qcow2Node) -> None:
+    if any(snapshot.disk_bytes is None for snapshot in await _snapshots(node)):
+        raise BlockError("a snapshot does not say the size of its disk, as version 3 requires; delete it first")
+    header, metadata = node.header, node.metadata
+    async with metadata.lock:
+        header.version = 3
+        header.refcount_order = layout.REFCOUNT_ORDER_DEFAULT
+        header.compatible = header.autoclear = 0
+        header.header_bytes = layout.HEADER_BYTES_WRITTEN
+        metadata.header_changed()
+        await metadata.commit()
+
+
+async def _downgrade(node: Qcow2Node) -> None:
+    """Version 2 has no clusters that read as zeroes by their entry: they become what reads so without it."""
+    header, metadata = node.header, node.metadata
+    for snapshot in await _snapshots(node):
+        l1 = tables.unpack(await metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
+        for entry in l1:
+            if offset := entry & OFFSET_MASK:
+                table = tables.unpack(await metadata.read(offset, header.cluster_size))
+                if any(found & ZERO and not found & COMPRESSED for found in table):
+                    raise BlockError(f"snapshot '{snapshot.name}' has zero clusters, which version 2 cannot have")
+    for index in range(len(metadata.l1)):
+        await _expand(node, index)
+    async with metadata.lock:
+        await metadata.commit()
+        header.version = 2
+        header.compatible = header.autoclear = 0
+        header.unknown = b""
+        header.header_bytes = layout.HEADER_BYTES_V2
+        metadata.header_changed()
+        await metadata.commit()
+
+
+async def _expand(node: Qcow2Node, index: int) -> None:
+    """Let the zero clusters of an L2 table read as zeroes without saying so: unallocated, or written if there is a
+    backing file to be seen through that."""
+    metadata, mapping, size = node.metadata, node.mapping, node.mapping.cluster_size
+    for at in range(mapping.entries):
+        table = await metadata.l2_table(index)
+        if table is None:
+            return
+        entry = table.entries[at]
+        if entry & COMPRESSED or not entry & ZERO:
+            continue
+        cluster = (index << mapping.l1_shift >> mapping.cluster_bits) + at
+        start = cluster << mapping.cluster_bits
+        if node.header.backing_file is not None and start < node.size:
+            await node.co_pwrite(start, memoryview(bytes(min(size, node.size - start))))
+        else:
+            async with metadata.lock:
+                await metadata.make_room_for_changes()
+                await node.writer.link(cluster, 0, 0)
+
+
+# -- counters -------------------------------------------------------------------------------------------------------
+
+
+async def _change_width(node: Qcow2Node, order: int) -> None:
+    """Give the counters another width: all of them are written anew, then the header names the new ones."""
+    header, metadata = node.header, node.metadata
+    if order == header.refcount_order:
+        return
+    bits, size = header.cluster_bits, header.cluster_size
+    limit, per_block = refcounts.refcount_max(order), refcounts.entries_of_block(bits, order)
+    async with metadata.lock:
+        await metadata.settle()
+        used = await _used(metadata, limit)
+        # The new blocks and their table lie side by side, and have to count themselves, and what it took to place them.
+        first = places = 0
+        while True:
+            blocks = -(-used // per_block)
+            table_clusters = -(-blocks * 8 // size)
+            if table_clusters << bits > layout.REFCOUNT_TABLE_BYTES_MAX:
+                raise BlockError(f"the image is too big for counters of {1 << order} bits")
+            if blocks + table_clusters <= places:
+                break
+            if places:
+                metadata.free_all(range(first, first + places))
+            places = blocks + table_clusters
+            first = await metadata.allocate_together(places)
+            await metadata.settle()
+            used = await _used(metadata, limit)
+        await _write_counters(metadata, order, first, blocks)
+        table = array("Q", [0]) * (table_clusters * size // 8)
+        for n in range(blocks):
+            table[n] = (first + n) << bits
+        table_at = (first + blocks) << bits
+        await metadata.write([(table_at, tables.pack(table))])
+        await metadata.file.co_flush()
+        before = header.refcount_table_offset >> bits
+        old = [entry >> bits for entry in metadata.refcount_table if entry]
+        old += range(before, before + header.refcount_table_clusters)
+        await metadata.use_counters(order, table, table_at)
+        metadata.free_all([*old, *range(first + blocks + table_clusters, first + places)])
+        await metadata.settle()
+
+
+async def _used(metadata: Metadata, limit: int) -> int:
+    """The end of what is counted, in clusters. BlockError for a counter above the limit."""
+    header, used = metadata.header, 0
+    per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
+    for index, entry in enumerate(metadata.refcount_table):
+        if not entry:
+            continue
+        counts = await metadata.counts(index * per_block, per_block)
+        for at, count in enumerate(counts):
+            if count > limit:
+                raise BlockError(
+                    f"Cannot decrease refcount entry width to {limit.bit_length()} bits: Cluster at offset "
+                    f"{index * per_block + at << header.cluster_bits:#x} has a refcount of {count}"
+                )
+            if count:
+                used = index * per_block + at + 1
+    return used
+
+
+async def _write_counters(metadata: Metadata, order: int, first: int, blocks: int) -> None:
+    """All counters, in blocks of another width, from cluster ``first`` on."""
+    bits = metadata.header.cluster_bits
+    per_block = refcounts.entries_of_block(bits, order)
+    for n in range(blocks):
+        block = refcounts.of(await metadata.counts(n * per_block, per_block), order)
+        await metadata.write([((first + n) << bits, refcounts.pack(block, order))])
