@@ -9,7 +9,6 @@ list. The rest, which has to read tables, unpack, allocate or copy, becomes coro
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +21,7 @@ from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
+from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
@@ -29,7 +29,7 @@ from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.preallocation import co_preallocate
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
-from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Run
+from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
 from bottomhalf.drivers.qcow2.together import co_submit_all
 from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
@@ -40,7 +40,6 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP,
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
     from bottomhalf.block.transaction import Transaction
-    from bottomhalf.host.protocol import File
 
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
 _SPECIAL: Final = FUA | COMPRESS
@@ -74,7 +73,7 @@ async def co_read_header(file: Node) -> Header:
     return Header.parse(bytes(head))
 
 
-class Qcow2Node(Node):
+class Qcow2Node(DirectReads):
     """A qcow2 image in ``file``. ``backing`` is what unallocated clusters read from; None: zeroes. ``data_file`` holds
     the guest's data, if the image says that they are in another file.
 
@@ -248,80 +247,6 @@ class Qcow2Node(Node):
             if self.start(request, self._guarded(self.co_pread(request.offset, request.buffer))):
                 pending.append(request)
         return pending
-
-    def pread_nowait(self, length: int, offset: int) -> bytes | None:
-        run = self._one_run(offset, length)
-        if run is None or run.kind != DATA:
-            return None
-        return self.data.pread_nowait(length, run.host)
-
-    def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
-        """Where clusters lie side by side, in a table that is in memory."""
-        mapping = self.mapping
-        if mapping.extended:
-            run = self._one_run(offset, length)
-            host = run.host if run is not None and run.kind == DATA else 0
-        else:
-            table = self.metadata.l2.get(offset >> mapping.l1_shift)
-            host = mapping.side_by_side(table.entries, offset, length) if table is not None else 0
-        return self.data.file_range(host, length) if host else None
-
-    def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
-        """What lies in one piece, in tables that are in memory, can be looked at where it is."""
-        child = self.data
-        if child.map_reads([], []) is None:
-            return None
-        mapping, l2 = self.mapping, self.metadata.l2
-        l1_shift, bits, mask = mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
-        last, limit, plain = mapping.entries - 1, mapping.cluster_size, not mapping.extended
-        places: list[int] = []
-        add = places.append
-        for request, offset in zip(requests, offsets, strict=True):
-            table = l2.get(offset >> l1_shift)
-            inside = offset & mask
-            if plain and table is not None and inside + request.length <= limit:
-                entry = table.entries[offset >> bits & last]
-                host = entry & OFFSET_MASK
-                if host and not entry & _NOT_PLAIN and not host & mask:
-                    add(host + inside)
-                    continue
-            run = self._one_run(offset, request.length)
-            if run is None or run.kind != DATA:
-                return None
-            add(run.host)
-        file = child.map_reads(requests, places)
-        if file is not None:
-            offsets[:] = places
-        return file
-
-    def hold_bytes(self) -> Callable[[], object]:
-        """Clusters that are freed from now on are given to nobody."""
-        metadata = self.metadata
-        epoch = metadata.begin(1)
-
-        def give_back() -> None:
-            if self.context.is_home:
-                metadata.end(epoch, 1)
-            else:  # the node has moved
-                self.context.schedule_oneshot(give_back)
-
-        return give_back
-
-    def _one_run(self, offset: int, length: int) -> Run | None:
-        """What a range is, if it is of one piece and the tables are in memory."""
-        mapping = self.mapping
-        index = offset >> mapping.l1_shift
-        table = self.metadata.l2.get(index)
-        if not length or (offset + length - 1) >> mapping.l1_shift != index:
-            return None
-        if table is None:
-            return None if self.metadata.l1[index] & OFFSET_MASK else Run(UNALLOCATED, 0, length)
-        table.used = self.metadata.tick
-        try:
-            runs = list(mapping.runs(table.entries, offset, length))
-        except ImageError:
-            return None  # the coroutine will say it
-        return runs[0] if len(runs) == 1 and runs[0].kind != SQUEEZED else None
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
