@@ -142,12 +142,7 @@ async def co_rebase(node: Qcow2Node, backing: str | None, format: str | None) ->
 
 
 async def _snapshots(node: Qcow2Node) -> list[snapshots.Snapshot]:
-    header, metadata = node.header, node.metadata
-    if not header.snapshot_count:
-        return []
-    room = min(layout.SNAPSHOT_TABLE_BYTES_MAX, max(node.file.size - header.snapshots_offset, 0))
-    data = await metadata.read(header.snapshots_offset, room)
-    return snapshots.parse(data, header.snapshot_count, header.cluster_size)[0]
+    return (await snapshots.co_read(node.metadata))[0]
 
 
 async def _upgrade(node: Qcow2Node) -> None:

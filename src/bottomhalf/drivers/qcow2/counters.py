@@ -221,7 +221,7 @@ class Counters:
         for cluster in clusters:
             self.free(cluster, why)
 
-    async def _count_down(self) -> None:
+    async def count_down(self) -> None:
         """Step 4: nothing on the disk refers to what was freed."""
         if not self._freed:
             return
@@ -232,11 +232,11 @@ class Counters:
         unused: list[int] = []
         discarded: list[int] = []
         for epoch, cluster, why in freed:
-            if oldest <= epoch:
-                self._freed.append((epoch, cluster, why))  # somebody may still write there
-                continue
             index, at = divmod(cluster, per_block)
             block = await self._block(index)
+            if oldest <= epoch and block is not None and block[at] == 1:
+                self._freed.append((epoch, cluster, why))  # somebody may still write there
+                continue
             if block is not None and block[at]:  # else the image was damaged before; a check will tell
                 self._set(index, block, at, block[at] - 1)
                 if block[at] == 0:

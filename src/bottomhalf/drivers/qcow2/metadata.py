@@ -320,6 +320,12 @@ class Metadata(Counters):
         header.l1_size = entries
         self._header_dirty = self._l1_moved = True
 
+    def replace_l1(self, l1: Iterable[int], entries: int, cluster: int) -> None:
+        """L1 is another one from now on, of so many entries, and lies at ``cluster``. Nothing of the old one is in
+        memory any more. With the lock held."""
+        self.l1 = array("Q", l1)
+        self.move_l1(entries, cluster)
+
     async def use_counters(self, order: int, table: array[int], offset: int) -> None:
         """All counters have been written anew, with another width, below a table at ``offset``: let the header name
         that. Nothing else is waiting to be written. With the lock held. OSError, and the old ones are in use."""
@@ -366,13 +372,17 @@ class Metadata(Counters):
     @property
     def dirty(self) -> bool:
         """Whether a commit has something to do beside flushing."""
+        return bool(self._freed) or self._unwritten
+
+    @property
+    def _unwritten(self) -> bool:
+        """Whether something in memory differs from the disk."""
         return bool(
             (self._dirty_blocks and not (self._marked_dirty and self.settings.lazy))
             or (self._marked_dirty and not self.settings.lazy)
             or self._dirty_table
             or self._dirty_l1
             or self._header_dirty
-            or self._freed
             or any(table.dirty or table.fresh for table in self.l2.values())
         )
 
@@ -422,16 +432,19 @@ class Metadata(Counters):
             self._dirty_l1.clear()
             for table in changed:
                 table.dirty.clear()
-        await self._count_down()
+        await self.count_down()
         if self._marked_dirty and not self.settings.lazy and not self._dirty_blocks:
             await self._mark_dirty(False)
 
     async def settle(self) -> None:
-        """Commit until nothing is left: what one commit frees, the next one writes. With the lock held, and nobody on
-        his way to the image. OSError."""
-        await self.commit()
+        """Commit until nothing is left: what one commit frees, the next one writes. What somebody is on his way to, or
+        holds, stays. With the lock held. OSError."""
+        await self.commit(counters=True)
         while self.dirty:
-            await self.commit()
+            held = len(self._freed)
+            await self.commit(counters=True)
+            if held and len(self._freed) == held and not self._unwritten:
+                break
 
     async def _mark_dirty(self, dirty: bool) -> None:
         """Say on the disk that counters are written late, before they are; or that all have been."""

@@ -17,7 +17,7 @@ from bottomhalf.aio import run_in
 from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.zeroes import fill_zeroes
-from bottomhalf.drivers.qcow2 import layout
+from bottomhalf.drivers.qcow2 import layout, vmstate
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
@@ -28,6 +28,7 @@ from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.preallocation import co_preallocate
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
+from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
 from bottomhalf.drivers.qcow2.together import co_submit_all
@@ -420,6 +421,17 @@ class Qcow2Node(DirectReads):
         async with self.metadata.lock:
             await self.metadata.commit()
             return await co_check(self.file, self.header)
+
+    async def co_save_vmstate(self, offset: int, buffer: memoryview) -> None:
+        await self._guarded(vmstate.co_save(self, offset, buffer))
+
+    async def co_load_vmstate(self, offset: int, buffer: memoryview) -> None:
+        await self._guarded(vmstate.co_load(self, offset, buffer))
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """The image's snapshots; changed in a drained section."""
+        return Snapshots(self)
 
     async def co_truncate(self, size: int) -> None:
         before = self.header.size

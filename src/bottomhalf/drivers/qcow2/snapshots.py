@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from bottomhalf.drivers.qcow2.metadata import Metadata
 
 EXTRA_BYTES_MAX: Final = 1024
 # L1 offset and size, lengths of id and name, date (s, ns), VM clock (ns), VM state size (32 bits), extra data's length
@@ -31,6 +34,30 @@ class Snapshot:
     vm_state_bytes: int
     disk_bytes: int | None  # None: that of the active disk (version 2)
     icount: int | None
+
+
+def pack(entries: list[Snapshot], disk_bytes: int) -> bytes:
+    """The table. An entry that does not say the size of its disk, as version 2 allows, is given ``disk_bytes``."""
+    table = bytearray()
+    for each in entries:
+        table += bytes(-len(table) % 8)
+        id, name = (text.encode("utf-8", "surrogateescape") for text in (each.id, each.name))
+        extra = _EXTRA.pack(each.vm_state_bytes, disk_bytes if each.disk_bytes is None else each.disk_bytes)
+        if each.icount is not None:
+            extra += _ICOUNT.pack(each.icount)
+        state = min(each.vm_state_bytes, 0xFFFFFFFF)
+        lengths = len(id), len(name), each.date_s, each.date_ns, each.vm_clock_ns, state, len(extra)
+        table += ENTRY.pack(each.l1_offset, each.l1_size, *lengths) + extra + id + name
+    return bytes(table)
+
+
+async def co_read(metadata: Metadata) -> tuple[list[Snapshot], int]:
+    """The image's snapshots, the oldest first, and how many bytes their table takes. OSError, ImageError."""
+    header = metadata.header
+    if not header.snapshot_count:
+        return [], 0
+    room = min(SNAPSHOT_TABLE_BYTES_MAX, max(metadata.file.size - header.snapshots_offset, 0))
+    return parse(await metadata.read(header.snapshots_offset, room), header.snapshot_count, header.cluster_size)
 
 
 def parse(data: bytes | bytearray, count: int, cluster_size: int) -> tuple[list[Snapshot], int]:

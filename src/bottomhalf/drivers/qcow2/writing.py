@@ -180,7 +180,7 @@ class Writer:
         if start == inside and end == stop:
             return data
         base = cluster << self._mapping.cluster_bits
-        limit = self._node.size
+        limit = self._node.size if base < self._node.size else base + end  # behind the disk is VM state
         around = [(start, inside), (stop, min(end, max(limit - base, stop)))]
         if not zeroes and all([await self._reads_as_zeroes(base + a, b - a) for a, b in around]):
             return data
