@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Internal snapshots: other disks in the image, and what a power cut or a failing disk leaves of them."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bottomhalf.drivers.qcow2 import snapshots
+from bottomhalf.drivers.qcow2.layout import SNAPSHOTS_MAX
+from bottomhalf.drivers.qcow2.snapshots import Snapshot
+from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE
+from bottomhalf.host.sim import SimHost
+from tests.drivers.qcow2.bench import Disk, check, disk, make, squeezable
+
+SHAPES: list[dict[str, Any]] = [
+    {"cluster_size": 512, "size": 300 * 512},
+    {"cluster_size": 4096, "size": 40 * 4096, "version": 2},
+    {"cluster_size": 16384, "size": 8 * 16384, "extended_l2": True},
+    {"cluster_size": 512, "size": 100 * 512, "refcount_bits": 8},
+    {"cluster_size": 512, "size": 100 * 512, "refcount_bits": 64},
+]
+POSITIONS_MAX = 400
+MACHINE = 700  # bytes of a machine's state, from byte 100 on
+
+
+class Player:
+    """A disk, what it should contain, and what its snapshots should."""
+
+    def __init__(self, host: SimHost, **options: Any) -> None:
+        self.host = host
+        self.disk = Disk(host, "disk.qcow2", **options)
+        self.now = bytearray(self.disk.size)
+        self.known: dict[str, tuple[Snapshot, bytes, bytes]] = {}
+        self.made = 0
+
+    def run(self, body: Any) -> Any:
+        return self.disk.run(body)
+
+    def write(self, offset: int, data: bytes, flags: int = 0) -> None:
+        self.run(self.disk.backend.co_pwrite(offset, data, flags))
+        self.now[offset : offset + len(data)] = data
+
+    def create(self) -> None:
+        state = random.Random(self.made).randbytes(MACHINE)
+        self.run(self.disk.node.co_save_vmstate(100, memoryview(state)))
+        self.made += 1
+        made = self.run(
+            self.disk.node.snapshots.create(f"s{self.made}", date_ns=self.made, vm_state_bytes=100 + MACHINE)
+        )
+        self.known[made.id] = made, bytes(self.now), state
+
+    def apply(self, id: str) -> None:
+        snapshot, content, state = self.known[id]
+        self.run(self.disk.node.snapshots.apply(snapshot))
+        self.now = bytearray(content)
+        self.see_state(state)
+
+    def see_state(self, state: bytes) -> None:
+        found = bytearray(MACHINE)
+        self.run(self.disk.node.co_load_vmstate(100, memoryview(found)))
+        assert bytes(found) == state
+
+    def delete(self, id: str) -> None:
+        self.run(self.disk.node.snapshots.delete(self.known[id][0]))
+        del self.known[id]
+
+    def see(self) -> None:
+        assert self.disk.content() == self.now
+        assert self.run(self.disk.node.snapshots.read()) == [known for known, _, _ in self.known.values()]
+
+
+def play(player: Player, chance: random.Random, cluster: int, steps: int) -> None:
+    size = player.disk.size
+    for number in range(steps):
+        what = chance.choices(
+            ("write", "squeeze", "zero", "discard", "flush", "create", "apply", "delete"), (12, 3, 2, 2, 2, 3, 2, 2)
+        )[0]
+        length = min(chance.choice((1, 512, cluster, 3 * cluster)), size)
+        offset = chance.randrange(0, size - length + 1)
+        if what == "write":
+            player.write(offset, bytes([number % 255 + 1]) * length)
+        elif what == "squeeze":
+            offset, length = offset // cluster * cluster, cluster
+            length = min(length, size - offset)
+            player.write(offset, squeezable(offset, length, number % 255 + 1), COMPRESSED)
+        elif what == "zero":
+            player.run(player.disk.backend.co_write_zeroes(offset, length))
+            player.now[offset : offset + length] = bytes(length)
+        elif what == "discard":
+            player.run(player.disk.backend.co_discard(offset, length))
+            player.now[offset : offset + length] = player.run(player.disk.backend.co_pread(offset, length))
+        elif what == "flush":
+            player.run(player.disk.backend.co_flush())
+        elif what == "create":
+            player.create()
+        elif player.known:
+            getattr(player, what)(chance.choice(list(player.known)))
+        if chance.random() < 0.2:
+            player.see()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_sequences(seed: int, shape: dict[str, Any]) -> None:
+    host, chance = SimHost(seed), random.Random(seed)
+    make(host, "disk.qcow2", **shape)
+    player = Player(host, **({"l2-cache-size": 2 * shape["cluster_size"]} if chance.random() < 0.3 else {}))
+    play(player, chance, shape["cluster_size"], 40)
+    player.see()
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks and not found.check_errors, found.findings
+    player.disk = Disk(host, "disk.qcow2")
+    for id in list(player.known):
+        player.apply(id)
+        player.see()
+    for id in list(player.known):
+        player.delete(id)
+    player.see()
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_resized_between(seed: int) -> None:
+    """A snapshot has a size of its own, which the disk takes with it."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512)
+    player = Player(host)
+    player.write(0, b"small")
+    player.create()
+    player.run(player.disk.node.co_truncate(400 * 512))
+    player.now.extend(bytes(336 * 512))
+    player.write(390 * 512, b"large")
+    player.create()
+    for id, size in (("1", 64), ("2", 400), ("1", 64)):
+        player.apply(id)
+        assert player.disk.size == size * 512
+        player.see()
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+# -- a disk that fails, a power cut -----------------------------------------------------------------------------------
+
+
+def prepared(seed: int, shape: dict[str, Any]) -> Player:
+    """A disk with two snapshots, other content than theirs, all of it durable."""
+    host, chance = SimHost(seed), random.Random(seed)
+    make(host, "disk.qcow2", **shape)
+    player = Player(host)
+    play(player, chance, shape["cluster_size"], 6)
+    for _ in range(2):
+        player.write(chance.randrange(player.disk.size - 2000), b"content" * 200)
+        player.create()
+    player.write(chance.randrange(player.disk.size - 2000), b"later" * 300)
+    player.run(player.disk.backend.co_flush())
+    return player
+
+
+OPERATIONS: dict[str, Callable[[Player], None]] = {
+    "create": lambda player: player.create(),
+    "apply": lambda player: player.apply(list(player.known)[-2]),
+    "delete": lambda player: player.delete(list(player.known)[-2]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("op", [READ, WRITE, FLUSH])
+def test_every_position(op: int, operation: str, shape: dict[str, Any]) -> None:
+    """The disk fails from there on, or the power goes: all snapshots and the disk are what they were, or what they
+    were to become. A power cut in the midst of making one may leave flags that do not fit counts, which a repair puts
+    right; nothing else."""
+    for position in range(POSITIONS_MAX):
+        player = prepared(position % 3, shape)
+        before = dict(player.known), bytes(player.now)
+        fault = player.host.fault(op=op, errno=errno.EIO, after=position)
+        try:
+            OPERATIONS[operation](player)
+        except OSError as error:
+            assert error.errno == errno.EIO
+        else:
+            assert not fault.hits or op == READ
+        after = dict(player.known), bytes(player.now)
+        if operation == "apply":
+            after = after[0], before[0][list(before[0])[-2]][1]
+        hits = fault.hits
+        for chance in range(3):
+            _see_survivor(player.host, chance, operation, before, after)
+        fault.remove()
+        assert player.disk.content() in (before[1], after[1])
+        player.disk.close()
+        found = check(player.host, "disk.qcow2")
+        assert not found.check_errors and _only_flags(found.findings, found.corruptions), found.findings
+        if not hits:
+            break
+    else:
+        raise AssertionError("there is no end of I/O")
+    assert position > 1
+
+
+def _only_flags(findings: Any, corruptions: int) -> bool:
+    return sum("COPIED" in str(finding) for finding in findings) >= corruptions
+
+
+State = tuple[dict[str, tuple[Snapshot, bytes, bytes]], bytes]
+
+
+def _see_survivor(host: SimHost, chance: int, operation: str, before: State, after: State) -> None:
+    survivor = SimHost(chance)
+    survivor.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+    found = check(survivor, "disk.qcow2")
+    assert not found.check_errors and _only_flags(found.findings, found.corruptions), found.findings
+    if found.corruptions:
+        check(survivor, "disk.qcow2", "all")
+        found = check(survivor, "disk.qcow2")
+        assert not found.corruptions and not found.leaks, found.findings
+    with disk(survivor, "disk.qcow2") as reopened:
+        assert reopened.content() in (before[1], after[1])
+        known = {each.id: each for each in reopened.run(reopened.node.snapshots.read())}
+        # It may be done although whoever asked was told of a failure: of what had to be written behind it.
+        made, gone = known.keys() - before[0].keys(), before[0].keys() - known.keys()
+        assert len(made) <= (operation == "create")
+        assert gone in (set(), {list(before[0])[-2]} if operation == "delete" else set())
+        for id, snapshot in known.items():
+            content = before[0][id][1] if id in before[0] else before[1]
+            reopened.run(reopened.node.snapshots.apply(snapshot))
+            assert reopened.content() == content
+    found = check(survivor, "disk.qcow2")
+    assert not found.corruptions, found.findings
+
+
+# -- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def refused(player: Player, number: int, **options: Any) -> str:
+    with pytest.raises(OSError) as caught:
+        player.run(player.disk.node.snapshots.create(**{"name": "new", "date_ns": 0} | options))
+    assert caught.value.errno == number
+    return str(caught.value.strerror)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512)
+    player = Player(host)
+    player.create()
+    refused(player, errno.EEXIST, id="1")
+    refused(player, errno.EEXIST, id="x" * 128)
+    refused(player, errno.EINVAL, name="x" * 256)
+    monkeypatch.setattr("bottomhalf.drivers.qcow2.layout.SNAPSHOTS_MAX", 1)
+    assert "at most 1 snapshots" in refused(player, errno.EFBIG)
+    assert SNAPSHOTS_MAX == 65536
+    player.see()
+    player.disk.close()
+    assert not check(host, "disk.qcow2").leaks
+
+
+@pytest.mark.parametrize("bits, most", [(1, 0), (2, 2)])
+def test_counters_that_are_too_narrow(bits: int, most: int) -> None:
+    """A cluster cannot be counted more often than its counter goes; nothing has changed then."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512, refcount_bits=bits)
+    player = Player(host)
+    player.write(0, b"counted")
+    for _ in range(most):
+        player.run(player.disk.node.snapshots.create("s", date_ns=0))
+    assert "more cannot be counted" in refused(player, errno.EINVAL)
+    player.write(0, b"still")
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_external_data_files_have_none() -> None:
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512, data_file="data.raw")
+    player = Player(host)
+    assert "external data file" in refused(player, errno.ENOTSUP)
+    with pytest.raises(OSError):
+        player.run(player.disk.node.co_save_vmstate(0, memoryview(b"x")))
+    player.disk.close()
+
+
+def test_the_table_is_packed_as_it_was_read() -> None:
+    chance = random.Random(1)
+    entries = [
+        Snapshot(
+            id=str(n),
+            name="name" * chance.randrange(5) + "\udcff",
+            l1_offset=n * 512,
+            l1_size=chance.randrange(100),
+            date_s=chance.randrange(1 << 32),
+            date_ns=chance.randrange(10**9),
+            vm_clock_ns=chance.randrange(1 << 64),
+            vm_state_bytes=chance.choice((0, 5, 1 << 40)),
+            disk_bytes=chance.randrange(1 << 40),
+            icount=chance.choice((None, 7)),
+        )
+        for n in range(20)
+    ]
+    data = snapshots.pack(entries, 0)
+    assert snapshots.parse(data, 20, 512) == (entries, len(data))
+    old = replace(entries[0], disk_bytes=None)
+    assert snapshots.parse(snapshots.pack([old], 4096), 1, 512)[0] == [replace(old, disk_bytes=4096)]
