@@ -15,10 +15,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Disk", "AsyncDisk", "ImageInfo", "amend", "check", "create", "info", "open", "rebase", "__version__"]
+__all__ = [
+    "AsyncDisk",
+    "Disk",
+    "ImageInfo",
+    "__version__",
+    "amend",
+    "check",
+    "create",
+    "info",
+    "open",
+    "rebase",
+    "snapshot_apply",
+    "snapshot_create",
+    "snapshot_delete",
+    "snapshots",
+]
 
 if TYPE_CHECKING:
-    from bottomhalf.images import ImageInfo, amend, check, create, info, rebase
+    from bottomhalf.images import (
+        ImageInfo,
+        amend,
+        check,
+        create,
+        info,
+        rebase,
+        snapshot_apply,
+        snapshot_create,
+        snapshot_delete,
+        snapshots,
+    )
     from bottomhalf.library import AsyncDisk, Disk, open
 
 
@@ -28,7 +54,7 @@ def __getattr__(name: str) -> Any:
         from bottomhalf import library
 
         return getattr(library, name)
-    if name in ("ImageInfo", "amend", "check", "create", "info", "rebase"):
+    if name in __all__:
         from bottomhalf import images
 
         return getattr(images, name)

@@ -25,8 +25,20 @@ if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.check import CheckResult
     from bottomhalf.drivers.qcow2.create import CreateOptions
     from bottomhalf.drivers.qcow2.node import Qcow2Node
+    from bottomhalf.drivers.qcow2.snapshots import Snapshot
 
-__all__ = ["amend", "create", "check", "info", "rebase", "ImageInfo"]
+__all__ = [
+    "ImageInfo",
+    "amend",
+    "check",
+    "create",
+    "info",
+    "rebase",
+    "snapshot_apply",
+    "snapshot_create",
+    "snapshot_delete",
+    "snapshots",
+]
 
 
 class ImageInfo:
@@ -175,6 +187,50 @@ def rebase(
 
     with _opened_image(fspath(path), follow_names) as (context, node):
         context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+
+
+def snapshots(path: str | PathLike[str]) -> list[Snapshot]:
+    """The snapshots in an image, the oldest first; none for a format that has no such thing. Opens that file alone."""
+    with _opened(fspath(path), writable=False) as (context, file):
+        if _format(file) != "qcow2":
+            return []
+        from bottomhalf.drivers.qcow2.metadata import Metadata
+        from bottomhalf.drivers.qcow2.node import co_read_header
+        from bottomhalf.drivers.qcow2.snapshots import co_read
+
+        async def read() -> list[Snapshot]:
+            return (await co_read(Metadata(lambda: file, await co_read_header(file))))[0]
+
+        return context.run(read(), what=f"the snapshots in {fspath(path)}")  # type: ignore[no-any-return]
+
+
+def snapshot_create(path: str | PathLike[str], name: str) -> Snapshot:
+    """Keep what an image contains now under a name. BlockError, OSError."""
+    with _opened_image(fspath(path), False) as (context, node):
+        body = node.snapshots.create(name, date_ns=context.host.realtime_ns())
+        return context.run(body, what=f"snapshot '{name}' in {fspath(path)}")  # type: ignore[no-any-return]
+
+
+def snapshot_apply(path: str | PathLike[str], snapshot: str) -> None:
+    """Let an image contain again what the snapshot of that id or name does; what it contains now is lost. BlockError,
+    OSError."""
+    with _opened_image(fspath(path), False) as (context, node):
+        found = _find_snapshot(context, node, snapshot)
+        context.run(node.snapshots.apply(found), what=f"the return of {fspath(path)} to snapshot '{found.name}'")
+
+
+def snapshot_delete(path: str | PathLike[str], snapshot: str) -> None:
+    """Forget the snapshot of that id or name. BlockError, OSError."""
+    with _opened_image(fspath(path), False) as (context, node):
+        found = _find_snapshot(context, node, snapshot)
+        context.run(node.snapshots.delete(found), what=f"the end of snapshot '{found.name}' in {fspath(path)}")
+
+
+def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str) -> Snapshot:
+    known = context.run(node.snapshots.read(), what=f"the snapshots of {node.describe()}")
+    for each in [*(one for one in known if one.id == wanted), *(one for one in known if one.name == wanted)]:
+        return each  # type: ignore[no-any-return]
+    raise BlockError(f"there is no snapshot '{wanted}', but {', '.join(repr(one.name) for one in known) or 'none'}")
 
 
 @contextmanager

@@ -347,3 +347,34 @@ for _short, _long in (
 ):
     assert _short in CONTROL
     CONTROL = CONTROL.replace(_short, f'{{"type": "socket", "data": {_long}}}')
+
+# About snapshots in an image, {q}.
+SNAPSHOTS = r"""
+qmp_capabilities
+blockdev-add {"driver": "file", "node-name": "f", "filename": "{q}"}
+blockdev-add {"driver": "qcow2", "node-name": "q", "file": "f"}
+blockdev-add {"driver": "null-co", "node-name": "n", "size": 1048576}
+blockdev-snapshot-internal-sync {"device": "q", "name": "one"}
+blockdev-snapshot-internal-sync {"device": "q", "name": "one"}
+blockdev-snapshot-internal-sync {"device": "q", "name": ""}
+blockdev-snapshot-internal-sync {"device": "q"}
+blockdev-snapshot-internal-sync {"device": "q", "name": 1}
+blockdev-snapshot-internal-sync {"device": "zz", "name": "x"}
+blockdev-snapshot-internal-sync {"device": "f", "name": "x"}
+blockdev-snapshot-internal-sync {"device": "n", "name": "x"}
+blockdev-snapshot-internal-sync {"device": "q", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "q"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "id": "7"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "name": "nope"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "id": "1", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "f", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "n", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "zz", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "id": "1", "name": "one"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "name": "two"}
+blockdev-snapshot-delete-internal-sync {"device": "q", "id": "", "name": "two"}
+blockdev-add {"driver": "raw", "node-name": "r", "file": "q"}
+blockdev-snapshot-internal-sync {"device": "q", "name": "x"}
+blockdev-snapshot-internal-sync {"device": "r", "name": "through"}
+blockdev-snapshot-delete-internal-sync {"device": "r", "name": "through"}
+"""

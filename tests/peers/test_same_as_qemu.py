@@ -18,9 +18,10 @@ from typing import IO
 
 import pytest
 
+import bottomhalf
 from bottomhalf.qapi.schema import differences
 from bottomhalf.tools import bh_nbd, bh_storage_daemon
-from tests.peers.conversations import CONTROL, GRAPH, QMP, spelled_out
+from tests.peers.conversations import CONTROL, GRAPH, QMP, SNAPSHOTS, spelled_out
 
 pytestmark = pytest.mark.peer
 
@@ -96,6 +97,7 @@ def normal(answer: str) -> str:
     """Without what may differ: time, generated numbers."""
     answer = re.sub(r'"(micro)?seconds": \d+', "T", answer)
     answer = re.sub(r'"package": "[^"]*"', "P", answer)
+    answer = re.sub(r'"(vm-clock|date)-n?sec": \d+', "T", answer)
     return re.sub(r"#block\d+", "#block", answer)
 
 
@@ -111,8 +113,13 @@ def test_graph_changes(require: Callable[[str], str], tmp_path: Path) -> None:
     assert_same_answers([require("qemu-storage-daemon")], conversation, options, tmp_path)
 
 
+def test_snapshots(require: Callable[[str], str], tmp_path: Path) -> None:
+    conversation = "\n".join(map(spelled_out, SNAPSHOTS.strip().splitlines()))
+    assert_same_answers([require("qemu-storage-daemon")], conversation, [], tmp_path)
+
+
 def assert_same_answers(command: list[str], conversation: str, options: list[str], tmp_path: Path) -> None:
-    places = {"{dir}": "", "{image}": "/d.raw", "{d}": "/d.raw", "{e}": "/e.raw"}
+    places = {"{dir}": "", "{image}": "/d.raw", "{d}": "/d.raw", "{e}": "/e.raw", "{q}": "/q.qcow2"}
     for mark, place in places.items():
         conversation = conversation.replace(mark, f"{tmp_path}{place}")
     lines = conversation.strip().splitlines()
@@ -120,6 +127,7 @@ def assert_same_answers(command: list[str], conversation: str, options: list[str
     for daemon in (command, OURS["qemu-storage-daemon"]):
         for name in ("d.raw", "e.raw"):
             (tmp_path / name).write_bytes(bytes(MIB))
+        bottomhalf.create(tmp_path / "q.qcow2", format="qcow2", size=MIB)
         said.append(converse([*daemon, *options], lines))
     theirs, ours = said
     different = [

@@ -16,11 +16,11 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bottomhalf.aio import kick, wait_while
 from bottomhalf.block import permissions
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError, ImageError
 from bottomhalf.block.transaction import Transaction
+from bottomhalf.block.work import carry_out
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
@@ -109,21 +109,7 @@ def _set(transaction: Transaction, node: Node, active: bool) -> None:
 
 def _wait(graph: Graph, node: Node, work: Callable[[], Coroutine[Any, Any, None]], failed: str) -> None:
     """Carry out something of a node's where it lives."""
-    failures: list[Exception] = []
-    done = False
-
-    async def body() -> None:
-        nonlocal done
-        try:
-            await work()
-        except (OSError, ImageError, BlockError) as error:
-            failures.append(error)
-        done = True
-        kick()
-
-    coroutine = node.context.schedule(body())
-    own = graph.context if node.context is graph.context else None
-    wait_while(own, lambda: not done, what=f"{work.__name__} of {node.describe()}", on=coroutine)
-    if failures:
-        why = failures[0]
+    try:
+        carry_out(graph, node, work(), f"{work.__name__} of {node.describe()}")
+    except (OSError, ImageError, BlockError) as why:
         raise BlockError(f"{failed}: {getattr(why, 'strerror', None) or why}") from why

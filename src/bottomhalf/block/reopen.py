@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bottomhalf.aio import kick, wait_while
 from bottomhalf.block import permissions
 from bottomhalf.block.changes import check_place, make_room, repoint, skip_implicit
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
 from bottomhalf.block.watching import detect_zeroes
+from bottomhalf.block.work import carry_out
 
 if TYPE_CHECKING:
     from bottomhalf.block.edge import Edge
@@ -67,23 +67,10 @@ def flush(graph: Graph, node: Node) -> None:
     """Make a node's content durable, from the main thread, wherever the node lives. BlockError if that fails."""
     if node.read_only:
         return
-    failure: list[OSError] = []
-    done = False
-
-    async def work() -> None:
-        nonlocal done
-        try:
-            await node.co_flush()
-        except OSError as error:
-            failure.append(error)
-        done = True
-        kick()
-
-    coroutine = node.context.schedule(work())
-    own = graph.context if node.context is graph.context else None
-    wait_while(own, lambda: not done, what=f"a flush of {node.describe()}", on=coroutine)
-    if failure:
-        raise BlockError(f"Error flushing drive: {failure[0].strerror}") from failure[0]
+    try:
+        carry_out(graph, node, node.co_flush(), f"a flush of {node.describe()}")
+    except OSError as failure:
+        raise BlockError(f"Error flushing drive: {failure.strerror}") from failure
 
 
 def _check(node: Node, options: Any) -> None:

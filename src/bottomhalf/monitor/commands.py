@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bottomhalf.aio import explain
 from bottomhalf.block import BlockError
 from bottomhalf.chardev.addresses import host_address
-from bottomhalf.monitor import block_commands, char_commands, node_commands, object_commands
+from bottomhalf.monitor import block_commands, char_commands, node_commands, object_commands, snapshot_commands
 from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions, BlockSetWriteThreshold, BlockWriteThreshold
 from bottomhalf.qapi.block_info import BlockDeviceInfo
 from bottomhalf.qapi.commands import COMMANDS
@@ -152,4 +152,5 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "nbd-server-stop": nbd_server_stop,
     "quit": quit,
     **block_commands.HANDLERS,
+    **snapshot_commands.HANDLERS,
 }

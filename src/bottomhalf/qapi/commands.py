@@ -19,6 +19,7 @@ from bottomhalf.qapi import (
     block,
     block_graph,
     block_info,
+    block_snapshots,
     char,
     control,
     export,
@@ -33,7 +34,7 @@ from bottomhalf.qapi.visit import from_json, to_json
 
 __all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
-_MODULES = (block, block_graph, block_info, char, control, export, introspect, objects, qom, sockets)
+_MODULES = (block, block_graph, block_info, block_snapshots, char, control, export, introspect, objects, qom, sockets)
 
 
 def parse_command(name: str, arguments: dict[str, Any], *, oob: bool = False) -> tuple[type[Command], Struct]:
