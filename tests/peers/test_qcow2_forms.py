@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms of qcow2 images beside QEMU's tools: compressed clusters, data files, preallocation, amended images, options."""
+"""Forms of qcow2 images beside QEMU's tools: compressed clusters, data files, preallocation, amending, options."""
 
 from __future__ import annotations
 

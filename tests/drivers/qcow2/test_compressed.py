@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import random
+
 import pytest
 
 from bottomhalf.aio import gather

@@ -12,7 +12,7 @@ import pytest
 from bottomhalf.block import BlockError
 from bottomhalf.drivers.qcow2 import overlap
 from bottomhalf.drivers.qcow2.header import Header
-from bottomhalf.drivers.qcow2.layout import CORRUPT, COPIED, OFFSET_MASK
+from bottomhalf.drivers.qcow2.layout import COPIED, CORRUPT, OFFSET_MASK
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json

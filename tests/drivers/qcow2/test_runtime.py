@@ -76,7 +76,7 @@ def test_what_cannot_be(given: dict[str, int], text: str) -> None:
 
 def test_version_2_cannot_everything() -> None:
     old = Header(size=1 << 20, cluster_bits=16, version=2)
-    with pytest.raises(BlockError, match="Lazy refcounts require a qcow2 image with at least qemu 1.1 compat"):
+    with pytest.raises(BlockError, match=r"Lazy refcounts require a qcow2 image with at least qemu 1\.1 compat"):
         settings(old, lazy_refcounts=True)
     with pytest.raises(BlockError, match="discard-no-unref is only supported since qcow2 version 3"):
         settings(old, discard_no_unref=True)

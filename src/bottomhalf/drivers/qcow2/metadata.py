@@ -339,7 +339,7 @@ class Metadata(Counters):
             if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
                 offset, length = self.header.name_of(before)
                 end = offset + length
-                if SECTOR_BYTES < end and offset < len(data) and end < self.mapping.cluster_size:
+                if end > SECTOR_BYTES and offset < len(data) and end < self.mapping.cluster_size:
                     with suppress(ImageError):  # the new name goes behind the old one, if there is room
                         data = bytearray(self.header.to_bytes(-(-end // 8) * 8))
                         offset = max(offset, SECTOR_BYTES)
