@@ -82,7 +82,7 @@ SUITES: Final = {
 
 # Behaviours of operations that do not exist here yet.
 ABSENT: Final = {
-    "/sync-op/pwrite_compressed": "no compressed writes yet",
+    "/sync-op/pwrite_compressed": "compressed writes are a call of nodes, not of backends, so far",
     "/sync-op/load_vmstate": "no machine state in images yet",
     "/sync-op/save_vmstate": "no machine state in images yet",
     "/sync-op/check": "no format that can be checked yet",
