@@ -184,6 +184,21 @@ def test_reopen_changes_all_of_them() -> None:
     assert not found.corruptions and not found.leaks, found.findings
 
 
+def test_what_is_counted_late_is_counted_before_nothing_can_be_written() -> None:
+    host = SimHost(0)
+    full(host)
+    with disk(host, "disk.qcow2", **{"lazy-refcounts": True}) as opened:
+        opened.run(opened.backend.co_pwrite(512, b"x"))
+        opened.run(opened.backend.co_flush())
+        opened.backend.remove()
+        with pytest.raises(BlockError, match=r"reopen with lazy-refcounts=off before"):
+            reopen(opened, **{"lazy-refcounts": True, "read-only": True})
+        reopen(opened)
+        reopen(opened, **{"read-only": True})
+        assert not Header.parse(host.content("disk.qcow2")).incompatible
+    assert not check(host, "disk.qcow2").corruptions
+
+
 def test_a_damaged_image_stays_read_only() -> None:
     """A reopen for writing is refused as an open would be."""
     host = SimHost(0)

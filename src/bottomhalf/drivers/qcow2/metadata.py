@@ -417,6 +417,11 @@ class Metadata(Counters):
         if self._marked_dirty and not self.settings.lazy and not self._dirty_blocks:
             await self._mark_dirty(False)
 
+    @property
+    def is_marked_dirty(self) -> bool:
+        """Whether the header says "dirty" because counters are written late."""
+        return self._marked_dirty
+
     async def settle(self) -> None:
         """Commit until nothing is left: what one commit frees, the next one writes. With the lock held, and nobody on
         his way to the image. OSError."""
