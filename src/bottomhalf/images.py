@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
         raise ValueError(f"qcow2 images have no option {wrong!r}, but {', '.join(sorted(known))}")
     version = _version(given.pop("compat", None) or given.pop("version", 3))
     data_file = given.pop("data_file", None)
+    backing_fmt = given.pop("backing_fmt", None)  # also one of those formats that others know
     values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
     try:
         chosen = from_json(
@@ -113,7 +115,8 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
         raise BlockError(str(error)) from error
     if size < 0:
         raise BlockError("Image size must be a multiple of 512 bytes")
-    return CreateOptions.of(chosen, None if data_file is None else fspath(data_file))
+    made = CreateOptions.of(chosen, None if data_file is None else fspath(data_file))
+    return replace(made, backing_fmt=backing_fmt)
 
 
 def _version(given: Any) -> str:

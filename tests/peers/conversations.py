@@ -377,4 +377,5 @@ blockdev-add {"driver": "raw", "node-name": "r", "file": "q"}
 blockdev-snapshot-internal-sync {"device": "q", "name": "x"}
 blockdev-snapshot-internal-sync {"device": "r", "name": "through"}
 blockdev-snapshot-delete-internal-sync {"device": "r", "name": "through"}
+quit
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms of qcow2 images beside QEMU's tools: compressed clusters, data files, preallocation, amended images, options."""
+"""Forms of qcow2 images beside QEMU's tools: compressed clusters, data files, preallocation, amending, options."""
 
 from __future__ import annotations
 
@@ -336,3 +336,11 @@ def test_a_damaged_image_is_marked_alike(require: Require, tmp_path: Path) -> No
         assert Header.parse(path.read_bytes()[:65536]).incompatible & CORRUPT
         assert "cannot be opened read/write" in fails("qemu-io", "-c", "read 0 512", path)
     assert said[0] == said[1]
+
+
+def test_a_backing_format_that_only_others_know(require: Require, tmp_path: Path) -> None:
+    """It is a name to us, which QEMU may make something of."""
+    require("qemu-img")
+    path = tmp_path / "disk.qcow2"
+    bottomhalf.create(path, format="qcow2", size=MIB, backing_file="base.vmdk", backing_fmt="vmdk")
+    assert "backing file format: vmdk" in run("qemu-img", "info", path)

@@ -50,7 +50,7 @@ Serve a disk image over NBD until Ctrl-C.
   -b, --bind HOST     with --port: address to listen on (default: {BIND_DEFAULT})
   -x, --name NAME     name of the export (default: the image's name)
   -f, --format FMT    format of the image, raw or qcow2 (default: found out); "raw" serves the bytes as they are
-      --backing-files open the backing files that the image names
+      --backing-files open the backing and data files that the image names
   -r, --read-only     refuse writes
   -n, --direct        bypass the page cache (O_DIRECT)
       --qmp PATH      also take QMP commands on this Unix socket

@@ -76,7 +76,7 @@ def test_what_cannot_be(given: dict[str, int], text: str) -> None:
 
 def test_version_2_cannot_everything() -> None:
     old = Header(size=1 << 20, cluster_bits=16, version=2)
-    with pytest.raises(BlockError, match="Lazy refcounts require a qcow2 image with at least qemu 1.1 compat"):
+    with pytest.raises(BlockError, match=r"Lazy refcounts require a qcow2 image with at least qemu 1\.1 compat"):
         settings(old, lazy_refcounts=True)
     with pytest.raises(BlockError, match="discard-no-unref is only supported since qcow2 version 3"):
         settings(old, discard_no_unref=True)
@@ -182,6 +182,21 @@ def test_reopen_changes_all_of_them() -> None:
         assert not Header.parse(host.content("disk.qcow2")).incompatible
     found = check(host, "disk.qcow2")
     assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_what_is_counted_late_is_counted_before_nothing_can_be_written() -> None:
+    host = SimHost(0)
+    full(host)
+    with disk(host, "disk.qcow2", **{"lazy-refcounts": True}) as opened:
+        opened.run(opened.backend.co_pwrite(512, b"x"))
+        opened.run(opened.backend.co_flush())
+        opened.backend.remove()
+        with pytest.raises(BlockError, match=r"reopen with lazy-refcounts=off before"):
+            reopen(opened, **{"lazy-refcounts": True, "read-only": True})
+        reopen(opened)
+        reopen(opened, **{"read-only": True})
+        assert not Header.parse(host.content("disk.qcow2")).incompatible
+    assert not check(host, "disk.qcow2").corruptions
 
 
 def test_a_damaged_image_stays_read_only() -> None:

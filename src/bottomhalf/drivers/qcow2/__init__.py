@@ -8,10 +8,14 @@ The format is QEMU's docs/interop/qcow2.txt; each file here is a chapter of it.
 * ``tables``: guest offset to host offset: L1, L2, and what an entry says.
 * ``refcounts``: who uses which cluster; where the next one is free.
 * ``compression``: clusters that are stored smaller.
-* ``metadata``: the tables in memory, read when needed, and written in an order that keeps every crash safe.
+* ``metadata``: the tables in memory, read when needed, and written in an order that keeps every crash safe;
+  ``counters`` is the part of it that gives clusters out and takes them back.
+* ``overlap``, ``trouble``: tables are protected from writes by mistake, and what happens when an image is damaged.
+* ``runtime``, ``cleaning``: the options of a node; tables that nobody uses leave memory.
 * ``node``: the driver: reads and writes as batches where the tables are in memory, as coroutines where not.
 * ``check``: counts all references anew and compares.
-* ``create``: a new image.
+* ``writing``, ``squeezing``: writes that change tables, plain and compressed.
+* ``create``, ``preallocation``, ``amend``: a new image, its space taken at once, and images that become others.
 
 The first five do no I/O.
 """

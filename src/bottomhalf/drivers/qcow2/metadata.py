@@ -436,6 +436,11 @@ class Metadata(Counters):
         if self._marked_dirty and not self.settings.lazy and not self._dirty_blocks:
             await self._mark_dirty(False)
 
+    @property
+    def is_marked_dirty(self) -> bool:
+        """Whether the header says "dirty" because counters are written late."""
+        return self._marked_dirty
+
     async def settle(self) -> None:
         """Commit until nothing is left: what one commit frees, the next one writes. What somebody is on his way to, or
         holds, stays. With the lock held. OSError."""

@@ -139,7 +139,7 @@ class Qcow2Node(DirectReads):
         header = self.header
         if header.incompatible & layout.CORRUPT:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-        if header.incompatible & layout.DIRTY:
+        if header.incompatible & layout.DIRTY and not self.metadata.is_marked_dirty:
             raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
         if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
             raise BlockError(
@@ -517,6 +517,8 @@ class Qcow2Node(DirectReads):
         metadata, old = self.metadata, self.metadata.settings
         if not self.read_only:
             self._check_writable()
+        elif metadata.is_marked_dirty:  # nothing may wait here, and later nothing can be written
+            raise BlockError("Counters are written late: reopen with lazy-refcounts=off before it is made read-only")
         Settings.of(options.branch, self.header, unmap=self.unmap).apply(metadata)
         transaction.add(abort=lambda: old.apply(metadata), commit=self._reopened)
         return set(CHANGEABLE)
