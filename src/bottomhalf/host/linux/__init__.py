@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -149,6 +150,12 @@ class LinuxHost:
         from bottomhalf.host.linux.streams import LinuxPty
 
         return LinuxPty()
+
+    def is_device(self, path: str) -> bool:
+        try:
+            return stat.S_ISBLK(os.stat(path).st_mode)
+        except OSError:
+            return False
 
     symlink = staticmethod(os.symlink)
     remove = staticmethod(os.unlink)
