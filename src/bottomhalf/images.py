@@ -110,7 +110,7 @@ def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResul
 @contextmanager
 def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator[tuple[AioContext, Node]]:
     """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size."""
-    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
@@ -121,7 +121,8 @@ def _opened(path: str, *, writable: bool, create: int | None = None) -> Iterator
     try:
         if create is not None:
             _create_file(context, path, create)
-        options = {"driver": "file", "filename": path, "read-only": not writable, "discard": "unmap"}
+        driver = file_driver(graph, path)
+        options = {"driver": driver, "filename": path, "read-only": not writable, "discard": "unmap"}
         node = open_node(graph, from_json(BlockdevOptions, options))
         node.monitor_owned = True
         backend.insert(node)

@@ -77,11 +77,16 @@ class ContextEngine:
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(self._engine.name, self.in_flight)
 
-    def submit(self, file: File, requests: list[Request]) -> None:
-        """Start requests of one op. Their owners are told in a later turn of the loop, never from in here."""
+    def submit(self, file: File, requests: list[Request], most: int = 0) -> None:
+        """Start requests of one op. Their owners are told in a later turn of the loop, never from in here. ``most``
+        can make the parts smaller in which they start; 0 for no wish."""
         at, count, prepare = 0, len(requests), self._prepare
+        if not 0 < most < SUBMIT_AT:
+            most = SUBMIT_AT
+        elif self._prepared >= most:
+            self._enter(None)
         while at < count:
-            part = requests[at : at + SUBMIT_AT - self._prepared]
+            part = requests[at : at + most - self._prepared]
             at += len(part)
             self._prepared += len(part)
             refused = prepare(file, part)
@@ -89,7 +94,7 @@ class ContextEngine:
                 self._prepared -= len(refused)
                 self._finished += refused
                 self.completions.schedule()
-            if self._prepared >= SUBMIT_AT:
+            if self._prepared >= most:
                 self._enter(None)
         if self._prepared:
             defer_call(self._enter, None)

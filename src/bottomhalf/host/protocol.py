@@ -30,6 +30,9 @@ HUP: Final = 0x010
 DATA: Final = 1  # reads come from storage
 ZERO: Final = 2  # reads as zeroes
 
+# What open_file() says, with ENOTBLK, of a name that leads to one.
+CHARACTER_DEVICE: Final = "a character device"
+
 # What Host.engine() makes by name.
 ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
 # What QEMU's users call them: ``aio=``.
@@ -210,7 +213,7 @@ class ImageInUse(OSError):
     """Another opener holds a conflicting lock; the message names the permission and, if known, the process."""
 
 
-class DeviceReadOnly(OSError):
+class DeviceReadOnly(PermissionError):
     """A block device that was to be written to is read-only, although its node may be opened."""
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from bottomhalf.host.linux.locks import ImageLocks
 from bottomhalf.host.linux.mapping import PageCacheMap, is_remote
 from bottomhalf.host.linux.memory import LinuxArena
-from bottomhalf.host.protocol import DATA, ZERO, DeviceLimits, DeviceReadOnly, ImageInUse
+from bottomhalf.host.protocol import CHARACTER_DEVICE, DATA, ZERO, DeviceLimits, DeviceReadOnly, ImageInUse
 from bottomhalf.host.request import FUA, Request
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LinuxFile:
             if stat.S_ISDIR(mode):
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                what = "a character device" if stat.S_ISCHR(mode) else "neither a regular file nor a block device"
+                what = CHARACTER_DEVICE if stat.S_ISCHR(mode) else "neither a regular file nor a block device"
                 raise OSError(errno.ENOTBLK, what, path)
             self.is_device = stat.S_ISBLK(mode)
             self._check_writable(self._fd)
