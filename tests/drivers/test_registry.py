@@ -168,7 +168,8 @@ class TestRefusals:
                 **FILE,
                 aio="native",
             )
-            refused(it, "No persistent reservation manager with id 'x': there are none here; leave it out", **FILE, pr_manager="x")
+            text = "No persistent reservation manager with id 'x': there are none here; leave it out"
+            refused(it, text, **FILE, pr_manager="x")
             refused(it, "latency-ns is invalid", driver="null-co", latency_ns=1 << 63)
             opened(it, {**FILE, "detect-zeroes": "off", "active": True})
             opened(it, {**FILE, "aio": "native", "cache": {"direct": True}})
