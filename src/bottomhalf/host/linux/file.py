@@ -246,6 +246,8 @@ class LinuxFile:
             os.dup2(fd, self._fd, inheritable=False)
         except BaseException:
             self.read_only = not read_only
+            if fd >= 0 and self._locks is not None:
+                self._locks.move(self._fd)  # back
             raise
         finally:
             if fd >= 0:
