@@ -108,8 +108,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if BEHAVIOUR.search(_docstring(item))]
     for item in items:
-        if kind := _forbidden_need(item):
-            item.add_marker(pytest.mark.skip(reason=f"{kind} is forbidden in this run (--forbid)"))
+        if kind := _missing_need(item):
+            why = "forbidden in this run (--forbid)" if kind in seccomp.forbidden else "refused by this machine"
+            item.add_marker(pytest.mark.skip(reason=f"{kind} is {why}"))
     if config.getoption("--soak"):
         return
     long_ones = [item for item in items if item.get_closest_marker("soak")]
@@ -125,15 +126,15 @@ _PARAMETERS: Final = {
 }
 
 
-def _forbidden_need(item: pytest.Item) -> str | None:
+def _missing_need(item: pytest.Item) -> str | None:
     """What the test is about and the kernel refuses in this run. A test that fails without it, and does not say so, has
     found a mistake."""
     needs = [kind for marker in item.iter_markers("needs") for kind in marker.args]
     callspec = getattr(item, "callspec", None)
     for value in callspec.params.values() if callspec is not None else ():
-        name = getattr(value, "engine", value)
-        needs.append(_PARAMETERS.get(name) if isinstance(name, str) else None)
-    return next((kind for kind in needs if kind in seccomp.forbidden), None)
+        for name in value if isinstance(value, list) else [getattr(value, "engine", value)]:
+            needs.append(_PARAMETERS.get(name) if isinstance(name, str) else None)
+    return next((kind for kind in needs if kind and seccomp.missing(kind)), None)
 
 
 def _docstring(item: pytest.Item) -> str:

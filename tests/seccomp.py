@@ -17,6 +17,7 @@ import ctypes
 import errno
 import platform
 import struct
+from functools import cache
 from typing import Final
 
 _AIO: Final = (206, 207, 208, 209, 210) if platform.machine() == "x86_64" else (0, 1, 2, 3, 4)
@@ -35,6 +36,18 @@ _PR_SET_SECCOMP: Final = 22
 _MODE_FILTER: Final = 2
 
 forbidden: Final[dict[str, str]] = {}  # what was refused by refuse(), and with which errno
+
+
+@cache
+def missing(kind: str) -> str:
+    """Why this machine has none ("EPERM", "ENOSYS", ...), forbidden by us or not; "" if it has."""
+    from bottomhalf.host.linux import LinuxHost
+
+    try:
+        LinuxHost().engine(kind).close()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error.errno))
+    return ""
 
 
 def parse(text: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ class HostDeviceNode(FileNode):
 
     def wrong_kind(self, what: str) -> str:
         if what == CHARACTER_DEVICE:
-            return f"Could not open '{self.filename}': {what}, of which none is supported; block devices are"
+            return f"Could not open '{self.filename}': {what}"
         return f"'host_device' driver requires '{self.filename}' to be either a character or block device"
 
     async def _co_zero(self, request: Request) -> None:

@@ -31,7 +31,7 @@ DATA: Final = 1  # reads come from storage
 ZERO: Final = 2  # reads as zeroes
 
 # What open_file() says, with ENOTBLK, of a name that leads to one.
-CHARACTER_DEVICE: Final = "a character device"
+CHARACTER_DEVICE: Final = "a character device, neither a regular file nor a block device"
 
 # What Host.engine() makes by name.
 ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
