@@ -47,8 +47,8 @@ bench: install ## measure beside QEMU and nbdkit: ONLY=name JSON=file ROUNDS=5 B
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)) $(BENCH_ARGS)
 
 # What io_uring's absence could break: the hosts, the event core's pollers, drivers, exports, tools.
-WITHOUT := tests/host tests/aio/test_pollers.py tests/drivers/test_file.py tests/drivers/test_host_device.py \
-	tests/block/test_copy_range.py tests/block/test_load.py tests/exports/test_nbd_server.py tests/tools/test_serve.py \
+WITHOUT := tests/host/contract tests/host/linux/test_engines.py tests/host/linux/test_linux_aio.py tests/aio/test_pollers.py tests/drivers/test_file.py tests/drivers/test_host_device.py \
+	tests/block/test_copy_range.py tests/block/test_load.py tests/exports/test_nbd_lifecycle.py tests/tools/test_serve.py \
 	tests/tools/test_doctor.py tests/tools/test_bh_nbd.py
 
 without: install ## the tests that matter where the kernel refuses io_uring, and where it has no asynchronous I/O
