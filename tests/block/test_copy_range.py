@@ -20,6 +20,7 @@ from bottomhalf.host.protocol import PERM_CONSISTENT_READ
 from bottomhalf.host.request import COPY_RANGE, FUA, WRITE
 from bottomhalf.host.sim import SimHost
 from tests.block.bench import Bench, bench, flush, read, sim_bench, write
+from tests.block.parts import threads
 from tests.drivers.helpers import opened
 from tests.loop_devices import loop_device
 
@@ -265,3 +266,22 @@ def test_a_file_and_a_loop_device(tmp_path: Path) -> None:
         assert it.context.run(co_copy(near, 0, far.backend, 0, SIZE)) is False
         got = read(0, SIZE)
         assert far.do(got) == [0] and got.buffer == CONTENT
+
+
+def test_between_threads_and_in_another(seed: int) -> None:
+    """Two nodes that live in one other thread are copied there; what lives in two is read and written."""
+    host = SimHost(seed)
+    host.add_file("here", CONTENT)
+    host.add_file("there", SIZE)
+    with bench(host) as it, threads(it, "io0") as (thread,):
+        near, far = it.backend(it.file("here"), held=PERM_CONSISTENT_READ), it.backend(it.file("there"))
+        it.graph.move(near.node, thread.context)
+        with pytest.raises(OSError, match="different threads") as caught:
+            it.context.run(near.co_copy_range(0, far, 0, 4096))
+        assert caught.value.errno == errno.ENOTSUP
+        assert it.context.run(co_copy(near, 0, far, 0, 4096)) is False
+        it.graph.move(far.node, thread.context)
+        it.context.run(near.co_copy_range(8192, far, 8192, 4096))
+        assert host.content("there")[:12288] == CONTENT[:4096] + bytes(4096) + CONTENT[8192:12288]
+        near.close()
+        far.close()

@@ -13,10 +13,22 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from bottomhalf.block import BlockError
+from bottomhalf.block.resize import Preallocation
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE, ZERO
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ZERO
+from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
 from bottomhalf.host.sim import OPEN, SimHost
 from tests.block.bench import bench, discard, read, sim_bench, zero
 
@@ -268,3 +280,40 @@ def test_an_engine_that_is_not_to_be_had(seed: int) -> None:
             it.file("a.raw", "a", aio="native")
         assert not it.graph.nodes
         assert it.file("a.raw", "a", aio="threads").engine.name == "threads"
+
+
+def test_what_is_where_on_a_network_file_system(seed: int) -> None:
+    """The question may take long there, so the engine asks it, and the loop goes on meanwhile."""
+    with sim_bench(seed, disk=SIZE) as it:
+        it.host.disk.files["disk"].status_waits = True
+        file = it.file("disk")
+        user = it.user(RawNode(it.graph, file=file))
+        assert user.do(Request(WRITE, 8192, 4096, memoryview(b"w" * 4096))) == [0]
+        assert user.backend.block_status(0, SIZE) is None
+        found = []
+        position = 0
+        while position < SIZE:
+            bits, count = it.context.run(user.backend.co_block_status(position, SIZE - position))
+            found.append((position, bits, count))
+            position += count
+        assert found == [(0, ZERO, 8192), (8192, DATA, 4096), (12288, ZERO, SIZE - 12288)]
+        it.host.fault(path="disk", op=BLOCK_STATUS, errno=errno.EIO, times=1)
+        with pytest.raises(OSError, match="Input/output error"):
+            it.context.run(user.backend.co_block_status(0, SIZE))
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_preallocation_is_the_engines(seed: int, mode: str) -> None:
+    """Whole or not at all, at a node and at a window onto it."""
+    with sim_bench(seed, disk=b"x" * SIZE) as it:
+        file = it.file("disk")
+        window = RawNode(it.graph, file=file, offset=4096)
+        backend = it.backend(window, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE)
+        it.context.run(backend.co_truncate(2 * SIZE, Preallocation(mode)))
+        assert (file.size, window.size) == (2 * SIZE + 4096, 2 * SIZE)
+        assert file.allocated_size() >= 2 * SIZE
+        it.host.disk_free_bytes = 8192
+        with pytest.raises(OSError, match="No space left"):
+            it.context.run(backend.co_truncate(4 * SIZE, Preallocation(mode)))
+        assert (file.size, window.size) == (2 * SIZE + 4096, 2 * SIZE)
+        assert it.host.content("disk") == b"x" * SIZE + bytes(SIZE + 4096)
