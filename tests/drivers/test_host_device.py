@@ -112,6 +112,13 @@ def test_no_holes_and_one_size(place: tuple[Bench, str, str]) -> None:
     assert node.size == SIZE
 
 
+def test_no_file_is_made_in_its_place(place: tuple[Bench, str, str]) -> None:
+    it, device, _ = place
+    with pytest.raises(OSError, match="it is a block device, which has its size already"):
+        it.host.create_file(device, SIZE)
+    assert it.user(device_node(it, device)).do(read(0, 512)) == [0]
+
+
 def test_what_it_tells_of_itself(place: tuple[Bench, str, str]) -> None:
     it, device, _ = place
     node = opened(it, {"driver": "raw", "file": {"driver": "host_device", "filename": device, "node-name": "below"}})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -101,6 +102,8 @@ class LinuxHost:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
         file = LinuxFile(path)
         try:
+            if file.is_device:
+                raise OSError(errno.ENOTSUP, "it is a block device, which has its size already", path)
             file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
             file.truncate(0)
             file.truncate(size)

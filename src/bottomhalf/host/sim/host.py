@@ -155,6 +155,8 @@ class SimHost:
             self.add_file(path, b"")
         file = self.open_file(path)
         try:
+            if file.is_device:
+                raise OSError(errno_module.ENOTSUP, "it is a block device, which has its size already", path)
             file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
             file.truncate(0)
             file.truncate(size)
