@@ -6,6 +6,8 @@
 * ``seed`` runs a test once per seed: ``--seeds N`` says how many, ``--seed S`` repeats one.
 * A test that runs longer than ``HANG_SECONDS`` ends the whole run with the stacks of all threads;
   ``@pytest.mark.hang_seconds(600)`` grants more.
+* ``--forbid io_uring`` has the kernel refuse that (``tests/seccomp.py``); tests that are about what is refused skip,
+  and say so.
 * ``--behaviours`` runs only tests that carry the name of one of QEMU's.
 * Tests marked ``soak`` are left out unless ``--soak`` is given.
 * With ``CI`` in the environment, a skip whose reason is not in ``EXPECTED_SKIPS`` fails the run: there,
@@ -25,6 +27,7 @@ from typing import Any, Final
 import hypothesis
 import pytest
 
+from tests import seccomp
 from tests.peers import programs
 
 HANG_SECONDS: Final = 120.0
@@ -38,7 +41,10 @@ BEHAVIOUR: Final = re.compile(
 )
 
 # Regular expressions of the reasons for which a test may skip under continuous integration, with the cause.
-EXPECTED_SKIPS: Final[tuple[str, ...]] = ()
+EXPECTED_SKIPS: Final[tuple[str, ...]] = (
+    r"is forbidden in this run \(--forbid\)$",  # it is what such a run is for
+    r"^no loop devices here",  # containers have no /dev/loop-control; on a machine of one's own, root has
+)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
@@ -63,14 +69,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--seed", type=int, default=None, metavar="S", help="run seeded tests with one seed")
     group.addoption("--behaviours", action="store_true", help="only tests of QEMU's behaviours")
+    group.addoption(
+        "--forbid",
+        default="",
+        metavar="KIND[=ERRNO]",
+        help="have the kernel refuse io_uring or linux-aio (or both, by comma) to the tests and all that they start",
+    )
     group.addoption("--soak", action="store_true", help="run the long tests too (marked soak)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _terminal_fd
+    config.addinivalue_line("markers", "needs(kind): is about io_uring or linux-aio; see --forbid")
     config.addinivalue_line("markers", "hang_seconds(limit): may run longer than the usual guard allows")
     # Output is not captured yet: this is the real standard error, where the stacks of a hang must go.
     _terminal_fd = os.dup(2)
+    if forbid := config.getoption("--forbid"):
+        try:
+            seccomp.refuse(seccomp.parse(forbid))
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(f"--forbid: {error}") from error
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"the kernel says {number} to {kind}" for kind, number in seccomp.forbidden.items()]
 
 
 def pytest_unconfigure() -> None:
@@ -85,12 +107,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if not BEHAVIOUR.search(_docstring(item))]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if BEHAVIOUR.search(_docstring(item))]
+    for item in items:
+        if kind := _missing_need(item):
+            why = "forbidden in this run (--forbid)" if kind in seccomp.forbidden else "refused by this machine"
+            item.add_marker(pytest.mark.skip(reason=f"{kind} is {why}"))
     if config.getoption("--soak"):
         return
     long_ones = [item for item in items if item.get_closest_marker("soak")]
     if long_ones:
         config.hook.pytest_deselected(items=long_ones)
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+# Parameters of tests that ask for one of what --forbid takes away, by its name; others say @pytest.mark.needs(kind).
+_PARAMETERS: Final = {
+    **dict.fromkeys(("io_uring", "io_uring, old", "linux-uring", "linux-uring-old"), "io_uring"),
+    **dict.fromkeys(("linux-aio", "native"), "linux-aio"),
+}
+
+
+def _missing_need(item: pytest.Item) -> str | None:
+    """What the test is about and the kernel refuses in this run. A test that fails without it, and does not say so, has
+    found a mistake."""
+    needs = [kind for marker in item.iter_markers("needs") for kind in marker.args]
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec is not None else ():
+        for name in value if isinstance(value, list) else [getattr(value, "engine", value)]:
+            needs.append(_PARAMETERS.get(name) if isinstance(name, str) else None)
+    return next((kind for kind in needs if kind and seccomp.missing(kind)), None)
 
 
 def _docstring(item: pytest.Item) -> str:

@@ -240,7 +240,7 @@ def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str) -> Snapsho
 def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Qcow2Node]]:
     """A qcow2 image, alone and for writing, without its backing file."""
     from bottomhalf.drivers.qcow2.node import Qcow2Node
-    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
@@ -251,7 +251,7 @@ def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Q
     graph = Graph(context)
     backend = BlockBackend(graph, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, shared=0)
     try:
-        below = {"driver": "file", "filename": path, "discard": "unmap"}
+        below = {"driver": file_driver(graph, path), "filename": path, "discard": "unmap"}
         options = {"driver": "qcow2", "file": below, "backing": None, "discard": "unmap"}
         node = open_node(graph, from_json(BlockdevOptions, options), follow_names=follow_names)
         assert isinstance(node, Qcow2Node)
@@ -270,7 +270,7 @@ def _opened(
 ) -> Iterator[tuple[AioContext, Node]]:
     """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size. In a
     graph that is there already, or in one of its own."""
-    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
 
@@ -282,7 +282,8 @@ def _opened(
     try:
         if create is not None:
             _create_file(context, path, create)
-        options = {"driver": "file", "filename": path, "read-only": not writable, "discard": "unmap"}
+        driver = file_driver(graph, path)
+        options = {"driver": driver, "filename": path, "read-only": not writable, "discard": "unmap"}
         node = open_node(graph, from_json(BlockdevOptions, options))
         node.monitor_owned = True
         backend.insert(node)

@@ -63,11 +63,17 @@ def open(
         options = {
             "driver": format or _format(fspath(image)),
             "discard": "unmap",
-            "file": {"driver": "file", "filename": fspath(image), "discard": "unmap"},
+            "file": {"driver": _file_driver(fspath(image)), "filename": fspath(image), "discard": "unmap"},
         }
     if read_only:
         options["read-only"] = True
     return Disk(_Image(options, backing_files))
+
+
+def _file_driver(path: str) -> str:
+    from bottomhalf.host.linux import LinuxHost
+
+    return "host_device" if LinuxHost().is_device(path) else "file"
 
 
 def _format(path: str) -> str:

@@ -20,9 +20,9 @@ class Counted:
         engine: Any = it.context.engine
         submit = engine.submit
 
-        def counting(file: Any, requests: list[Any]) -> None:
+        def counting(file: Any, requests: list[Any], *rest: Any) -> None:
             self.count += sum(request.op == FLUSH for request in requests)
-            submit(file, requests)
+            submit(file, requests, *rest)
 
         engine.submit = counting
 

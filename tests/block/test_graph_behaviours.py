@@ -258,7 +258,7 @@ class TestEdges:
             (ROLE_COW, (READ_WRITE, PERM_ALL), (PERM_CONSISTENT_READ, PERM_ALL)),
             (ROLE_COW, (reading, NO_WRITERS), (reading, PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED)),
             (ROLE_COW, (0, PERM_ALL), (0, PERM_ALL)),
-            (ROLE_IMAGE, (0, PERM_ALL), (reading, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))),
+            (ROLE_IMAGE, (0, PERM_ALL), (writable, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))),
             (ROLE_IMAGE, (PERM_WRITE, PERM_ALL), (writable, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))),
             (ROLE_DATA, (PERM_WRITE_UNCHANGED, PERM_ALL),
              (PERM_WRITE | PERM_WRITE_UNCHANGED | PERM_RESIZE, PERM_ALL & ~PERM_RESIZE)),

@@ -14,7 +14,7 @@ from bottomhalf.block import BlockError, Graph, Node
 from bottomhalf.block.limits import RequestLimits
 from bottomhalf.drivers.blkdebug import BlkdebugNode
 from bottomhalf.drivers.raw import RawNode
-from bottomhalf.host.request import DISCARD, FUA, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.request import DISCARD, FLUSH, FUA, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
 from bottomhalf.qapi.errors import OptionError
 from tests.block.bench import Bench, discard, flush, read, sim_bench, write, zero
 from tests.drivers.helpers import opened, play
@@ -253,12 +253,22 @@ def test_limits_are_kept(seed: int) -> None:
         assert sum(length for op, _, length, _ in below.seen if op == DISCARD) == 18 * 1024
 
 
-def test_only_the_last_piece_is_durable(seed: int) -> None:
+def test_a_durable_write_in_pieces_ends_with_a_flush(seed: int) -> None:
     with sim_bench(seed) as it:
         below = Seen(it.graph)
         user = it.user(BlkdebugNode(it.graph, image=below, limits=RequestLimits(max_transfer=1000)))
         assert user.do(write(0, bytes(2500), FUA)) == [0]
-        assert [(length, flags) for _, _, length, flags in below.seen] == [(1000, 0), (1000, 0), (500, FUA)]
+        assert [(length, flags) for _, _, length, flags in below.seen] == [(1000, 0), (1000, 0), (500, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("kind", [WRITE, WRITE_ZEROES])
+def test_all_pieces_of_a_durable_write_survive_the_power(seed: int, kind: int) -> None:
+    with sim_bench(seed, disk=bytes(16384)) as it:
+        limits = RequestLimits(max_transfer=1000, zeroes_alignment=512, max_zeroes=1024)
+        user = it.user(BlkdebugNode(it.graph, image=it.file("disk"), limits=limits, unmap=True))
+        request = write(100, b"w" * 5000, FUA) if kind == WRITE else zero(100, 5000, FUA)
+        assert user.do(request) == [0]
+        assert it.host.disk.files["disk"].unsynced_changes() == 0
 
 
 def test_zeroes_that_do_not_fit(seed: int) -> None:
@@ -271,6 +281,7 @@ def test_zeroes_that_do_not_fit(seed: int) -> None:
             (WRITE, 100, 3996),
             (WRITE_ZEROES, 4096, 4096),
             (WRITE, 8192, 100),
+            (FLUSH, 0, 0),
         ]
         assert user.do(zero(0, 100, NO_FALLBACK)) == [-errno.ENOTSUP]
 

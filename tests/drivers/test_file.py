@@ -13,10 +13,22 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from bottomhalf.block import BlockError
+from bottomhalf.block.resize import Preallocation
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.protocol import DATA, PERM_CONSISTENT_READ, ZERO
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, NO_FALLBACK, READ, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.protocol import DATA, PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ZERO
+from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
 from bottomhalf.host.sim import OPEN, SimHost
 from tests.block.bench import bench, discard, read, sim_bench, zero
 
@@ -61,18 +73,48 @@ class TestOpening:
                 it.file("secret", auto_read_only=True)
             assert not it.graph.nodes
             file = it.file("fixed", auto_read_only=True)
-            assert file.read_only
-            with pytest.raises(BlockError, match=r"^Block node is read-only$"):
+            assert not file.read_only and file.file.read_only
+            with pytest.raises(BlockError, match=r"^Could not open 'fixed': Permission denied$"):
                 it.backend(file)
+            assert not file.read_only and file.file.read_only
             assert it.user(file, held=PERM_CONSISTENT_READ).do(read(0, 512)) == [0]
             assert it.file("fixed", read_only=True).read_only
 
-    @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
-    def test_auto_read_only(self, number: int) -> None:
-        with sim_bench(0, disk=512) as it:
-            assert not it.file("disk", auto_read_only=True).read_only
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM, errno.EMFILE])
+    def test_auto_read_only(self, number: int, seed: int) -> None:
+        """The file is open for writing as long as somebody may write, and the node is never read-only."""
+        with sim_bench(seed, disk=b"x" * 4096) as it:
+            file = it.file("disk", auto_read_only=True)
+            reader = it.user(file, held=PERM_CONSISTENT_READ)
+            assert (file.read_only, file.file.read_only) == (False, True)
             it.host.fault(path="disk", op=OPEN, errno=number, times=1)
-            assert it.file("disk", auto_read_only=True).read_only
+            with pytest.raises(BlockError, match=f"^Could not open 'disk': {os.strerror(number)}$"):
+                it.backend(file)
+            assert (file.read_only, file.file.read_only) == (False, True)
+            reads = [Request(READ, n * 512, 512, memoryview(bytearray(512))) for n in range(8)]
+            reader.submit(*reads)
+            writer = it.user(file)
+            assert (file.read_only, file.file.read_only) == (False, False)
+            reader.wait()
+            assert all(request.buffer == b"x" * 512 for request in reads)
+            assert writer.do(Request(WRITE, 0, 512, memoryview(b"w" * 512))) == [0]
+            writer.backend.close()
+            assert (file.read_only, file.file.read_only) == (False, True)
+            fixed = it.file("disk", read_only=True, auto_read_only=True)
+            with pytest.raises(BlockError, match=r"^Block node is read-only$"):
+                it.backend(fixed)
+
+    def test_a_lock_refused_leaves_it_open_for_reading(self) -> None:
+        with sim_bench(0, disk=512) as it:
+            other = it.host.other_process_lock("disk", held=PERM_CONSISTENT_READ, shared=PERM_ALL & ~PERM_WRITE)
+            file = it.file("disk", auto_read_only=True)
+            reader = it.user(file, held=PERM_CONSISTENT_READ)
+            with pytest.raises(BlockError, match='Failed to get "write" lock'):
+                it.backend(file)
+            assert file.file.read_only and reader.do(read(0, 512)) == [0]
+            other.release()
+            it.backend(file)
+            assert not file.file.read_only
 
     def test_other_errors_are_not_about_read_only(self) -> None:
         with sim_bench(0, disk=512) as it:
@@ -99,15 +141,15 @@ class TestOpening:
         os.mkfifo(fifo)
         with bench(LinuxHost()) as it:
             for path, reason in [
-                (tmp_path / "nothing", "No such file or directory"),
-                (tmp_path, "Is a directory"),
-                (fifo, "neither a regular file nor a block device"),  # and the open does not wait for its other end
-                ("/dev/null", "neither a regular file nor a block device"),
+                (tmp_path / "nothing", f"Could not open '{tmp_path}/nothing': No such file or directory"),
+                (tmp_path, f"Could not open '{tmp_path}': Is a directory"),
+                (fifo, f"'file' driver requires '{fifo}' to be a regular file"),  # and the open does not wait
+                ("/dev/null", "'file' driver requires '/dev/null' to be a regular file"),
             ]:
                 for read_only in (False, True):
                     with pytest.raises(BlockError) as caught:
                         it.file(str(path), read_only=read_only)
-                    assert str(caught.value) == f"Could not open '{path}': {reason}"
+                    assert str(caught.value) == reason
             assert not it.graph.nodes
 
     def test_no_permission_on_the_real_host(self) -> None:
@@ -120,7 +162,9 @@ class TestOpening:
                 with pytest.raises(BlockError, match=r"Permission denied"):
                     it.file(str(path))
                 file = it.file(str(path), auto_read_only=True)
-                assert file.read_only
+                assert not file.read_only
+                with pytest.raises(BlockError, match=r"Permission denied"):
+                    it.backend(file)
                 assert it.user(file, held=PERM_CONSISTENT_READ).do(read(0, 512)) == [0]
 
 
@@ -236,3 +280,40 @@ def test_an_engine_that_is_not_to_be_had(seed: int) -> None:
             it.file("a.raw", "a", aio="native")
         assert not it.graph.nodes
         assert it.file("a.raw", "a", aio="threads").engine.name == "threads"
+
+
+def test_what_is_where_on_a_network_file_system(seed: int) -> None:
+    """The question may take long there, so the engine asks it, and the loop goes on meanwhile."""
+    with sim_bench(seed, disk=SIZE) as it:
+        it.host.disk.files["disk"].status_waits = True
+        file = it.file("disk")
+        user = it.user(RawNode(it.graph, file=file))
+        assert user.do(Request(WRITE, 8192, 4096, memoryview(b"w" * 4096))) == [0]
+        assert user.backend.block_status(0, SIZE) is None
+        found = []
+        position = 0
+        while position < SIZE:
+            bits, count = it.context.run(user.backend.co_block_status(position, SIZE - position))
+            found.append((position, bits, count))
+            position += count
+        assert found == [(0, ZERO, 8192), (8192, DATA, 4096), (12288, ZERO, SIZE - 12288)]
+        it.host.fault(path="disk", op=BLOCK_STATUS, errno=errno.EIO, times=1)
+        with pytest.raises(OSError, match="Input/output error"):
+            it.context.run(user.backend.co_block_status(0, SIZE))
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_preallocation_is_the_engines(seed: int, mode: str) -> None:
+    """Whole or not at all, at a node and at a window onto it."""
+    with sim_bench(seed, disk=b"x" * SIZE) as it:
+        file = it.file("disk")
+        window = RawNode(it.graph, file=file, offset=4096)
+        backend = it.backend(window, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE)
+        it.context.run(backend.co_truncate(2 * SIZE, Preallocation(mode)))
+        assert (file.size, window.size) == (2 * SIZE + 4096, 2 * SIZE)
+        assert file.allocated_size() >= 2 * SIZE
+        it.host.disk_free_bytes = 8192
+        with pytest.raises(OSError, match="No space left"):
+            it.context.run(backend.co_truncate(4 * SIZE, Preallocation(mode)))
+        assert (file.size, window.size) == (2 * SIZE + 4096, 2 * SIZE)
+        assert it.host.content("disk") == b"x" * SIZE + bytes(SIZE + 4096)

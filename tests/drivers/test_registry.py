@@ -20,11 +20,11 @@ from bottomhalf.drivers.null import NullCoNode
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.drivers.registry import CHILD_DEPTH_MAX, Opening, describe_node, open_node, register_driver
 from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.protocol import PERM_ALL, PERM_WRITE
+from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_WRITE
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json, to_json
-from tests.block.bench import Bench, bench, sim_bench
+from tests.block.bench import Bench, bench, read, sim_bench
 
 
 def opened(it: Bench, options: dict[str, Any]) -> Any:
@@ -104,7 +104,10 @@ class TestOpening:
             with pytest.raises(BlockError, match=r"^Could not open 'fixed': Permission denied$"):
                 opened(it, options)
             node = opened(it, {**options, "auto-read-only": True})
-            assert node.read_only and node.children[0].node.read_only
+            assert not node.read_only and not node.children[0].node.read_only
+            with pytest.raises(BlockError, match=r"^Could not open 'fixed': Permission denied$"):
+                it.backend(node)
+            assert it.user(node, held=PERM_CONSISTENT_READ).do(read(0, 512)) == [0]
 
     def test_a_driver_of_ones_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(registry, "_OPENERS", dict(registry._OPENERS))
@@ -167,7 +170,8 @@ class TestRefusals:
                 **FILE,
                 aio="native",
             )
-            refused(it, "pr-manager is not supported; leave it out", **FILE, pr_manager="x")
+            text = "No persistent reservation manager with id 'x': there are none here; leave it out"
+            refused(it, text, **FILE, pr_manager="x")
             refused(it, "latency-ns is invalid", driver="null-co", latency_ns=1 << 63)
             opened(it, {**FILE, "detect-zeroes": "off", "active": True})
             opened(it, {**FILE, "aio": "native", "cache": {"direct": True}})

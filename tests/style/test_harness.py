@@ -18,7 +18,7 @@ def run(tmp_path: Path, text: str, *arguments: str, **environment: str) -> subpr
     """Run pytest on one test file beside a copy of our conftest."""
     copy = tmp_path / "tests"
     (copy / "peers").mkdir(parents=True)
-    for name in ("__init__.py", "conftest.py", "peers/__init__.py", "peers/programs.py"):
+    for name in ("__init__.py", "conftest.py", "seccomp.py", "peers/__init__.py", "peers/programs.py"):
         shutil.copy(TESTS / name, copy / name)
     (copy / "test_it.py").write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    soak: long\naddopts = --strict-markers\n")
@@ -94,3 +94,41 @@ def test_gone():
     assert not os.path.exists(f"/proc/{pid}")
 """
     assert "2 passed" in run(tmp_path, text).stdout
+
+
+FORBIDDEN = '''
+import errno
+import pytest
+from bottomhalf.host.linux import LinuxHost
+
+def refusal(kind):
+    with pytest.raises(OSError) as caught:
+        LinuxHost().engine(kind)
+    return errno.errorcode[caught.value.errno]
+
+def test_refused_and_replaced():
+    assert refusal("io_uring") == "ENOSYS" and refusal("linux-aio") == "EPERM"
+    engine = LinuxHost().engine("auto")
+    assert engine.name == "threads"
+    engine.close()
+
+@pytest.mark.needs("io_uring")
+def test_about_it():
+    raise AssertionError
+
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+def test_of_each(kind):
+    LinuxHost().engine(kind).close()
+'''
+
+
+def test_what_is_forbidden(tmp_path: Path) -> None:
+    """The kernel refuses it, the programs do without, and tests that are about it skip with the reason."""
+    done = run(tmp_path, FORBIDDEN, "--forbid", "io_uring=ENOSYS,linux-aio")
+    assert "2 passed, 2 skipped" in done.stdout and "the kernel says ENOSYS to io_uring" in done.stdout
+    assert "2  io_uring is forbidden in this run (--forbid)" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", ["kqueue", "io_uring=NONSENSE", "io_uring,"])
+def test_what_cannot_be_forbidden(tmp_path: Path, wrong: str) -> None:
+    assert "is not one of io_uring, linux-aio" in run(tmp_path, FORBIDDEN, "--forbid", wrong).stderr

@@ -15,6 +15,7 @@ import pytest
 from bottomhalf.monitor.storage import Storage
 from bottomhalf.tools.bh_nbd import LATER, OPTIONS, Settings, main
 from bottomhalf.tools.getopt import UsageError
+from tests import seccomp
 from tests.peers.programs import Spawned
 from tests.tools.conftest import SECONDS_MAX, Outcome, argv, options_in
 from tests.tools.test_storage_daemon_process import PlainClient, is_alive, wait_for
@@ -226,7 +227,8 @@ def test_defaults(nbd: Nbd, image: Path, tmp_path: Path, look: dict[str, Any]) -
 def test_everything_else(nbd: Nbd, image: Path, tmp_path: Path, look: dict[str, Any]) -> None:
     outcome = nbd(
         *("-f", "raw", "-t", "-v", "-e", "0", "-x", "name", "-D", "text", "--handshake-limit=3", "-o", "4096"),
-        *("--cache=unsafe", "--aio=io_uring", "--discard=unmap", "--detect-zeroes=unmap", "-b", "127.0.0.1", "-p", "0"),
+        *("--cache=unsafe", f"--aio={'threads' if seccomp.missing('io_uring') else 'io_uring'}"),
+        *("--discard=unmap", "--detect-zeroes=unmap", "-b", "127.0.0.1", "-p", "0"),
         *("--object", "iothread,id=t", image),
     )
     assert outcome.status == 0, outcome

@@ -18,6 +18,7 @@ import pytest
 
 from bottomhalf.host.linux import LinuxHost, probe
 from bottomhalf.tools import bottomhalf, doctor
+from tests.loop_devices import loop_device
 from tests.tools.conftest import Outcome, options_in
 
 Tool = Callable[..., Outcome]
@@ -114,6 +115,24 @@ def test_the_file(report: dict[str, Any]) -> None:
             file["direct-memory-alignment"],
         )
         direct.close()
+
+
+def test_a_block_device(tmp_path: Path, tool: Tool) -> None:
+    """What it says of itself; one that is read-only is told as such. Nothing of it is changed."""
+    (tmp_path / "backing").write_bytes(b"x" * (1 << 20))
+    with loop_device(tmp_path / "backing", "--sector-size", "4096") as path:
+        file = doctor.examine(path)["file"]
+        assert (file["file-system"], file["size"]) == ("none: a block device", 1 << 20)
+        assert file["direct-alignment"] == 4096
+        assert named(file["abilities"], "blocks")["detail"].startswith("4096 bytes to address")
+        assert named(file["abilities"], "a writer's image lock")["works"]
+        assert [one["name"] for one in file["abilities"]].count("discards") == 1
+        text = tool(bottomhalf.main, ["doctor", path]).stdout
+        assert "a block device" in text and "zeroes by the device" in text
+    with loop_device(tmp_path / "backing", "--read-only") as path:
+        refused = named(doctor.examine(path)["file"]["abilities"], "writing")
+        assert not refused["works"] and "BLKROGET" in refused["cause"]
+    assert (tmp_path / "backing").read_bytes() == b"x" * (1 << 20)
 
 
 def test_the_json_is_the_report(tool: Tool) -> None:
@@ -253,7 +272,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
     [
         ("/nonexistent", "bottomhalf doctor: /nonexistent: No such file or directory\n"),
         ("/", "bottomhalf doctor: /: Is a directory\n"),
-        ("/dev/null", "bottomhalf doctor: /dev/null: neither a regular file nor a block device\n"),
+        ("/dev/null", "bottomhalf doctor: /dev/null: a character device, neither a regular file nor a block device\n"),
         ("a b", "bottomhalf doctor: give one path\nTry 'bottomhalf doctor --help' for more information.\n"),
     ],
 )

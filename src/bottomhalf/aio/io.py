@@ -78,11 +78,16 @@ class ContextEngine:
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(self._engine.name, self.in_flight)
 
-    def submit(self, file: File, requests: list[Request]) -> None:
-        """Start requests of one op. Their owners are told in a later turn of the loop, never from in here."""
+    def submit(self, file: File, requests: list[Request], most: int = 0) -> None:
+        """Start requests of one op. Their owners are told in a later turn of the loop, never from in here. ``most``
+        can make the parts smaller in which they start; 0 for no wish."""
         at, count, prepare = 0, len(requests), self._prepare
+        if not 0 < most < SUBMIT_AT:
+            most = SUBMIT_AT
+        elif self._prepared >= most:
+            self._enter(None)
         # What was prepared before may have gone with an enter() of the engine's own, and be done: less than is counted.
-        submit_at = SUBMIT_AT if self._engine.in_flight else self._prepared + SUBMIT_AT_IDLE
+        submit_at = most if self._engine.in_flight else min(most, self._prepared + SUBMIT_AT_IDLE)
         while at < count:
             part = requests[at : at + submit_at - self._prepared]
             at += len(part)
@@ -94,7 +99,7 @@ class ContextEngine:
                 self.completions.schedule()
             if self._prepared >= submit_at:
                 self._enter(None)
-                submit_at = SUBMIT_AT
+                submit_at = most
         if self._prepared:
             defer_call(self._enter, None)
 

@@ -21,7 +21,8 @@ then the node has a new, round size.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from bottomhalf.block.serialising import RangeGate
@@ -78,6 +79,17 @@ class Aligner:
             if self._node.start(request, self._serve(request)):
                 pending.append(request)
         return pending
+
+    @asynccontextmanager
+    async def passage(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Inside, a coroutine of the driver's own may write the range. ENOTSUP if it is not one of whole blocks."""
+        if (offset | length) & (self._alignment - 1):
+            raise OSError(errno.ENOTSUP, "the ends of the range would have to be written", self._node.name)
+        place = await self._gate.enter(offset, offset + length, alone=False)
+        try:
+            yield
+        finally:
+            self._gate.leave(place)
 
     async def _serve(self, request: Request) -> None:
         op, start, end = request.op, request.offset, request.offset + request.length

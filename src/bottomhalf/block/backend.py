@@ -19,10 +19,11 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, move_to, suspend, wait_while
-from bottomhalf.block import changes, permissions
+from bottomhalf.block import changes, copying, permissions
 from bottomhalf.block.edge import Edge, Parent
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.block.queue import BackendStatistics, Queue
+from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.block.transaction import Transaction
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, File
 from bottomhalf.host.request import (
@@ -191,11 +192,6 @@ class BlockBackend(Parent):
 
     def parent_drained_poll(self) -> bool:
         return self.in_flight > 0 or self._errands_begun != self._errands_done
-
-    @property
-    def drained(self) -> bool:
-        """Whether requests wait for the end of a drained section."""
-        return self._quiesced > 0
 
     def run_at_home(self, callback: Callable[[], object]) -> None:
         """For ``on_drain``: call something in the backend's own thread; a drained section waits for it too. (It is
@@ -424,12 +420,32 @@ class BlockBackend(Parent):
         async with self._admitted():
             return await self.node.co_block_status(offset, length)
 
-    async def co_truncate(self, size: int) -> None:
-        """Resize the image; takes the permission to. OSError."""
+    async def co_copy_range(
+        self, offset: int, target: BlockBackend, target_offset: int, length: int, flags: int = 0
+    ) -> None:
+        """Copy a range to another backend without reading it. OSError; ENOTSUP: the caller has to read and write. See
+        ``copying``."""
+        await copying.co_copy_range(self, offset, target, target_offset, length, flags)
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drained section keeps requests out."""
+        return self._quiesced > 0
+
+    async def co_wait_undrained(self) -> None:
+        """Wait for the end of the section. Home thread."""
+        if self._quiesced:
+            await self._drain_ends.wait()
+
+    async def co_truncate(self, size: int, preallocation: Preallocation = Preallocation.OFF) -> None:
+        """Resize the image; takes the permission to. OSError, BlockError for what cannot be asked."""
         async with self._admitted():
             if not self.held & PERM_RESIZE:
                 raise OSError(errno.EPERM, f"{self.describe()} may not resize", self.name)
-            await self.node.co_truncate(size)
+            if preallocation == Preallocation.OFF:
+                await self.node.co_truncate(size)
+            else:
+                await co_resize(self.node, size, preallocation)
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
@@ -441,8 +457,7 @@ class BlockBackend(Parent):
             if not self._quiesced and self.context is current().context:
                 break
             self.request_ended(1)
-            if self._quiesced:
-                await self._drain_ends.wait()
+            await self.co_wait_undrained()
         try:
             yield
         finally:

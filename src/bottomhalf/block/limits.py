@@ -8,8 +8,8 @@ What fits goes on as a list. The others are cut by a coroutine each, piece after
 ``max_transfer``; zero writes and discards into an unaligned head, aligned pieces, and an unaligned tail. If the node
 cannot zero a piece (ENOTSUP), zero bytes are written there, unless the caller forbids it; a discard is a hint.
 
-A write that is to be durable is so when its last piece is, so only that one has the flag: a flush per piece would cost
-the more, the smaller the pieces are.
+A write that is to be durable is so when all of its pieces are, so there is one flush behind the last: a durable write
+per piece would cost the more, the smaller the pieces are.
 """
 
 from __future__ import annotations
@@ -78,20 +78,21 @@ class Splitter:
     async def _serve(self, request: Request) -> None:
         op, offset, end, flags = request.op, request.offset, request.offset + request.length, request.flags
         alignment, maximum = self.limits.of(op)
-        durable = flags & FUA
+        flags, durable = flags & ~FUA, flags & FUA
         while offset < end:
             length = _piece(offset, end - offset, alignment, maximum)
-            last = durable if offset + length == end else 0
             buffer = None
             if op in (READ, WRITE):
                 begin = offset - request.offset
                 buffer = request.buffer[begin : begin + length]
-            result = await self._io(op, offset, length, buffer, flags & ~FUA | last)
+            result = await self._io(op, offset, length, buffer, flags)
             if result == -errno.ENOTSUP and op == WRITE_ZEROES and not flags & NO_FALLBACK:
-                await self._node.write_zero_bytes(offset, length, last, self.submit)
+                await self._node.write_zero_bytes(offset, length, 0, self.submit)
             elif result != -errno.ENOTSUP or op != DISCARD:
                 check(result, self._node.name)
             offset += length
+        if durable:
+            check(await self._io(FLUSH, 0, 0, None, 0), self._node.name)
 
     async def _io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> int:
         from bottomhalf.block.node import co_submit

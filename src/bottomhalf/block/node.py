@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from bottomhalf.aio import AioContext, current, suspend
 from bottomhalf.aio.io import Waiter
-from bottomhalf.block import changes, drain, permissions
+from bottomhalf.block import changes, copying, drain, permissions, resize
 from bottomhalf.block.edge import ROLE_FILTER, Edge, Parent
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.host.protocol import (
@@ -46,7 +46,9 @@ from bottomhalf.host.protocol import (
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRITE, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
+    from bottomhalf.block.copying import CopyTo
     from bottomhalf.block.graph import Graph
+    from bottomhalf.block.resize import Preallocation
     from bottomhalf.block.transaction import Transaction
 
 BOUNCE_BYTES_MAX: Final = 1 << 20  # of zero bytes written at a time where a file system cannot zero by itself
@@ -221,6 +223,20 @@ class Node(Parent, metaclass=_NodeType):
 
     async def co_truncate(self, size: int) -> None:
         raise OSError(errno.ENOTSUP, f"driver {self.driver} cannot resize", self.name)
+
+    async def co_grow(self, size: int, preallocation: Preallocation) -> None:
+        """A larger size, with a new part that takes its space at once (``falloc`` or ``full``). Afterwards, or if it
+        fails, the size is the new one or the old one."""
+        await resize.grow_and_zero(self, size, preallocation)
+
+    async def co_copy_range_from(self, offset: int, length: int, to: CopyTo) -> None:
+        """Find the host file that the bytes are in and await ``to(file, offset in it)``; ENOTSUP if they are not in
+        one, or not as they are. See ``copying``."""
+        raise copying.not_supported(self)
+
+    async def co_copy_range_to(self, offset: int, length: int, file: File, file_offset: int, flags: int) -> None:
+        """Copy bytes of a host file to the range without reading them; ENOTSUP if that cannot be. See ``copying``."""
+        raise copying.not_supported(self)
 
     def drain_begin(self) -> None:
         """The node becomes quiet: start nothing of your own. Must not wait."""

@@ -137,9 +137,9 @@ def for_backing(held: int, shared: int) -> tuple[int, int]:
 
 
 def for_storage(node: Node, held: int, shared: int) -> tuple[int, int]:
-    """A format that keeps its tables in the child reads always, writes and grows when somebody writes, and lets
-    nobody else do either."""
-    if not node.read_only and held & WRITING:
+    """A format that keeps its tables in the child reads always, writes and grows unless it is read-only (its tables
+    may change although nobody writes), and lets nobody else do either."""
+    if not node.read_only:
         held |= PERM_WRITE | PERM_RESIZE
     return held | PERM_CONSISTENT_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
 

@@ -9,8 +9,9 @@ full      zero bytes are written
 
     await co_resize(node, new_size, Preallocation.FALLOC)
 
-It is done with what every node has: truncate first, then zero the new part, without holes. If that fails the disk gets
-its old size again. (``metadata`` is for formats that have some; none does it yet.)
+Node.co_grow() does it, in a driver's own way or with what every node has: truncate first, then zero the new part,
+without holes. If that fails the disk gets its old size again. (``metadata`` is for formats that have some; none does it
+yet.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from bottomhalf.block.errors import BlockError, check
-from bottomhalf.block.node import co_submit
 from bottomhalf.host.request import NO_FALLBACK, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
@@ -46,9 +46,18 @@ async def co_resize(node: Node, size: int, preallocation: Preallocation = Preall
         raise BlockError("Unsupported preallocation mode 'metadata'")
     if preallocation != Preallocation.OFF and size < old:
         raise BlockError("Preallocation can't be used for shrinking files")
-    await node.co_truncate(size)
     if preallocation == Preallocation.OFF or size == old:
-        return
+        await node.co_truncate(size)
+    else:
+        await node.co_grow(size, preallocation)
+
+
+async def grow_and_zero(node: Node, size: int, preallocation: Preallocation) -> None:
+    """What Node.co_grow() is unless a driver knows better."""
+    from bottomhalf.block.node import co_submit
+
+    old = node.size
+    await node.co_truncate(size)
     try:
         if preallocation == Preallocation.FULL:
             await node.write_zero_bytes(old, size - old, 0, node.submit_batch)

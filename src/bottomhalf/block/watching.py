@@ -98,6 +98,10 @@ def _watching(kind: type[Any]) -> type[Node]:
             self.watch.written(offset + length)
             await super().co_write_zeroes(offset, length, flags)
 
+        async def co_copy_range_to(self, offset: int, length: int, *source: Any) -> None:
+            self.watch.written(offset + length)
+            await super().co_copy_range_to(offset, length, *source)
+
     Watched.__name__ = f"Watched{kind.__name__}"
     _classes[kind] = Watched
     return Watched

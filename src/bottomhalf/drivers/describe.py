@@ -29,6 +29,7 @@ from bottomhalf.wire.json_writer import dumps
 # Options of a driver that decide what is read; children are added from the graph.
 _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "file": ("filename",),
+    "host_device": ("filename",),
     "raw": ("offset", "size"),
     "null-co": ("size", "read_zeroes"),
     "null-aio": ("size", "read_zeroes"),
@@ -39,6 +40,7 @@ _CONTENT_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 
+_HOST_FILES: Final = frozenset({"file", "host_device"})
 _NAMED_LIKE_THEIR_CHILD: Final = frozenset({"copy-before-write", "snapshot-access"})
 
 
@@ -82,7 +84,7 @@ def _flattened(name: str, rules: list[Struct]) -> dict[str, Any]:
 
 def _plain_name(node: Node) -> str:
     given = _given(node)
-    if node.driver == "file":
+    if node.driver in _HOST_FILES:
         return str(given["filename"])
     if node.driver in ("blkdebug", "blkverify") and not given:
         below = [_plain_name(edge.node) for edge in node.children]
@@ -129,7 +131,7 @@ def describe_node(node: Node) -> BlockDeviceInfo:
 
 def _describe_image(node: Node, name: str) -> ImageInfo:
     specific = None
-    if node.driver == "file":
+    if node.driver in _HOST_FILES:
         specific = ImageInfoSpecific(
             type=ImageInfoSpecificKind("file"),
             branch=ImageInfoSpecificFileWrapper(data=ImageInfoSpecificFile()),
@@ -148,4 +150,4 @@ def _dirty_flag(node: Node) -> bool | None:
     """None where QEMU's driver knows nothing of the image; raw and filters know what their child knows."""
     while node.driver == "raw" or node.is_filter:
         node = node.children[0].node
-    return False if node.driver == "file" else None
+    return False if node.driver in _HOST_FILES else None

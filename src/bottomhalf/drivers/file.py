@@ -1,29 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Driver ``file``: a regular file or block device of this host.
+"""Driver ``file``: a regular file of this host. (``host_device`` is derived from it.)
 
 Reads whose bytes are in the page cache are served where they stand; the rest of a batch goes to the context's
 engine with one system call. ``cache.direct=on`` (O_DIRECT) sends everything to the engine. The file's locks follow
 the permissions of the graph, so that QEMU and we keep each other from spoiling an image.
+
+With ``auto-read-only=on`` a file is open for reading alone as long as nobody above wants to write, and is opened for
+writing too when somebody does: the node itself is never read-only because of it. (QEMU calls it dynamic.)
+
+Ranges are copied from file to file inside the kernel. What it will not copy so is ENOTSUP, here as everywhere: then
+the caller reads and writes.
 """
 
 from __future__ import annotations
 
 import errno
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from bottomhalf.block import BlockError, Node
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.errors import check
 from bottomhalf.block.generations import Generations
-from bottomhalf.host.protocol import AIO_ENGINES, PERM_ALL, File, ImageInUse
+from bottomhalf.block.permissions import WRITING
+from bottomhalf.block.resize import Preallocation
+from bottomhalf.host.protocol import AIO_ENGINES, PERM_ALL, PERM_RESIZE, DeviceReadOnly, File, ImageInUse
 from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    COPY_RANGE,
     DISCARD,
     FLUSH,
     FUA,
     MAY_UNMAP,
     NO_FALLBACK,
     READ,
+    TRUNCATE,
     WRITE,
     Request,
 )
@@ -31,6 +42,9 @@ from bottomhalf.host.request import (
 if TYPE_CHECKING:
     from bottomhalf.aio.io import ContextEngine
     from bottomhalf.block import Graph, Transaction
+    from bottomhalf.block.copying import CopyTo
+
+_WRITERS: Final = WRITING | PERM_RESIZE  # whoever holds one of these needs a file that is open for writing
 
 
 class FileNode(Node):
@@ -38,6 +52,7 @@ class FileNode(Node):
 
     driver = "file"
     is_protocol = True
+    is_device: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -53,6 +68,7 @@ class FileNode(Node):
         force_share: bool = False,
         unmap: bool = False,
         aio: str | None = None,
+        batch_max: int = 0,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self.filename = filename
@@ -66,8 +82,10 @@ class FileNode(Node):
         self.no_flush = no_flush
         self.force_share = force_share
         self._locking = locking
+        self._auto_read_only = auto_read_only
+        self._batch_max = batch_max
         try:
-            self.file = self._open(filename, auto_read_only, direct, locking)
+            self.file = self._open(read_only or auto_read_only, direct)
         except BaseException:
             graph.forget(self)
             raise
@@ -98,24 +116,37 @@ class FileNode(Node):
                 "'bottomhalf doctor' tells what this machine allows, and the likely cause of each refusal."
             ) from error
 
-    def _open(self, filename: str, auto_read_only: bool, direct: bool, locking: str) -> File:
-        host = self.graph.context.host
+    def _open(self, read_only: bool, direct: bool) -> File:
+        filename, host = self.filename, self.graph.context.host
         try:
-            return host.open_file(filename, read_only=self.read_only, direct=direct, locking=locking)
+            file = host.open_file(filename, read_only=read_only, direct=direct, locking=self._locking)
         except OSError as error:
-            if auto_read_only and not self.read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-                self.read_only = True
-                return self._open(filename, False, direct, locking)
-            reason = error.strerror
-            if direct and error.errno == errno.EINVAL:
-                reason = "the file system does not support O_DIRECT (cache.direct=on)"
-            raise BlockError(f"Could not open '{filename}': {reason}") from error
+            raise self._cannot_open(error, direct) from error
+        if file.is_device != self.is_device:
+            file.close()
+            raise BlockError(self.wrong_kind(""))
+        return file
+
+    def wrong_kind(self, what: str) -> str:
+        """What is said of a name that leads to something else (``what``, if that is known)."""
+        return f"'file' driver requires '{self.filename}' to be a regular file"
+
+    def _cannot_open(self, error: OSError, direct: bool) -> BlockError:
+        reason = error.strerror
+        if isinstance(error, DeviceReadOnly):
+            return BlockError(f"The device is not writable: {reason}")
+        if error.errno == errno.ENOTBLK:
+            return BlockError(self.wrong_kind(error.strerror or ""))
+        if direct and error.errno == errno.EINVAL:
+            reason = "the file system does not support O_DIRECT (cache.direct=on)"
+        return BlockError(f"Could not open '{self.filename}': {reason}")
 
     def _use(self, file: File) -> None:
         self.file = file
         self.request_alignment = file.alignment
         self.memory_alignment = file.memory_alignment
         self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
+        self._door = self._submit if self._aligner is None else self._aligner.submit
 
     def reopen(self, options: Any, transaction: Transaction) -> set[str]:
         """Another way to access the same file: opened beside the old one, which is closed when all have agreed."""
@@ -123,8 +154,11 @@ class FileNode(Node):
         no_flush, self.no_flush = self.no_flush, bool(cache and cache.no_flush)
         transaction.add(abort=lambda: setattr(self, "no_flush", no_flush))
         direct = bool(cache and cache.direct)
-        if (self.read_only, direct) != (self.file.read_only, self.file.direct):
-            file = self._open(self.filename, bool(options.auto_read_only), direct, self._locking)
+        auto, self._auto_read_only = self._auto_read_only, bool(options.auto_read_only)
+        transaction.add(abort=lambda: setattr(self, "_auto_read_only", auto))
+        writes = not self.read_only and (not self._auto_read_only or bool(self.permissions[0] & _WRITERS))
+        if (not writes, direct) != (self.file.read_only, self.file.direct):
+            file = self._open(not writes, direct)
             transaction.add(abort=file.close, commit=partial(self._exchange, file))
         return set()
 
@@ -137,8 +171,8 @@ class FileNode(Node):
         return self.file.size()
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
-        if self._aligner is not None and requests[0].op != FLUSH:
-            return self._aligner.submit(requests)
+        if requests[0].op != FLUSH:
+            return self._door(requests)
         return self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> list[Request]:
@@ -165,7 +199,7 @@ class FileNode(Node):
             if op != FLUSH and not all(request.length for request in pending):
                 self.finish([request for request in pending if not request.length], 0)
                 pending = [request for request in pending if request.length]
-            self.engine.submit(self.file, pending)
+            self.engine.submit(self.file, pending, self._batch_max)
         return pending
 
     async def _co_zero(self, request: Request) -> None:
@@ -188,8 +222,20 @@ class FileNode(Node):
         if flags & FUA:
             await self.co_flush()
 
-    def block_status(self, offset: int, length: int) -> tuple[int, int]:
-        return self.file.block_status(offset, length)
+    def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
+        return None if self.file.status_waits else self.file.block_status(offset, length)
+
+    async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+        if not self.file.status_waits:
+            return self.file.block_status(offset, length)
+        answer: list[int] = []
+        await self._co_errand(Request(BLOCK_STATUS, offset, length, answer))
+        bits, count = answer
+        return bits, count
+
+    async def _co_errand(self, request: Request) -> None:
+        await self.engine.co_submit(self.file, request)
+        check(request.result, self.filename)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return (self.file, offset) if self.file.is_cached(offset, length) else None
@@ -211,8 +257,58 @@ class FileNode(Node):
         self.file.truncate(size)
         self.refresh_size()
 
+    async def co_grow(self, size: int, preallocation: Preallocation) -> None:
+        try:
+            await self._co_errand(Request(TRUNCATE, size, 0, str(preallocation)))
+        finally:
+            self._generations.written += 1
+            self.refresh_size()
+
+    async def co_copy_range_from(self, offset: int, length: int, to: CopyTo) -> None:
+        await to(self.file, offset)
+
+    async def co_copy_range_to(self, offset: int, length: int, file: File, file_offset: int, flags: int) -> None:
+        """Copy inside the kernel; ENOTSUP if it cannot, and for a range that would have to be read to be written."""
+        if self._aligner is None:
+            await self._co_copy_range(offset, length, file, file_offset, flags)
+        else:
+            async with self._aligner.passage(offset, length):
+                await self._co_copy_range(offset, length, file, file_offset, flags)
+
+    async def _co_copy_range(self, offset: int, length: int, file: File, file_offset: int, flags: int) -> None:
+        if type(file) is not type(self.file):
+            raise OSError(errno.ENOTSUP, "the source is a file of another host", self.filename)
+        request = Request(COPY_RANGE, offset, length, (file, file_offset), 0 if self.no_flush else flags & FUA)
+        try:
+            await self._co_errand(request)
+        finally:
+            self._generations.written += 1
+
     def apply_permissions(self, held: int, shared: int) -> None:
-        """Lock the file accordingly. With force-share others may do whatever they like meanwhile."""
+        """Open the file accordingly, and lock it. With force-share others may do whatever they like meanwhile."""
+        file, writers = self.file, bool(held & _WRITERS)
+        opened = writers and self._auto_read_only and file.read_only and not self.read_only
+        if opened:
+            try:
+                file.set_read_only(False)
+            except OSError as error:
+                raise self._cannot_open(error, file.direct) from error
+        try:
+            self._lock(held, shared)
+        except BlockError:
+            if opened:
+                self._close_for_writing()
+            raise
+        if self._auto_read_only and not file.read_only and not writers:
+            self._close_for_writing()
+
+    def _close_for_writing(self) -> None:
+        try:
+            self.file.set_read_only(True)
+        except OSError:
+            pass  # then it stays open for writing, and nobody writes
+
+    def _lock(self, held: int, shared: int) -> None:
         try:
             self.file.set_permissions(held, PERM_ALL if self.force_share else shared)
         except ImageInUse as error:

@@ -13,6 +13,8 @@ from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, WRITE_ZEROES, Req
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph, Transaction
+    from bottomhalf.block.copying import CopyTo
+    from bottomhalf.block.resize import Preallocation
 
 SECTOR_BYTES: Final = 512  # what QEMU counts image sizes in
 
@@ -120,6 +122,17 @@ class RawNode(Node):
         if self.fixed_size is not None:
             raise OSError(errno.ENOTSUP, "Cannot resize fixed-size raw disks", self.name)
         await self._edge.node.co_truncate(self.offset + size)
+
+    async def co_grow(self, size: int, preallocation: Preallocation) -> None:
+        if self.fixed_size is not None:
+            raise OSError(errno.ENOTSUP, "Cannot resize fixed-size raw disks", self.name)
+        await self._edge.node.co_grow(self.offset + size, preallocation)
+
+    async def co_copy_range_from(self, offset: int, length: int, to: CopyTo) -> None:
+        await self._edge.node.co_copy_range_from(offset + self.offset, length, to)
+
+    async def co_copy_range_to(self, offset: int, length: int, file: File, file_offset: int, flags: int) -> None:
+        await self._edge.node.co_copy_range_to(offset + self.offset, length, file, file_offset, flags)
 
 
 def _check_window(file_size: int, offset: int, size: int | None) -> None:

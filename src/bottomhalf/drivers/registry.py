@@ -150,6 +150,11 @@ def _queue_reopen(queue: dict[Node, BlockdevOptions], node: Node, options: Block
             _queue_reopen(queue, edge.node, _inherit(options, given))
 
 
+def file_driver(graph: Graph, path: str) -> str:
+    """The driver for a path whose driver nobody has said: "host_device" for a block device, else "file"."""
+    return "host_device" if graph.context.host.is_device(path) else "file"
+
+
 def describe_node(node: Node) -> BlockDeviceInfo:
     """The node as query-named-block-nodes tells it."""
     from bottomhalf.drivers import describe
@@ -211,8 +216,8 @@ def _named_image(opening: Opening, named: str, format: str | None, file: Node) -
         path = os.path.join(os.path.dirname(image), path)
     if format is None:
         raise BlockError(f"The image does not say the format of its backing file, '{named}'; give the node as backing")
-    below = {"driver": "file", "filename": path, "read-only": True}
-    options = below if format == "file" else {"driver": format, "read-only": True, "file": below}
+    below = {"driver": file_driver(opening.graph, path), "filename": path, "read-only": True}
+    options = below if format in ("file", "host_device") else {"driver": format, "read-only": True, "file": below}
     return from_json(BlockdevOptions, options)
 
 
@@ -246,13 +251,16 @@ def _inherit(parent: BlockdevOptions, given: BlockdevOptions) -> BlockdevOptions
 
 def _open_file(opening: Opening) -> Node:
     from bottomhalf.drivers.file import FileNode
+    from bottomhalf.drivers.host_device import HostDeviceNode
 
     options, branch = opening.options, opening.branch
+    kind = HostDeviceNode if options.driver == "host_device" else FileNode
     if branch.pr_manager is not None:
-        raise BlockError("pr-manager is not supported; leave it out")
+        manager = branch.pr_manager
+        raise BlockError(f"No persistent reservation manager with id '{manager}': there are none here; leave it out")
     if branch.aio == BlockdevAioOptions.NATIVE and not opening.cache.direct:
         raise BlockError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
-    return FileNode(
+    return kind(
         opening.graph,
         **opening.common,
         filename=branch.filename,
@@ -262,6 +270,7 @@ def _open_file(opening: Opening) -> Node:
         locking=str(branch.locking or "auto"),
         force_share=bool(options.force_share),
         aio=None if branch.aio is None else str(branch.aio),
+        batch_max=max(branch.aio_max_batch or 0, 0),
     )
 
 
@@ -326,6 +335,7 @@ def _open_filter(opening: Opening) -> Node:
 
 _OPENERS: Final[dict[str, Opener]] = {
     "file": _open_file,
+    "host_device": _open_file,
     "raw": _open_raw,
     "qcow2": _open_qcow2,
     "null-co": _open_null,

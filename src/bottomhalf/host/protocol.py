@@ -30,6 +30,9 @@ HUP: Final = 0x010
 DATA: Final = 1  # reads come from storage
 ZERO: Final = 2  # reads as zeroes
 
+# What open_file() says, with ENOTBLK, of a name that leads to one.
+CHARACTER_DEVICE: Final = "a character device, neither a regular file nor a block device"
+
 # What Host.engine() makes by name.
 ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
 # What QEMU's users call them: ``aio=``.
@@ -41,6 +44,20 @@ PERM_WRITE: Final = 2
 PERM_WRITE_UNCHANGED: Final = 4
 PERM_RESIZE: Final = 8
 PERM_ALL: Final = 15
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a block device says of itself, in bytes; 0 for what it does not say, or does not do."""
+
+    logical_block: int  # the least that it reads and writes (BLKSSZGET)
+    physical_block: int  # what it writes without reading before (BLKPBSZGET)
+    max_transfer: int = 0  # the largest request that reaches it in one piece
+    max_segments: int = 0  # a count: pieces of memory that such a request may have
+    discard_granularity: int = 0
+    max_discard: int = 0
+    max_write_zeroes: int = 0  # 0: the kernel writes zero bytes instead
+    optimal_transfer: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,10 +149,15 @@ class File(Protocol):
     direct: bool
     alignment: int
     memory_alignment: int
+    is_device: bool  # a block device: it has its size, and no holes
 
     def fileno(self) -> int: ...
 
     def size(self) -> int: ...
+
+    @property
+    def status_waits(self) -> bool:
+        """Whether block_status() may take long (network and FUSE file systems): then BLOCK_STATUS is for the engine."""
 
     def allocated_size(self) -> int:
         """Bytes that the file occupies on its file system."""
@@ -172,6 +194,14 @@ class File(Protocol):
 
     def truncate(self, size: int) -> None: ...
 
+    def device_limits(self) -> DeviceLimits | None:
+        """What a block device can do; None for a regular file."""
+
+    def set_read_only(self, read_only: bool) -> None:
+        """Open the same file another time, for reading alone or for writing too, and put that in the place of what is
+        open: what is under way ends as it was begun, locks stay. OSError (EACCES, EROFS, ``DeviceReadOnly``, ...);
+        nothing has changed then."""
+
     def set_permissions(self, held: int, shared: int) -> None:
         """Take image locks for the permission masks ``held`` and ``shared`` (OFD locks on bytes 100 + n and
         200 + n, the ones that QEMU uses), giving up those no longer needed. Raises ``ImageInUse`` without having
@@ -186,6 +216,10 @@ class File(Protocol):
 
 class ImageInUse(OSError):
     """Another opener holds a conflicting lock; the message names the permission and, if known, the process."""
+
+
+class DeviceReadOnly(PermissionError):
+    """A block device that was to be written to is read-only, although its node may be opened."""
 
 
 class Engine(Protocol):
@@ -359,7 +393,10 @@ class Host(Protocol):
     def open_file(
         self, path: str, *, read_only: bool = False, direct: bool = False, locking: str = "auto"
     ) -> File:
-        """Open an existing regular file or block device. ``locking`` is on, off or auto."""
+        """Open an existing regular file or block device; anything else is ENOTBLK. ``locking`` is on, off or auto."""
+
+    def is_device(self, path: str) -> bool:
+        """Whether the path leads to a block device. False as well if it leads nowhere."""
 
     def create_file(self, path: str, size: int) -> None:
         """Make a regular file of zeroes; one that is there loses its content. ``ImageInUse`` if somebody has locked

@@ -29,8 +29,15 @@ WRITE: Final = 1
 FLUSH: Final = 2
 DISCARD: Final = 3
 WRITE_ZEROES: Final = 4
+# Errands of an engine, one at a time. The block layer has functions for them; no layer passes them on as requests.
+COPY_RANGE: Final = 5  # ``buffer`` is (File, offset): where the bytes come from
+TRUNCATE: Final = 6  # ``offset`` is the new size, ``buffer`` "off", "falloc" or "full": what a new part is made of
+BLOCK_STATUS: Final = 7  # ``buffer`` is a list; it gets what File.block_status() answers
 
-OP_NAMES: Final = ("read", "write", "flush", "discard", "write-zeroes")
+OP_NAMES: Final = (
+    *("read", "write", "flush", "discard", "write-zeroes"),
+    *("copy-range", "truncate", "block-status"),
+)
 
 # Flags of a request (QEMU's BDRV_REQ_*).
 FUA: Final = 1  # durable before it completes
@@ -72,7 +79,7 @@ class Request:
     flags: int
     offset: int
     length: int
-    buffer: Any  # memoryview of exactly ``length`` bytes for READ and WRITE, else None
+    buffer: Any  # memoryview of exactly ``length`` bytes for READ and WRITE, else None; but see the errands above
     address: int  # memory address of buffer's first byte, 0 if not known
     result: int
     done: int  # bytes already transferred; the engine's own, 0 outside

@@ -104,15 +104,15 @@ BlockdevRef: TypeAlias = Annotated[BlockdevOptions | str, Alternate("BlockdevRef
 
 
 class BlockdevOptionsFile(Struct):
-    """A regular file or a block device of the host."""
+    """A regular file of the host, or with the driver host_device a block device."""
 
     filename: Annotated[str, Doc("path")]
     pr_manager: Annotated[str | None, Doc("object that does persistent reservations")] = None
     locking: Annotated[OnOffAuto | None, Doc("lock the file against other programs", default="auto")] = None
     aio: Annotated[BlockdevAioOptions | None, Doc("how requests are done", default="the best that works here")] = None
-    aio_max_batch: Annotated[int | None, Doc("most requests submitted at once; 0 chooses", default="0")] = (
-        None
-    )
+    aio_max_batch: Annotated[
+        int | None, Doc("most requests of this node that start together; 0 chooses", default="0")
+    ] = None
     drop_cache: Annotated[bool | None, Doc("drop the page cache when migrating", default="on")] = None
     x_check_cache_dropped: Annotated[
         bool | None, Doc("check that the cache was dropped", default="off", features=("unstable",))
@@ -344,6 +344,7 @@ class BlockdevOptionsCbw(BlockdevOptionsGenericFormat):
 
 
 BlockdevOptions.register_branch("file", BlockdevOptionsFile)
+BlockdevOptions.register_branch("host_device", BlockdevOptionsFile, "A block device of the host")
 BlockdevOptions.register_branch("raw", BlockdevOptionsRaw)
 BlockdevOptions.register_branch("qcow2", BlockdevOptionsQcow2)
 BlockdevOptions.register_branch("null-co", BlockdevOptionsNull)

@@ -260,7 +260,7 @@ def _choose_engine(context: AioContext, settings: Settings) -> None:
 def _open(graph: Graph, settings: Settings) -> BlockBackend:
     """A backend on the image. BlockError or OptionError."""
     from bottomhalf.block import BlockBackend
-    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
     from bottomhalf.qapi.block import BlockdevCacheOptions, BlockdevOptions
     from bottomhalf.qapi.keyval import parse_keyval
@@ -269,7 +269,7 @@ def _open(graph: Graph, settings: Settings) -> BlockBackend:
     if settings.image_opts:
         options = from_keyval(BlockdevOptions, parse_keyval(settings.image))
     else:
-        file: dict[str, Any] = {"driver": "file", "filename": settings.image}
+        file: dict[str, Any] = {"driver": file_driver(graph, settings.image), "filename": settings.image}
         if settings.aio is not None:
             file["aio"] = settings.aio
         options = from_json(BlockdevOptions, {"driver": _format(graph, settings), "file": file})

@@ -358,7 +358,7 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
 
 def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
     """The file (in its format, if that is not raw), or what --image-opts describes."""
-    from bottomhalf.drivers.registry import open_node
+    from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import (
         BlockdevCacheOptions,
         BlockdevDetectZeroesOptions,
@@ -370,7 +370,7 @@ def _open(storage: Storage, settings: Settings, name: str, format: str) -> Node:
 
     read_only = "read-only" in settings.given
     if "image-opts" not in settings.given:
-        file = {"driver": "file", "filename": name, "discard": "unmap"}
+        file = {"driver": file_driver(storage.graph, name), "filename": name, "discard": "unmap"}
         if "aio" in settings.given:
             file["aio"] = settings.given["aio"]
         discard = "unmap" if settings.discard else "ignore"

@@ -7,6 +7,7 @@ while it does, and ends on Ctrl-C with everything written.
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from dataclasses import replace
@@ -150,17 +151,18 @@ def _serve(settings: Settings) -> int:
 
 
 def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]:
+    from bottomhalf.drivers.registry import file_driver
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.export import BlockExportOptions
     from bottomhalf.qapi.visit import from_json
 
     settings.format = _format(storage, settings)
+    settings.read_only = settings.read_only or not _may_write(storage, settings.image)
     file = {
-        "driver": "file",
+        "driver": file_driver(storage.graph, settings.image),
         "filename": settings.image,
         "discard": "unmap",
         "read-only": settings.read_only,
-        "auto-read-only": not settings.read_only,
         "cache": {"direct": settings.direct},
     }
     node = storage.add_node(
@@ -171,7 +173,6 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
                 "node-name": "image",
                 "discard": "unmap",
                 "read-only": settings.read_only,
-                "auto-read-only": not settings.read_only,
                 "file": file,
             },
         ),
@@ -194,6 +195,17 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     if settings.qmp is not None:
         _take_commands(storage, settings.qmp)
     return export, server
+
+
+def _may_write(storage: Storage, path: str) -> bool:
+    """Whether the image can be opened for writing. Any other trouble is told when it is opened."""
+    try:
+        storage.host.open_file(path, locking="off").close()
+    except PermissionError:
+        return False
+    except OSError as error:
+        return error.errno != errno.EROFS
+    return True
 
 
 def _format(storage: Storage, settings: Settings) -> str:

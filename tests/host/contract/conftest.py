@@ -12,8 +12,12 @@ import pytest
 from bottomhalf.host.protocol import IN, Engine, Event, File, Host, Poller, Socket, UnixAddress
 from bottomhalf.host.request import Request
 from bottomhalf.host.sim import Odds, SimHost
+from tests.host.contract.workload import InlineFirst
 
-HOSTS = ("sim", "sim-calm", "linux", "linux-threads", "linux-aio", "linux-poll", "linux-uring", "linux-uring-old")
+HOSTS = (
+    *("sim", "sim-calm", "linux", "linux-threads", "linux-inline", "linux-aio"),
+    *("linux-poll", "linux-uring", "linux-uring-old"),
+)
 WAIT_NS = 10_000_000_000  # longer than anything here takes; a wait never lasts so long
 
 
@@ -34,6 +38,7 @@ class Place:
         self._sim: SimHost | None = None
         self.poller_kind = "poll" if name == "linux-poll" else "io_uring" if "uring" in name else "auto"
         self.engine_kind = {"linux-threads": "threads", "linux-aio": "linux-aio"}.get(name, "auto")
+        self._inline = name == "linux-inline"
         self._opened: list[Engine | Event | File | Poller | Socket] = []
         if name.startswith("sim"):
             self.host = self._sim = SimHost(odds=Odds.calm() if name == "sim-calm" else None)
@@ -58,7 +63,8 @@ class Place:
         return self._keep(self.host.open_file(path, **options))  # type: ignore[arg-type]
 
     def engine(self) -> Engine:
-        return self._keep(self.host.engine(self.engine_kind))
+        engine = self.host.engine(self.engine_kind)
+        return self._keep(InlineFirst(engine) if self._inline else engine)
 
     def poller(self) -> Poller:
         return self._keep(self.host.poller(self.poller_kind))

@@ -3,16 +3,32 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
-from bottomhalf.host.protocol import DATA, IN, PERM_ALL, PERM_RESIZE, PERM_WRITE, ZERO, ImageInUse
+from bottomhalf.host.protocol import (
+    DATA,
+    IN,
+    PERM_ALL,
+    PERM_CONSISTENT_READ,
+    PERM_RESIZE,
+    PERM_WRITE,
+    ZERO,
+    Engine,
+    File,
+    ImageInUse,
+)
 from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    COPY_RANGE,
     DISCARD,
     FLUSH,
     FUA,
     IN_PROGRESS,
     MAY_UNMAP,
     READ,
+    TRUNCATE,
     WRITE,
     WRITE_ZEROES,
     Request,
@@ -246,3 +262,96 @@ def test_arena(place: Place) -> None:
     assert bytes(arena.view[PAGE : 2 * PAGE]) == b"y" * PAGE
     del request.buffer
     arena.close()
+
+
+def run(place: Place, engine: Engine, file: File, *requests: Request) -> list[int]:
+    """Have an engine serve requests, in order; their results."""
+    for request in requests:
+        engine.prepare(file, request)
+        engine.enter()
+        assert place.complete(engine) == [request]
+    return [request.result for request in requests]
+
+
+def test_truncating_with_preallocation(place: Place) -> None:
+    path = place.file("a", b"x" * 5000)
+    file, engine = place.open(path), place.engine()
+    size = 5000
+    for mode, new in (("off", 9000), ("falloc", 20_000), ("full", 40_000), ("off", 60_000), ("full", 60_000)):
+        assert run(place, engine, file, Request(TRUNCATE, new, 0, mode)) == [0]
+        assert file.size() == new
+        if mode != "off" and new > size:
+            assert file.allocated_size() >= new - size
+        size = new
+    for mode in ("off", "falloc", "full"):
+        assert run(place, engine, file, Request(TRUNCATE, 4000, 0, mode)) == [0]
+    assert read(place, path) == b"x" * 4000
+    assert run(place, engine, place.open(path, read_only=True), Request(TRUNCATE, 1, 0, "off"))[0] < 0
+    assert file.size() == 4000
+
+
+def test_what_is_where_by_the_engine(place: Place) -> None:
+    file, engine = place.open(place.file("a", 1 << 20)), place.engine()
+    run(place, engine, file, Request(WRITE, 512 * 1024, 4096, memoryview(b"x" * 4096)))
+    position = 0
+    while position < 2 << 20:
+        answer: list[int] = []
+        assert run(place, engine, file, Request(BLOCK_STATUS, position, (2 << 20) - position, answer)) == [0]
+        assert tuple(answer) == file.block_status(position, (2 << 20) - position)
+        position += answer[1]
+    assert file.status_waits in (False, True)
+
+
+def test_copying_inside_the_kernel(place: Place) -> None:
+    """All of it or ENOTSUP: from file to file, within one, at odd places; what has no source is not copied."""
+    content = bytes(range(256)) * 128
+    here, there = place.file("here", content), place.file("there", b"t" * len(content))
+    source, target, engine = place.open(here, read_only=True), place.open(there), place.engine()
+    expected = bytearray(b"t" * len(content))
+    ranges = ((0, 0, 4096, 0), (8192, 16384, 8192, FUA), (1001, 30_003, 777, 0), (7, 32_700, 300, 0))
+    for at, to, length, flags in ranges:
+        request = Request(COPY_RANGE, to, length, (source, at), flags)
+        result = run(place, engine, target, request)[0]
+        assert result in (0, -errno.ENOTSUP) and file_system_copies(place) == (result == 0)
+        if result == 0:
+            expected[to : to + length] = content[at : at + length]
+    assert read(place, there)[: len(expected)] == expected
+    ended = Request(COPY_RANGE, 0, 4096, (source, len(content)))
+    partly = Request(COPY_RANGE, 0, 4096, (source, len(content) - 100))
+    overlapping = Request(COPY_RANGE, 100, 4096, (target, 0))
+    refused = Request(COPY_RANGE, 0, 4096, (target, 0))
+    assert run(place, engine, target, ended, partly, overlapping) == [-errno.ENOTSUP] * 3
+    assert run(place, engine, source, refused) == [-errno.EBADF]
+
+
+def file_system_copies(place: Place) -> bool:
+    return True
+
+
+def test_read_only_and_back(place: Place) -> None:
+    """The same file, opened in another way, in its place: with its number, its locks, and what is under way."""
+    path = place.file("a", b"x" * 65536)
+    file, other, engine = place.open(path, locking="on", read_only=True), place.open(path, locking="on"), place.engine()
+    number = file.fileno()
+    file.set_permissions(PERM_CONSISTENT_READ, PERM_ALL & ~PERM_WRITE)
+    for read_only in (False, False, True, False):
+        requests = [Request(READ, n * 4096, 4096, memoryview(bytearray(4096))) for n in range(16)]
+        for request in requests:
+            engine.prepare(file, request)
+        engine.enter()
+        file.set_read_only(read_only)
+        place.complete(engine)
+        assert all(request.result == 0 and request.buffer == b"x" * 4096 for request in requests)
+        assert (file.read_only, file.fileno()) == (read_only, number)
+        with pytest.raises(ImageInUse, match='Failed to get "write" lock'):
+            other.set_permissions(PERM_WRITE, PERM_ALL)
+        written = run(place, engine, file, Request(WRITE, 0, 1, memoryview(b"x")))[0]
+        assert written == (-errno.EBADF if read_only else 0)
+    file.set_permissions(0, PERM_ALL)
+    other.set_permissions(PERM_WRITE, PERM_ALL)
+
+
+def test_no_device(place: Place) -> None:
+    file = place.open(place.file("a", 512))
+    assert not file.is_device and file.device_limits() is None
+    assert not place.host.is_device(file.path) and not place.host.is_device(place.path("nowhere"))

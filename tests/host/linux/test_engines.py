@@ -30,6 +30,7 @@ from bottomhalf.host.sim import SimHost
 from tests.host.contract.conftest import Place
 
 PAGE = 4096
+SHM = Path("/dev/shm")
 Answers = Callable[..., list[int]]
 
 
@@ -271,17 +272,40 @@ def test_real_limit(real: Place) -> None:
 @pytest.mark.parametrize("op", [DISCARD, WRITE_ZEROES])
 @pytest.mark.parametrize("said", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS])
 def test_fallocate_refused(real: Place, answers: Answers, op: int, said: int) -> None:
-    """The block layer falls back on ENOTSUP, and only on that."""
+    """The block layer falls back on ENOTSUP, and only on that; it comes when every way was refused."""
     path = real.file("a", b"x" * PAGE)
-    for flags in (0, MAY_UNMAP):
+    for flags in (0, MAY_UNMAP, FUA):
+        ways = 1 if op == DISCARD else 3 if flags & MAY_UNMAP else 2
         request = Request(op, 0, PAGE, flags=flags)
-        answers(op, -said)
+        asked = answers(op, *[-said] * ways)
         carry_out(real, path, request)
-        assert request.result == -errno.ENOTSUP
-    answers(op, -errno.EFBIG)
+        assert request.result == -errno.ENOTSUP and len(asked) == ways
+        asked.clear()
+    answers(op, -errno.EIO)
     request = Request(op, 0, PAGE)
     carry_out(real, path, request)
-    assert request.result == -errno.EFBIG
+    assert request.result == -errno.EIO
+
+
+@pytest.mark.parametrize("flags,refused", [(0, 1), (FUA, 1), (MAY_UNMAP, 1), (MAY_UNMAP, 2), (MAY_UNMAP | FUA, 2)])
+def test_other_ways_to_zeroes(real: Place, monkeypatch: pytest.MonkeyPatch, flags: int, refused: int) -> None:
+    """What a file system refuses is done in another way: tmpfs knows holes and no ZERO_RANGE."""
+    path = str(SHM / f"bottomhalf-test-{os.getpid()}")
+    try:
+        Path(path).write_bytes(b"x" * 4 * PAGE)
+        if refused == 2:
+            monkeypatch.setattr(job, "_PUNCH", 0x40)  # no mode of any kernel
+            monkeypatch.setattr(job, "_ZERO_RUNGS", ((16,), (3, 0)))
+        request = Request(WRITE_ZEROES, PAGE, 2 * PAGE, flags=flags)
+        carry_out(real, path, request)
+        assert request.result == 0
+        assert Path(path).read_bytes() == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
+        assert os.stat(path).st_blocks * 512 == (2 if flags & MAY_UNMAP and refused == 1 else 4) * PAGE
+        beyond = Request(WRITE_ZEROES, 3 * PAGE, 3 * PAGE, flags=flags & ~MAY_UNMAP)
+        carry_out(real, path, beyond)
+        assert beyond.result == 0 and os.stat(path).st_size == 6 * PAGE
+    finally:
+        os.unlink(path)
 
 
 def test_zeroing(real: Place) -> None:
@@ -435,6 +459,7 @@ def test_io_uring_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         host.engine("native")
 
 
+@pytest.mark.needs("io_uring")
 def test_old_flags_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A kernel that does not know the newest set-up flags gets the same ring without them."""
     setup = ring_module.io_uring_setup
@@ -450,8 +475,7 @@ def test_old_flags_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(ring_module, "io_uring_setup", old_kernel)
     place = Place("linux", tmp_path)
     engine = place.host.engine()
-    if not isinstance(engine, RingEngine):
-        pytest.skip("no io_uring")
+    assert isinstance(engine, RingEngine)
     assert len(asked) == 3 and asked[0] > asked[1] > asked[2]
     file = place.open(place.file("a", b"x" * PAGE))
     requests = [Request(READ, 0, PAGE, buffer(PAGE)) for _ in range(10)]
@@ -463,12 +487,12 @@ def test_old_flags_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     place.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_stops_at_a_bad_entry(tmp_path: Path) -> None:
     """T74: the kernel stops submitting at an entry that it does not like; the others go on in the same call."""
     place = Place("linux", tmp_path)
     engine = place.engine()
-    if not isinstance(engine, RingEngine):
-        pytest.skip("no io_uring")
+    assert isinstance(engine, RingEngine)
     file = place.open(place.file("a", b"x" * PAGE))
     requests = [Request(READ, 0, PAGE, buffer(PAGE)) for _ in range(5)]
     push = engine._ring.push

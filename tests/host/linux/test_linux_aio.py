@@ -22,6 +22,8 @@ from bottomhalf.host.linux.linux_aio import LinuxAioEngine
 from bottomhalf.host.protocol import File
 from bottomhalf.host.request import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request
 
+pytestmark = pytest.mark.needs("linux-aio")
+
 PAGE = 4096
 HANG_MS = 20_000  # a broken engine waits so long; no good one does
 

@@ -210,6 +210,7 @@ def test_poll_without_ppoll(monkeypatch: pytest.MonkeyPatch, number: int) -> Non
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 @pytest.mark.parametrize("number", [*ABSENT, errno.EFAULT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENXIO])
 @pytest.mark.parametrize("call", ["setup", "enter", "mmap"])
 def test_io_uring_is_refused(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
@@ -235,6 +236,7 @@ def test_io_uring_is_refused(monkeypatch: pytest.MonkeyPatch, call: str, number:
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_io_uring_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poll_ring, "_FEAT_RSRC_TAGS", 1 << 31)
     with pytest.raises(OSError, match=r"older than 5\.13") as caught:
@@ -249,6 +251,7 @@ HARD = (
 )
 
 
+@pytest.mark.needs("io_uring")
 @pytest.mark.parametrize("number", TRANSIENT + HARD)
 @pytest.mark.parametrize("timeout_ns", [0, MS, -1])
 def test_enter_fails(monkeypatch: pytest.MonkeyPatch, event: LinuxEvent, timeout_ns: int, number: int) -> None:
@@ -291,6 +294,7 @@ def test_enter_fails(monkeypatch: pytest.MonkeyPatch, event: LinuxEvent, timeout
         one.close()
 
 
+@pytest.mark.needs("io_uring")
 @pytest.mark.parametrize("fails", [True, False])
 def test_part_of_a_submission(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """The kernel takes as many entries as it likes; the others go with the next call, be it in the same wait or not."""
@@ -324,6 +328,7 @@ def test_part_of_a_submission(monkeypatch: pytest.MonkeyPatch, fails: bool) -> N
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.ECANCELED, errno.EINVAL, errno.EIO])
 def test_a_poll_fails(monkeypatch: pytest.MonkeyPatch, event: LinuxEvent, number: int) -> None:
     """A completion with an error: tried again if it may help; else the owner is told ERR, all the time."""
@@ -346,6 +351,7 @@ def test_a_poll_fails(monkeypatch: pytest.MonkeyPatch, event: LinuxEvent, number
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_a_quiet_ring_makes_no_system_call(monkeypatch: pytest.MonkeyPatch, event: LinuxEvent) -> None:
     poller = UringPoller()
     if not poller._ring.quiet:

@@ -265,6 +265,7 @@ def test_closed_without_unregister(kind: str) -> None:
     other.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_a_ring_does_not_spin_on_a_shutdown() -> None:
     """Of the peer, when nobody asked for input: the request that would complete at once for ever is left armed."""
     poller = UringPoller()
@@ -280,6 +281,7 @@ def test_a_ring_does_not_spin_on_a_shutdown() -> None:
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_another_process(event: LinuxEvent) -> None:
     """A forked child is told that the ring is not its own, does not disturb it, and can close it."""
     poller = make_poller("io_uring")
@@ -305,6 +307,7 @@ def test_another_process(event: LinuxEvent) -> None:
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_another_thread(event: LinuxEvent) -> None:
     """Only its own may wait with a ring; the others are told so."""
     poller = make_poller("io_uring")
@@ -326,6 +329,7 @@ def test_another_thread(event: LinuxEvent) -> None:
     poller.close()
 
 
+@pytest.mark.needs("io_uring")
 def test_lost_ring(event: LinuxEvent) -> None:
     poller = UringPoller()
     poller.register(event.fileno(), IN)

@@ -18,6 +18,8 @@ from bottomhalf.host.linux.ring_engine import RingEngine
 from bottomhalf.host.protocol import IN
 from bottomhalf.host.request import FLUSH, FUA, IN_PROGRESS, OP_NAMES, READ, WRITE, Request
 
+pytestmark = pytest.mark.needs("io_uring")
+
 BLOCK = 512
 BLOCKS = 4 * ENTRIES
 WAIT_NS = 10_000_000_000

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -100,6 +102,8 @@ class LinuxHost:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
         file = LinuxFile(path)
         try:
+            if file.is_device:
+                raise OSError(errno.ENOTSUP, "it is a block device, which has its size already", path)
             file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
             file.truncate(0)
             file.truncate(size)
@@ -149,6 +153,12 @@ class LinuxHost:
         from bottomhalf.host.linux.streams import LinuxPty
 
         return LinuxPty()
+
+    def is_device(self, path: str) -> bool:
+        try:
+            return stat.S_ISBLK(os.stat(path).st_mode)
+        except OSError:
+            return False
 
     symlink = staticmethod(os.symlink)
     remove = staticmethod(os.unlink)

@@ -23,9 +23,9 @@ from resource import RUSAGE_THREAD, getrusage
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.host.linux.locks import ImageLocks
-from bottomhalf.host.linux.mapping import PageCacheMap
+from bottomhalf.host.linux.mapping import PageCacheMap, is_remote
 from bottomhalf.host.linux.memory import LinuxArena
-from bottomhalf.host.protocol import DATA, ZERO, ImageInUse
+from bottomhalf.host.protocol import CHARACTER_DEVICE, DATA, ZERO, DeviceLimits, DeviceReadOnly, ImageInUse
 from bottomhalf.host.request import FUA, Request
 
 if TYPE_CHECKING:
@@ -53,38 +53,61 @@ class LinuxFile:
         self.path = path
         self.read_only = read_only
         self.direct = direct
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-        # Without O_NONBLOCK the open of a FIFO waits for its other end, and with it io_uring says EAGAIN to misses.
-        self._fd = os.open(path, flags | os.O_NONBLOCK)
+        self._fd = self._open(path)
         try:
-            os.set_blocking(self._fd, True)
             mode = os.fstat(self._fd).st_mode
             if stat.S_ISDIR(mode):
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise OSError(errno.ENOTBLK, "neither a regular file nor a block device", path)
+                what = CHARACTER_DEVICE if stat.S_ISCHR(mode) else "neither a regular file nor a block device"
+                raise OSError(errno.ENOTBLK, what, path)
             self.is_device = stat.S_ISBLK(mode)
+            self._check_writable(self._fd)
             self.memory_alignment, self.alignment = self._find_alignment() if direct else (1, 1)
         except BaseException:
             os.close(self._fd)
             raise
-        self._locks = ImageLocks(self._fd, path) if locking != "off" and not self.is_device else None
+        self._locks = ImageLocks(self._fd, path) if locking != "off" else None
         self._locking_required = locking == "on"
         self._nowait = not direct
         self._memory = bytearray(_SCRATCH_BYTES if self._nowait else 0)
         self._scratch = memoryview(self._memory)[:0]  # as much of it as was needed last
         self._writes_wait_until_ns = 0
+        self._status_waits: bool | None = None  # not known yet
         self._cache_probe: PageCacheProbe | None = None
         self._knows_cached = not direct
         self._map = PageCacheMap(self._fd, usable=not direct and not self.is_device)
+
+    def _open(self, path: str) -> int:
+        """Its descriptor, opened as ``read_only`` and ``direct`` say."""
+        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        # Without O_NONBLOCK the open of a FIFO waits for its other end, and with it io_uring says EAGAIN to misses.
+        fd = os.open(path, flags | os.O_NONBLOCK)
+        os.set_blocking(fd, True)
+        return fd
+
+    def _check_writable(self, fd: int) -> None:
+        if self.is_device and not self.read_only:
+            from bottomhalf.host.linux import device
+
+            if device.is_read_only(fd):
+                raise DeviceReadOnly(errno.EACCES, os.strerror(errno.EACCES), self.path)
 
     def fileno(self) -> int:
         return self._fd
 
     def size(self) -> int:
         if self.is_device:
-            return os.lseek(self._fd, 0, os.SEEK_END)
+            from bottomhalf.host.linux import device
+
+            return device.size(self._fd)
         return os.fstat(self._fd).st_size
+
+    @property
+    def status_waits(self) -> bool:
+        if self._status_waits is None:
+            self._status_waits = not self.is_device and is_remote(self._fd)
+        return self._status_waits
 
     def allocated_size(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
@@ -209,7 +232,11 @@ class LinuxFile:
             return DATA, length  # a file system or device that cannot tell
         if data > offset:
             return ZERO, min(data, end) - offset
-        return DATA, min(os.lseek(self._fd, offset, os.SEEK_HOLE), end) - offset
+        try:
+            hole = os.lseek(self._fd, offset, os.SEEK_HOLE)
+        except OSError:  # it was cut off meanwhile
+            return DATA, length
+        return DATA, max(min(hole, end) - offset, 1)
 
     def prefetch(self, offset: int, length: int) -> None:
         if not self.direct:
@@ -217,6 +244,46 @@ class LinuxFile:
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
+
+    def device_limits(self) -> DeviceLimits | None:
+        if not self.is_device:
+            return None
+        from bottomhalf.host.linux import device
+
+        return device.limits(self._fd)
+
+    def set_read_only(self, read_only: bool) -> None:
+        """The descriptor keeps its number, so whoever noted it goes on; what is under way in the kernel has the old
+        opening, and with it the right to end."""
+        if read_only == self.read_only:
+            return
+        self.read_only = read_only
+        fd = -1
+        try:
+            fd = self._open_again()
+            self._check_writable(fd)
+            if self._locks is not None:
+                self._locks.move(fd)
+            os.dup2(fd, self._fd, inheritable=False)
+        except BaseException:
+            self.read_only = not read_only
+            if fd >= 0 and self._locks is not None:
+                self._locks.move(self._fd)  # back
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _open_again(self) -> int:
+        """A second descriptor of the same file, wherever its path leads by now."""
+        try:
+            return self._open(f"/proc/self/fd/{self._fd}")
+        except FileNotFoundError:
+            fd = self._open(self.path)  # there is no /proc
+        if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
+            os.close(fd)
+            raise OSError(errno.ESTALE, "the path leads to another file by now", self.path)
+        return fd
 
     def set_permissions(self, held: int, shared: int) -> None:
         if self._locks is None:
@@ -246,6 +313,11 @@ class LinuxFile:
         from bottomhalf.host.linux.syscalls import direct_alignment
 
         said = direct_alignment(self._fd)
+        if self.is_device:
+            from bottomhalf.host.linux import device
+
+            block = device.logical_block(self._fd)
+            return (block if said is None else said[0]), block
         if said is not None:
             return said
         arena = LinuxArena(2 * _PAGE)

@@ -7,6 +7,20 @@ all engines share ``Job.step``: given what the kernel said to a part of a reques
 done or how to go on. The rules are QEMU's: a read beyond the end of the file yields zero bytes, a write that makes
 no progress is ENOSPC.
 
+There is more than one way to make a range read as zeroes, and file systems and devices know some of them. So a job
+climbs down a ladder: on each rung stand the modes of fallocate(2) that do it together, the best rung first.
+
+=====================  ==============================================================================================
+zeroes in a file       ZERO_RANGE; or a hole, and then allocate it
+zeroes that may unmap  a hole; or as above
+discard in a file      a hole
+zeroes on a device     BLKZEROOUT, unless no zero bytes may be written (``NO_FALLBACK``)
+with leave to unmap    fallocate's hole, which devices refuse that cannot; or as above
+discard on a device    BLKDISCARD
+=====================  ==============================================================================================
+
+Below the last rung is ENOTSUP, and the block layer writes zero bytes.
+
 Durable (FUA) is: a write with RWF_DSYNC, or where that is refused, and for zeroes and discards always, the operation
 and then a flush. So ``Job.op`` is what is to be done next, and need not be the op of the request.
 """
@@ -21,14 +35,33 @@ from bottomhalf.host.linux.bounce import POOL
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, address_of
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, MAY_UNMAP, READ, WRITE, Request
+from bottomhalf.host.request import (
+    COPY_RANGE,
+    DISCARD,
+    FLUSH,
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+)
 
 OPERATION_BYTES_MAX: Final = 0x7FFFF000  # what one read or write moves at most (Linux)
 
+# Modes beside those of fallocate(2): ioctls of block devices.
+BLOCK_DISCARD: Final = -1
+BLOCK_ZERO_OUT: Final = -2
+NO_MODE: Final = -3  # there is none: refused
+
 _PUNCH: Final = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+_ALLOCATE: Final = 0
+_ZERO_RUNGS: Final = ((FALLOC_ZERO_RANGE,), (_PUNCH, _ALLOCATE))
 _RETRY: Final = (-errno.EINTR, -errno.EAGAIN)
 _NO_DSYNC: Final = (-errno.EOPNOTSUPP, -errno.EINVAL)
-_NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS)
+_NO_SUCH_MODE: Final = (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENODEV, -errno.ENOSYS, -errno.ENOTTY)
+_NO_COPY: Final = (*_NO_SUCH_MODE, -errno.EXDEV, -errno.ETXTBSY)
 
 _abandoned: Final[list[Job]] = []
 
@@ -36,7 +69,10 @@ _abandoned: Final[list[Job]] = []
 class Job:
     """A request on its way through an engine: with whose descriptor, and its bounce buffer if it needs one."""
 
-    __slots__ = ("_arena", "address", "buffer", "durable", "fd", "file", "mode", "op", "request", "rw_flags")
+    __slots__ = (
+        *("_arena", "_modes", "_rungs", "address", "buffer", "durable", "fd", "file"),
+        *("mode", "op", "request", "rw_flags"),
+    )
 
     def __init__(self, file: File, request: Request) -> None:
         self.file = file
@@ -45,7 +81,7 @@ class Job:
         self.buffer = request.buffer
         self._arena: LinuxArena | None = None  # a bounce buffer
         self.op = request.op  # what is to be done next
-        self.mode = 0  # of fallocate
+        self.mode = 0  # of fallocate, or BLOCK_*
         self.rw_flags = 0  # of a write
         self.durable = True  # whether what is done needs no flush afterwards
         request.done = 0
@@ -59,9 +95,10 @@ class Job:
             if not self.address or self.address % file.memory_alignment:
                 self._use_bounce(request)
         elif request.op != FLUSH:
-            unmap = request.op == DISCARD or request.flags & MAY_UNMAP
-            self.mode = _PUNCH if unmap else FALLOC_ZERO_RANGE
             self.durable = not request.flags & FUA
+            if request.op <= WRITE_ZEROES:
+                self._rungs = _ladder(request, file.is_device)
+                self.mode, *self._modes = self._rungs[0]
 
     def _use_bounce(self, request: Request) -> None:
         self._arena = arena = POOL.take(request.length)
@@ -99,11 +136,16 @@ class Job:
         request = self.request
         if result < 0:
             return self._failed(result)
-        if self.op > WRITE:
+        if self.op > WRITE and self.op != COPY_RANGE:
             return self._succeeded()
         request.done += result
         if request.done == request.length:
             return self._succeeded()
+        if self.op == COPY_RANGE:
+            if result == 0:  # the source has ended, or cannot be copied from so
+                request.result = -errno.ENOTSUP
+                return True
+            return False
         if self.op == WRITE:
             if result == 0:
                 request.result = -errno.ENOSPC
@@ -115,6 +157,9 @@ class Job:
         return False
 
     def _succeeded(self) -> bool:
+        if self.op in (DISCARD, WRITE_ZEROES) and self._modes:
+            self.mode = self._modes.pop(0)
+            return False
         if not self.durable:
             self.op, self.durable = FLUSH, True
             return False
@@ -129,7 +174,25 @@ class Job:
         if self.rw_flags and result in _NO_DSYNC:
             self.rw_flags, self.durable = 0, False
             return False
-        if self.op > FLUSH and result in _NO_SUCH_MODE:
-            result = -errno.ENOTSUP  # a file system without this mode of fallocate: the block layer falls back
+        if self.op in (DISCARD, WRITE_ZEROES) and result in _NO_SUCH_MODE:
+            self._rungs = self._rungs[1:]
+            if self._rungs:
+                self.mode, *self._modes = self._rungs[0]
+                return False
+            result = -errno.ENOTSUP
+        elif self.op == COPY_RANGE and result in _NO_COPY:
+            result = -errno.ENOTSUP
         self.request.result = result
         return True
+
+
+def _ladder(request: Request, is_device: bool) -> tuple[tuple[int, ...], ...]:
+    """The ways to do it, see the module."""
+    unmap = bool(request.flags & MAY_UNMAP)
+    if is_device:
+        if request.op == DISCARD:
+            return ((BLOCK_DISCARD,),)
+        hole = ((_PUNCH,),) if unmap else ()
+        return (*hole, (NO_MODE,)) if request.flags & NO_FALLBACK else (*hole, (BLOCK_ZERO_OUT,))
+    hole = ((_PUNCH,),) if unmap or request.op == DISCARD else ()
+    return hole if request.op == DISCARD else (*hole, *_ZERO_RUNGS)

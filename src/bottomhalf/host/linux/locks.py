@@ -65,6 +65,15 @@ class ImageLocks:
             self._lock(byte, fcntl.F_RDLCK)
         self._locked = set(other._locked)
 
+    def move(self, fd: int) -> None:
+        """Hold the locks through another descriptor of the file, which takes this one's number afterwards. With this
+        one's own number: hold them here again, for that has not come about."""
+        for byte in self._locked:
+            fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        if fd != self._fd:
+            for byte in self._locked:
+                self._lock(byte, fcntl.F_UNLCK)  # the old opening may live on, in a request or a mapping
+
     def _lock(self, byte: int, kind: int) -> None:
         fcntl.fcntl(self._fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 

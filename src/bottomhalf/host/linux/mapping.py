@@ -27,6 +27,10 @@ FAULT_LOOKS: Final = 8  # batches between two looks at the thread's fault counte
 
 # Magic numbers of statfs(2) of file systems on local disks or in memory: ext2-4, xfs, btrfs, f2fs, tmpfs.
 _LOCAL: Final = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
+# Of those where a question may take as long as somebody else likes: nfs, smb, smb2, cifs, fuse, 9p, ceph, afs, lustre.
+_REMOTE: Final = frozenset(
+    (0x6969, 0x517B, 0xFE534D42, 0xFF534D42, 0x65735546, 0x01021997, 0x00C36400, 0x5346414F, 0x0BD00BD0)
+)
 
 
 class PageCacheMap:
@@ -93,6 +97,16 @@ class PageCacheMap:
         self.active = False
         self._usable = False
         self._view = None
+
+
+def is_remote(fd: int) -> bool:
+    """Whether a file is on a network or FUSE file system."""
+    from bottomhalf.host.linux.syscalls import file_system_type
+
+    try:
+        return file_system_type(fd) in _REMOTE
+    except OSError:
+        return True
 
 
 def _is_local(fd: int) -> bool:

@@ -31,10 +31,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from bottomhalf.host.linux import LinuxHost, syscalls
+from bottomhalf.host.linux.device import is_read_only as device_is_read_only
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.locks import ImageLocks
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import POLLER_KINDS, make_poller
+from bottomhalf.host.linux.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from bottomhalf.host.protocol import IN, PERM_ALL, PERM_WRITE, Engine, ImageInUse
 from bottomhalf.host.request import IN_PROGRESS, READ, Request
 
@@ -413,7 +415,7 @@ def file_report(path: str) -> FileReport:
             direct.close()
         return FileReport(
             path,
-            _FILE_SYSTEMS.get(magic, f"unknown ({magic:#x})"),
+            "none: a block device" if file.is_device else _FILE_SYSTEMS.get(magic, f"unknown ({magic:#x})"),
             file.size(),
             file.allocated_size(),
             alignment,
@@ -429,10 +431,37 @@ def _file_findings(file: LinuxFile) -> list[Finding]:
     found = [
         _try("reads that do not wait", lambda: _nowait(file), "every read goes to the engine"),
         _try("knowing what is cached", lambda: _cachestat(file), "needs Linux 6.5; no copying from the page cache"),
-        _try("finding holes", lambda: _holes(file), "everything counts as data"),
     ]
     if not file.is_device:
-        found.append(_try("a writer's image lock", lambda: _lock(file.path), "another program uses the image"))
+        found.append(_try("finding holes", lambda: _holes(file), "everything counts as data"))
+    found.append(_try("a writer's image lock", lambda: _lock(file.path), "another program uses the image"))
+    if file.is_device:
+        found += _device_findings(file)
+    else:
+        found += [
+            _try("holes", lambda: _fallocate(file, FALLOC_PUNCH_HOLE), "discards do nothing, zeroes take space"),
+            _try("zeroes", lambda: _fallocate(file, FALLOC_ZERO_RANGE), "zeroes are a hole that is then allocated"),
+            _try("copying in the kernel", lambda: _copy(file), "copies are read and written"),
+        ]
+    return found
+
+
+def _device_findings(file: LinuxFile) -> list[Finding]:
+    """What a block device says of itself; nothing is tried, for that would change it."""
+    limits = file.device_limits()
+    assert limits is not None
+    blocks = f"{limits.logical_block} bytes to address, {limits.physical_block} to write well"
+    found = [Finding("blocks", True, blocks)]
+    unknown = "the device, or what it lies on, does not say that it can"
+    for name, most, otherwise in (
+        ("discards", limits.max_discard, "discards do nothing"),
+        ("zeroes by the device", limits.max_write_zeroes, "the kernel writes zero bytes"),
+        ("large transfers", limits.max_transfer, "the kernel cuts them"),
+    ):
+        text = f"up to {most} bytes at a time" if most else otherwise
+        found.append(Finding(name, bool(most), text, cause=None if most else unknown))
+    if device_is_read_only(file.fileno()):
+        found.append(Finding("writing", False, "the device is read-only", cause="it was made so (BLKROGET)"))
     return found
 
 
@@ -464,6 +493,32 @@ def _holes(file: LinuxFile) -> str:
         if error.errno != errno.ENXIO:  # that is a file without data
             raise
     return "SEEK_DATA"
+
+
+def _fallocate(file: LinuxFile, mode: int) -> str:
+    """Tried on a file without a name beside it."""
+    with _beside(file) as fd:
+        os.write(fd, bytes(resource.getpagesize()))
+        syscalls.fallocate(fd, mode | FALLOC_KEEP_SIZE, 0, resource.getpagesize())
+    return "fallocate"
+
+
+def _copy(file: LinuxFile) -> str:
+    with _beside(file) as fd:
+        os.write(fd, bytes(resource.getpagesize()))
+        os.copy_file_range(fd, fd, resource.getpagesize() // 2, 0, resource.getpagesize())
+    return "copy_file_range"
+
+
+@contextlib.contextmanager
+def _beside(file: LinuxFile) -> Iterator[int]:
+    """A file without a name on the same file system. OSError if there can be none."""
+    folder = os.path.dirname(os.path.abspath(file.path))
+    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _lock(path: str) -> str:

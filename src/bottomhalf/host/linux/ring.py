@@ -120,6 +120,13 @@ class Ring:
         """Readable when something may have finished; clear_event() makes it unreadable."""
         return self._eventfd
 
+    def set_event(self) -> None:
+        """Make it readable, for something else that has finished. From any thread."""
+        try:
+            os.eventfd_write(self._eventfd, 1)
+        except BlockingIOError:
+            pass  # the counter is full: it is readable already
+
     def clear_event(self) -> None:
         """Not needed while completions() returns only what was posted inside enter(), for that makes no event."""
         words = self._words

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine on io_uring: reads, writes, flushes and fallocate in the ring.
+"""The engine on io_uring: reads, writes, flushes and fallocate in the ring, the rest on worker threads.
 
 Nearly all requests are reads and writes of a buffer that the device can reach, and nearly all of them come back whole.
 Those are prepared and finished a list at a time, in loops that call nothing but ``struct``: their slot holds the
 request itself. All others, and those that come back short or refused, get a ``Job``, which knows how to go on.
+
+Truncating, copying, asking for holes, and the ioctls of block devices are not in the ring, or only in that of the
+newest kernels. Worker threads do them, and announce what is finished on the ring's own eventfd.
 
 A ring can be lost: somebody closes its descriptor, or the kernel says that it dropped completions. Nobody will tell
 then how the requests in flight ended. They fail with EIO, and enter() says why from then on.
@@ -26,8 +29,9 @@ from bottomhalf.host.linux.ring import (
     TRANSFER,
     Ring,
 )
+from bottomhalf.host.linux.workers import Workers
 from bottomhalf.host.protocol import File
-from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, Request, prepare_each
+from bottomhalf.host.request import FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Request, prepare_each
 
 
 class RingEngine:
@@ -42,6 +46,9 @@ class RingEngine:
         self._jobs: list[Job | None] = [None] * ring.entries
         self._free = list(range(ring.entries))
         self._waiting: deque[Job] = deque()
+        self._workers: Workers | None = None  # made when the first job is for them
+        self._for_workers: list[Job] = []
+        self._with_workers = 0  # jobs that they have, or have finished
         self._lost = ""  # why the ring cannot be used any more
         self.in_flight = 0
 
@@ -53,14 +60,19 @@ class RingEngine:
         """Whether reap() would return something, or has to be called because the kernel refuses to take anything
         and so will not announce anything either; costs no system call."""
         ring = self._ring
+        if self._workers is not None and self._workers.finished:
+            return True
+        in_ring = self.in_flight - self._with_workers
         if self._lost:
-            return self.in_flight > 0
-        return ring.pending or ring.unsubmitted == self.in_flight - len(self._waiting) > 0
+            return in_ring > 0
+        return ring.pending or ring.unsubmitted == in_ring - len(self._waiting) > 0
 
     def prepare(self, file: File, request: Request) -> None:
         job = Job(file, request)
         self.in_flight += 1
-        if self._free:
+        if _is_for_workers(job):
+            self._give_to_workers(job)
+        elif self._free:
             self._push(job)
         else:
             self._waiting.append(job)
@@ -93,6 +105,10 @@ class RingEngine:
         self.in_flight += len(slots)
         return prepare_each(self, file, special)
 
+    def _give_to_workers(self, job: Job) -> None:
+        self._with_workers += 1
+        self._for_workers.append(job)
+
     def _push(self, job: Job) -> None:
         slot = self._free.pop()
         self._jobs[slot] = job
@@ -108,7 +124,17 @@ class RingEngine:
         else:  # fallocate: the address field carries the length, the length field the mode
             push(slot, OP_FALLOCATE, job.fd, request.offset, request.length, job.mode, 0)
 
+    def _start_workers(self) -> None:
+        if os.getpid() != self._ring.pid:
+            raise RuntimeError("this engine's threads are in another process; make engines after fork")
+        if self._workers is None:
+            self._workers = Workers(self._ring.set_event)
+        jobs, self._for_workers = self._for_workers, []
+        self._workers.put(jobs)
+
     def enter(self) -> None:
+        if self._for_workers:
+            self._start_workers()
         if self._ring.unsubmitted and not self._enter_ring():
             raise RuntimeError(self._lost)
 
@@ -128,6 +154,9 @@ class RingEngine:
         ring, whole, free = self._ring, self._whole, self._free
         finished: list[Request] = []
         ring.clear_event()
+        if self._workers is not None and self._workers.finished:
+            finished = self._workers.take()
+            self._with_workers -= len(finished)
         while not self._lost and (not ring.needs_entering or self._enter_ring()):
             slots, results = ring.completions()
             requests = [whole[slot] for slot in slots]
@@ -147,6 +176,8 @@ class RingEngine:
                 break  # the kernel takes no more just now, or has posted all (it posts some twenty at a time)
         else:
             finished += self._fail_all()
+        if self._for_workers:  # what the ring has begun, and they go on with
+            self._start_workers()
         self.in_flight -= len(finished)
         return finished
 
@@ -172,6 +203,10 @@ class RingEngine:
                 finished.append(job.request)
                 jobs[slot] = None
                 self._free.append(slot)
+            elif _is_for_workers(job):
+                jobs[slot] = None
+                self._free.append(slot)
+                self._give_to_workers(job)
             else:
                 self._fill(slot, job)
         return finished
@@ -189,7 +224,17 @@ class RingEngine:
 
     def close(self) -> None:
         if os.getpid() == self._ring.pid:
-            while self.in_flight:
+            if self._for_workers:
+                self._start_workers()
+            while self.in_flight > self._with_workers:
                 self._enter_ring(wait_for=1)
                 self.reap()
+            if self._workers is not None:
+                self._workers.stop()
+                self.reap()
         self._ring.close()
+
+
+def _is_for_workers(job: Job) -> bool:
+    """What the ring cannot do."""
+    return job.op > WRITE_ZEROES or job.mode < 0

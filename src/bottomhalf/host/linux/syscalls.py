@@ -44,6 +44,10 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
 
+_ioctl = _libc.ioctl
+_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, _ptr]
+_ioctl.restype = ctypes.c_int
+
 _ppoll = _libc.ppoll
 _ppoll.argtypes = [_ptr, ctypes.c_ulong, _ptr, _ptr]
 _ppoll.restype = ctypes.c_int
@@ -61,6 +65,12 @@ def error(number: int) -> OSError:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2). May wait for the disk; the GIL is released."""
     if _fallocate(fd, mode, offset, length) != 0:
+        raise error(ctypes.get_errno())
+
+
+def ioctl(fd: int, request: int, argument: ctypes.Array[ctypes.c_char]) -> None:
+    """ioctl(2) with the address of ``argument``. May wait for the device; the GIL is released."""
+    if _ioctl(fd, request, ctypes.addressof(argument)) != 0:
         raise error(ctypes.get_errno())
 
 

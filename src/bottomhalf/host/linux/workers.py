@@ -16,11 +16,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from bottomhalf.host.linux.job import Job
+from bottomhalf.host.linux import device
+from bottomhalf.host.linux.job import BLOCK_DISCARD, BLOCK_ZERO_OUT, NO_MODE, Job
 from bottomhalf.host.linux.syscalls import fallocate
-from bottomhalf.host.request import FLUSH, READ, WRITE, Request
+from bottomhalf.host.request import BLOCK_STATUS, COPY_RANGE, FLUSH, READ, TRUNCATE, WRITE, Request
 
 WORKERS_MAX: Final = 16  # worker threads per engine; more only contend for the GIL
+ZEROES_BYTES: Final = 1 << 20  # written at a time where space is taken by writing
+COPY_BYTES_MAX: Final = 16 << 20  # copied at a time, as QEMU does: whoever wants the thread waits for so much
 
 
 class Workers:
@@ -87,6 +90,18 @@ def carry_out(job: Job) -> int:
             return os.pwritev(job.fd, [job.buffer[request.done :]], request.offset + request.done, job.rw_flags)
         if op == FLUSH:
             os.fdatasync(job.fd)
+        elif op == COPY_RANGE:
+            return _copy_range(job)
+        elif op == TRUNCATE:
+            _truncate(job.fd, request.offset, request.buffer)
+        elif op == BLOCK_STATUS:
+            request.buffer[:] = job.file.block_status(request.offset, request.length)
+        elif job.mode == BLOCK_DISCARD:
+            device.discard(job.fd, request.offset, request.length)
+        elif job.mode == BLOCK_ZERO_OUT:
+            device.zero_out(job.fd, request.offset, request.length)
+        elif job.mode == NO_MODE:
+            return -errno.EOPNOTSUPP
         else:
             fallocate(job.fd, job.mode, request.offset, request.length)
         return 0
@@ -94,3 +109,39 @@ def carry_out(job: Job) -> int:
         return -(failure.errno or errno.EIO)
     except Exception:
         return -errno.EIO  # a request is answered whatever happens
+
+
+def _copy_range(job: Job) -> int:
+    request = job.request
+    file, offset = request.buffer
+    done = request.done
+    count = min(request.length - done, COPY_BYTES_MAX)
+    return os.copy_file_range(file.fileno(), job.fd, count, offset + done, request.offset + done)
+
+
+def _truncate(fd: int, size: int, preallocation: str) -> None:
+    """Give a file another size. A new part is allocated by fallocate(2) ("falloc"), or by writing zero bytes until they
+    are on the disk ("full"). If that fails the file has its old size again."""
+    old = os.fstat(fd).st_size
+    if preallocation == "off" or size <= old:
+        os.ftruncate(fd, size)
+        return
+    try:
+        if preallocation == "falloc":
+            fallocate(fd, 0, old, size - old)
+        else:
+            os.ftruncate(fd, size)
+            _write_zeroes(fd, old, size)
+            os.fsync(fd)
+    except BaseException:
+        os.ftruncate(fd, old)
+        raise
+
+
+def _write_zeroes(fd: int, offset: int, end: int) -> None:
+    zeroes = memoryview(bytes(min(ZEROES_BYTES, end - offset)))
+    while offset < end:
+        count = os.pwrite(fd, zeroes[: end - offset], offset)
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += count

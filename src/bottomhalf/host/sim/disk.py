@@ -24,6 +24,7 @@ import errno
 import random
 from typing import Any, Final
 
+from bottomhalf.host.protocol import DeviceLimits
 from bottomhalf.host.sim.locks import LockTable
 from bottomhalf.host.sim.store import PAGE, Store
 from bottomhalf.host.sim.world import World
@@ -123,6 +124,9 @@ class Inode:
         self.writable = True
         self.can_zero = True  # the file system knows fallocate's ZERO_RANGE and PUNCH_HOLE
         self.can_discard = True
+        self.can_copy = True  # copy_file_range
+        self.status_waits = False  # a network file system
+        self.device: DeviceLimits | None = None  # a block device: it has its size, and no holes
         self.cached = cached
         self.resident: dict[int, bool] = {}  # pages in memory; those not named were not decided yet
         self._journal: list[Change] = []

@@ -11,6 +11,7 @@ READ                   fails with an errno; the buffer's content is then undefin
 WRITE                  fails with an errno; each sector of the range is then old or new
 FLUSH                  fails with an errno; unsynced writes may then be lost although a later flush succeeds
 DISCARD, WRITE_ZEROES  fail with an errno; nothing changed
+COPY_RANGE             fails with an errno; each sector of the range is then old or new
 any request            takes as long as it likes, is overtaken by others, or does not complete at all
 OPEN, TRUNCATE         fail with an errno; nothing changed
 CONNECT, ACCEPT        fail with an errno; the peer of a failed accept stays in the queue
@@ -32,16 +33,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from bottomhalf.host.request import DISCARD, FLUSH, OP_NAMES, READ, WRITE, WRITE_ZEROES
+from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    COPY_RANGE,
+    DISCARD,
+    FLUSH,
+    OP_NAMES,
+    READ,
+    TRUNCATE,
+    WRITE,
+    WRITE_ZEROES,
+)
 from bottomhalf.host.sim.world import World
 
 # Operations that are not requests.
 OPEN: Final = 100
-TRUNCATE: Final = 101
 CONNECT: Final = 102
 ACCEPT: Final = 103
 
-_OTHER_NAMES: Final = {OPEN: "open", TRUNCATE: "truncate", CONNECT: "connect", ACCEPT: "accept"}
+_OTHER_NAMES: Final = {OPEN: "open", CONNECT: "connect", ACCEPT: "accept"}
 
 
 def op_name(op: int | None) -> str:
@@ -171,6 +181,9 @@ class Latency:
             FLUSH: (100_000, 2_000_000),
             DISCARD: (20_000, 500_000),
             WRITE_ZEROES: (20_000, 500_000),
+            COPY_RANGE: (20_000, 500_000),
+            TRUNCATE: (10_000, 200_000),
+            BLOCK_STATUS: (1_000, 50_000),
         }
     )
 

@@ -13,21 +13,26 @@ the rest.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
-from bottomhalf.host.protocol import DATA, ZERO
+from bottomhalf.host.protocol import DATA, ZERO, DeviceLimits, DeviceReadOnly
 from bottomhalf.host.request import (
+    BLOCK_STATUS,
+    COPY_RANGE,
     DISCARD,
     FLUSH,
     FUA,
     MAY_UNMAP,
     NO_FALLBACK,
     READ,
+    TRUNCATE,
     WRITE,
+    WRITE_ZEROES,
     Request,
 )
 from bottomhalf.host.sim.disk import Inode
-from bottomhalf.host.sim.faults import TRUNCATE, Faults, Latency
+from bottomhalf.host.sim.faults import OPEN, Faults, Latency
 from bottomhalf.host.sim.locks import Opener
 from bottomhalf.host.sim.world import Descriptor, World, failure
 
@@ -37,6 +42,14 @@ if TYPE_CHECKING:
 DIRECT_ALIGNMENT = 512
 OWN_NAME = "this process"
 OWN_PID = 1000
+
+
+def check_access(inode: Inode, read_only: bool) -> None:
+    """OSError if the file may not be opened so."""
+    if not inode.readable or not (read_only or inode.writable):
+        if inode.device is not None and inode.readable:
+            raise DeviceReadOnly(errno.EACCES, os.strerror(errno.EACCES), inode.path)
+        raise failure(errno.EACCES, inode.path)
 
 
 class SimFile(Descriptor):
@@ -61,8 +74,11 @@ class SimFile(Descriptor):
         self.path = inode.path
         self.read_only = read_only
         self.direct = direct
-        self.alignment = DIRECT_ALIGNMENT if direct else 1
-        self.memory_alignment = DIRECT_ALIGNMENT if direct else 1
+        block = DIRECT_ALIGNMENT if inode.device is None else inode.device.logical_block
+        self.alignment = block if direct else 1
+        self.memory_alignment = block if direct else 1
+        self.is_device = inode.device is not None
+        self.status_waits = inode.status_waits
         self._opener = Opener(OWN_NAME, OWN_PID, is_own=True) if locking != "off" else None
 
     def size(self) -> int:
@@ -150,12 +166,28 @@ class SimFile(Descriptor):
 
     def block_status(self, offset: int, length: int) -> tuple[int, int]:
         self.check_open()
+        if self.is_device:
+            return DATA, length
         is_data, count = self.inode.current.extent(offset, length)
         return (DATA if is_data else ZERO), count
 
+    def device_limits(self) -> DeviceLimits | None:
+        return self.inode.device
+
+    def set_read_only(self, read_only: bool) -> None:
+        self.check_open()
+        if read_only == self.read_only:
+            return
+        fault = self.faults.strike(self.path, OPEN)
+        if fault is not None and fault.errno:
+            raise failure(fault.errno, self.path)
+        check_access(self.inode, read_only)
+        self.world.note("reopen", self.path, read_only)
+        self.read_only = read_only
+
     def truncate(self, size: int) -> None:
         self.check_open()
-        if self.read_only or size < 0:
+        if self.read_only or size < 0 or self.is_device:
             raise failure(errno.EINVAL)
         fault = self.faults.strike(self.path, TRUNCATE)
         if fault is not None and fault.errno:
@@ -188,7 +220,10 @@ class SimFile(Descriptor):
         refusal = self._refuse(request)
         if refusal or fault_errno:
             if fault_errno and not refusal:
-                if op == WRITE:
+                if op == COPY_RANGE:
+                    file, start = request.buffer
+                    inode.write_badly(offset, file.inode.current.read(start, length))
+                elif op == WRITE:
                     inode.write_badly(offset, request.buffer)
                 elif op == FLUSH:
                     inode.doom(mark)
@@ -199,10 +234,12 @@ class SimFile(Descriptor):
             return 0
         durable = bool(request.flags & FUA)
         if op == WRITE:
-            return inode.write(offset, memoryview(request.buffer).cast("B"), durable)
+            return self._write(offset, memoryview(request.buffer).cast("B"), durable)
         if op == FLUSH:
             inode.make_durable(mark)
             return 0
+        if op > WRITE_ZEROES:
+            return self._run_errand(request)
         if op == DISCARD:
             if not inode.can_discard:
                 return -errno.EOPNOTSUPP
@@ -212,12 +249,64 @@ class SimFile(Descriptor):
             return inode.zero(offset, length, unmap=unmap, grow=True, durable=durable)
         if request.flags & NO_FALLBACK:
             return -errno.EOPNOTSUPP
-        return inode.write(offset, bytes(length), durable)
+        return self._write(offset, bytes(length), durable)
+
+    def _write(self, offset: int, data: Any, durable: bool) -> int:
+        """A device ends where it ends."""
+        room = self.inode.current.size - offset if self.is_device else len(data)
+        if len(data) <= room:
+            return self.inode.write(offset, data, durable)
+        if room > 0:
+            self.inode.write(offset, data[:room], durable)
+        return -errno.ENOSPC
+
+    def _run_errand(self, request: Request) -> int:
+        op, offset, length = request.op, request.offset, request.length
+        if op == BLOCK_STATUS:
+            request.buffer[:] = self.block_status(offset, length)
+            return 0
+        if op == COPY_RANGE:
+            return self._copy_range(request)
+        old, new = self.inode.current.size, offset
+        self.world.note("truncate", self.path, new)
+        self.inode.resize(new)
+        result = 0
+        if request.buffer != "off" and new > old:
+            if request.buffer == "falloc" and not self.inode.can_zero:
+                result = -errno.EOPNOTSUPP
+            elif request.buffer == "falloc":
+                result = self.inode.zero(old, new - old, unmap=False, grow=False, durable=False)
+            else:
+                result = self.inode.write(old, bytes(new - old), True)
+        if result:
+            self.inode.resize(old)
+        return result
+
+    def _copy_range(self, request: Request) -> int:
+        """What is copied is what is there at one moment."""
+        file, start = request.buffer
+        length, end = request.length, file.inode.current.size
+        near, far = (start, start + length), (request.offset, request.offset + length)
+        overlaps = file.inode is self.inode and near[0] < far[1] and far[0] < near[1]
+        able = self.inode.can_copy and file.inode.can_copy and not (self.is_device or file.is_device)
+        if overlaps or not able or start >= end:
+            return -errno.ENOTSUP
+        data = file.inode.current.read(start, min(length, end - start))
+        result = self.inode.write(request.offset, data, bool(request.flags & FUA))
+        return result or (0 if len(data) == length else -errno.ENOTSUP)
 
     def _refuse(self, request: Request) -> int:
         """The errno with which a kernel refuses the request as such, or 0."""
         if request.offset < 0 or request.length < 0:
             return errno.EINVAL
+        if request.op == TRUNCATE:
+            return errno.EINVAL if self.read_only or self.is_device else 0
+        if request.op == BLOCK_STATUS:
+            return 0
+        if self.inode.device is not None and request.op in (DISCARD, WRITE_ZEROES):
+            block = self.inode.device.logical_block
+            if request.offset % block or request.length % block:
+                return errno.EOPNOTSUPP  # the ioctl says EINVAL, and there is no other way
         if self.direct and (request.offset % self.alignment or request.length % self.alignment):
             return errno.EINVAL
         if self.read_only and request.op not in (READ, FLUSH):

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE, Address, Host
+from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE, Address, DeviceLimits, Host
 from bottomhalf.host.sim.arena import SimArena
 from bottomhalf.host.sim.disk import Disk, Inode
 from bottomhalf.host.sim.engine import SimEngine
 from bottomhalf.host.sim.faults import OPEN, Fault, Faults, Latency
-from bottomhalf.host.sim.files import SimFile
+from bottomhalf.host.sim.files import SimFile, check_access
 from bottomhalf.host.sim.lock import SimLock
 from bottomhalf.host.sim.locks import OtherProcessLock
 from bottomhalf.host.sim.network import Network, SimListener
@@ -146,8 +146,7 @@ class SimHost:
         inode = self.disk.files.get(path)
         if inode is None:
             raise failure(errno_module.ENOENT, path)
-        if not inode.readable or not (read_only or inode.writable):
-            raise failure(errno_module.EACCES, path)
+        check_access(inode, read_only)
         self.world.note("open", path)
         return SimFile(self.world, self.faults, self.latency, inode, read_only, direct, locking)
 
@@ -156,6 +155,8 @@ class SimHost:
             self.add_file(path, b"")
         file = self.open_file(path)
         try:
+            if file.is_device:
+                raise OSError(errno_module.ENOTSUP, "it is a block device, which has its size already", path)
             file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
             file.truncate(0)
             file.truncate(size)
@@ -183,6 +184,9 @@ class SimHost:
 
     def open_pty(self) -> SimPty:
         return self.streams.open_pty()
+
+    def is_device(self, path: str) -> bool:
+        return path in self.disk.files and self.disk.files[path].device is not None
 
     def symlink(self, target: str, path: str) -> None:
         self.streams.symlink(target, path)
@@ -269,6 +273,21 @@ class SimHost:
         self.disk.files[path] = inode
         self.disk.take(len(store.pages))
         self.set_cached(path, cached)
+
+    def add_device(
+        self,
+        path: str,
+        size: int,
+        *,
+        logical_block: int = 512,
+        physical_block: int = 4096,
+        writable: bool = True,
+        can_zero: bool = True,
+        can_discard: bool = True,
+    ) -> None:
+        """Put a block device there, of zero bytes."""
+        self.add_file(path, size, writable=writable, can_zero=can_zero, can_discard=can_discard)
+        self.disk.files[path].device = DeviceLimits(logical_block, physical_block, discard_granularity=physical_block)
 
     def add_directory(self, path: str) -> None:
         self.disk.directories.add(path)
