@@ -43,6 +43,8 @@ class Graph:
         self.backends: list[BlockBackend] = []
         self.drained_all_sections = 0  # that are going on: a new node is born into them
         self._generated = 0
+        # The secret object that a driver's option names, as bytes; set by who has objects. Raises QomError.
+        self.find_secret: Callable[[str], bytes] | None = None
 
     # -- names --------------------------------------------------------------------------------------------------
 

@@ -291,6 +291,24 @@ def _open_qcow2(opening: Opening) -> Node:
     return node
 
 
+def _open_luks(opening: Opening) -> Node:
+    """A header is read, and a password tried, before the node is made: plain code waits for that, by name."""
+    from bottomhalf.drivers.luks.node import LuksNode, co_unlock
+    from bottomhalf.drivers.luks.secrets import find_secret
+
+    branch = opening.branch
+    password = find_secret(opening.graph, branch.key_secret)
+    if password is None:
+        raise BlockError("Parameter 'key-secret' is required for cipher")
+    file = opening.child(branch.file)
+    detached = None if branch.header is None else opening.child(branch.header)
+    name = opening.options.node_name or "luks"
+    with image_errors(name):
+        what = f"the opening of {name} in {file.describe()}"
+        unlocked = file.context.run(co_unlock(detached or file, password, detached=detached is not None), what=what)
+    return LuksNode(opening.graph, **opening.common, file=file, header_node=detached, unlocked=unlocked)
+
+
 def _open_null(opening: Opening) -> Node:
     from bottomhalf.drivers.null import SIZE_DEFAULT, NullAioNode, NullCoNode
 
@@ -315,6 +333,7 @@ _OPENERS: Final[dict[str, Opener]] = {
     "file": _open_file,
     "raw": _open_raw,
     "qcow2": _open_qcow2,
+    "luks": _open_luks,
     "null-co": _open_null,
     "null-aio": _open_null,
     "blkdebug": _open_filter,

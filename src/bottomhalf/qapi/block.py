@@ -151,6 +151,13 @@ class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
     ] = None
 
 
+class BlockdevOptionsLUKS(BlockdevOptionsGenericFormat):
+    """A disk that is encrypted as a whole."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="only the header is read")] = None
+    header: Annotated[BlockdevRef | None, Doc("node that holds the LUKS header", default="it is in file")] = None
+
+
 class BlockdevOptionsNull(Struct):
     """A disk that forgets writes and answers at once."""
 
@@ -316,6 +323,7 @@ class BlockdevOptionsCbw(BlockdevOptionsGenericFormat):
 BlockdevOptions.register_branch("file", BlockdevOptionsFile)
 BlockdevOptions.register_branch("raw", BlockdevOptionsRaw)
 BlockdevOptions.register_branch("qcow2", BlockdevOptionsQcow2)
+BlockdevOptions.register_branch("luks", BlockdevOptionsLUKS)
 BlockdevOptions.register_branch("null-co", BlockdevOptionsNull)
 BlockdevOptions.register_branch("null-aio", BlockdevOptionsNull)
 BlockdevOptions.register_branch("blkdebug", BlockdevOptionsBlkdebug)
