@@ -49,7 +49,13 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     """Make an image file; one that is there is written over, unless somebody has it open.
 
     ``options`` are those of the format. qcow2: ``version``, ``cluster_size``, ``refcount_bits``, ``extended_l2``,
-    ``lazy_refcounts``, ``compression_type``, ``backing_file``, ``backing_fmt``. ValueError for others."""
+    ``lazy_refcounts``, ``compression_type``, ``backing_file``, ``backing_fmt``; with ``encrypt_format="luks"`` it is
+    encrypted, with the password ``encrypt_secret`` (str or bytes), and there are ``encrypt_cipher_alg``,
+    ``encrypt_cipher_mode``, ``encrypt_ivgen_alg``, ``encrypt_ivgen_hash_alg``, ``encrypt_hash_alg`` and
+    ``encrypt_iter_time`` (milliseconds). luks: the same names without ``encrypt_``. ValueError for others."""
+    if format == "luks":
+        _create_luks(fspath(path), size, options)
+        return
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
@@ -62,6 +68,13 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     from bottomhalf.drivers.qcow2.create import CreateOptions
     from bottomhalf.drivers.qcow2.create import create as create_image
 
+    encryption = options.pop("encrypt_format", None)
+    if encryption not in (None, "luks"):
+        raise ValueError(f"encrypt_format is 'luks' or None, not {encryption!r}")
+    if encryption is not None:
+        from bottomhalf.drivers.luks.library import take_options
+
+        options["encrypt"] = take_options(options)
     try:
         wanted = CreateOptions(size=size, **options)
     except TypeError:
@@ -72,6 +85,17 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     with _opened(fspath(path), writable=True, create=0) as (context, file):
         create_image(file, wanted)
         context.run(file.co_flush(), what=f"the making of {fspath(path)}")
+
+
+def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:
+    from bottomhalf.drivers.luks.library import co_make, take_options
+
+    if size < 0 or size % 512:
+        raise ValueError(f"an encrypted disk of {size} bytes; its size is a multiple of 512")
+    wanted = take_options(options, prefix="")
+    wanted.header()
+    with _opened(path, writable=True, create=0) as (context, file):
+        context.run(co_make(file, wanted, size), what=f"the making of {path}")
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:

@@ -280,6 +280,8 @@ def _open_qcow2(opening: Opening) -> Node:
         common = opening.common
         if opening.options.auto_read_only and file.read_only:
             common["read_only"] = True
+        if header.crypt_method or branch.encrypt is not None:
+            common["cipher"] = _open_cipher(opening, file, header, what)
         node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing)
         try:
             file.context.run(node.open(), what=what)
@@ -289,6 +291,17 @@ def _open_qcow2(opening: Opening) -> Node:
     passes = branch.pass_discard_request
     node.metadata.pass_discards = node.unmap if passes is None else passes
     return node
+
+
+def _open_cipher(opening: Opening, file: Node, header: Any, what: str) -> Any:
+    """What encrypts the data of a qcow2 image."""
+    from bottomhalf.drivers.luks.secrets import find_secret
+    from bottomhalf.drivers.qcow2.encryption import co_open_cipher
+
+    given = opening.branch.encrypt
+    password = None if given is None else find_secret(opening.graph, given.branch.key_secret)
+    format = None if given is None else str(given.format)
+    return file.context.run(co_open_cipher(file, header, format, password), what=what)
 
 
 def _open_luks(opening: Opening) -> Node:

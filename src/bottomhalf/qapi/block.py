@@ -143,12 +143,39 @@ class BlockdevOptionsRaw(BlockdevOptionsGenericFormat):
     size: Annotated[int | None, Doc("bytes", default="up to the end")] = None
 
 
+class BlockdevQcow2EncryptionFormat(OpenEnum):
+    """How a qcow2 image is encrypted."""
+
+
+class QCryptoBlockOptionsQCow(Struct):
+    """The broken encryption of old images."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="none")] = None
+
+
+class QCryptoBlockOptionsLUKS(Struct):
+    """LUKS inside an image."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="none")] = None
+
+
+class BlockdevQcow2Encryption(TaggedUnion, tag="format", tag_values=BlockdevQcow2EncryptionFormat):
+    """The encryption of a qcow2 image."""
+
+    format: Annotated[BlockdevQcow2EncryptionFormat, Doc("kind of encryption")]
+
+
+BlockdevQcow2Encryption.register_branch("aes", QCryptoBlockOptionsQCow)
+BlockdevQcow2Encryption.register_branch("luks", QCryptoBlockOptionsLUKS)
+
+
 class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
     """An image in QEMU's format: allocated as it is written, with backing files and snapshots."""
 
     pass_discard_request: Annotated[
         bool | None, Doc("what the guest discards is discarded in the file", default="on if discard=unmap")
     ] = None
+    encrypt: Annotated[BlockdevQcow2Encryption | None, Doc("how it is encrypted, and the key")] = None
 
 
 class BlockdevOptionsLUKS(BlockdevOptionsGenericFormat):

@@ -83,18 +83,18 @@ def run(*command: str) -> str:
 
 
 SECRET = f"secret,id=pw,data={PASSWORD.decode()}"
+# Without aes-192: QEMU 10.0 aborts on it, in creating as in opening (a slot's 96,000 bytes are no whole sectors).
 VARIANTS = [
     {},
     {"cipher-alg": "aes-128", "hash-alg": "sha1"},
     {"cipher-alg": "aes-256", "hash-alg": "sha512", "ivgen-alg": "plain"},
     {"cipher-alg": "aes-256", "cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha256"},
     {"cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "plain64"},
-    {"cipher-alg": "aes-192", "cipher-mode": "cbc", "ivgen-alg": "plain64"},
 ]
 
 
 @qemu
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", [VARIANTS[1], VARIANTS[3]], ids=str)  # each takes QEMU three seconds
 def test_qemu_made_it_and_we_read_and_write_it(disks: Disks, tmp_path: Path, options: dict[str, str]) -> None:
     path = tmp_path / "a.luks"
     more = "".join(f",{name}={value}" for name, value in options.items())
@@ -125,6 +125,16 @@ def test_we_made_it_and_qemu_reads_it(disks: Disks, tmp_path: Path, options: dic
     assert data[:512] not in path.read_bytes()
     run("qemu-img", "compare", "--object", SECRET, "--image-opts",
         f"driver=luks,key-secret=pw,file.filename={path}", f"driver=raw,file.filename={plain}")  # fmt: skip
+
+
+def test_keys_of_192_bits(disks: Disks, tmp_path: Path) -> None:
+    for mode in ("xts", "cbc"):
+        path = tmp_path / mode
+        disks.make(path, cipher_alg="aes-192", cipher_mode=mode)
+        node = disks.luks(path)
+        disks.write(node, 100, b"abc" * 1000)
+        assert disks.read(node, 100, 3000) == b"abc" * 1000
+        disks.graph.release(node)
 
 
 def test_a_random_life_beside_plain_bytes(disks: Disks, tmp_path: Path) -> None:
@@ -187,11 +197,11 @@ def batch_of(disks: Disks, node: Node, source: random.Random, model: bytearray, 
 def test_wrong_and_missing_passwords(disks: Disks, tmp_path: Path) -> None:
     path = tmp_path / "a"
     disks.make(path)
-    with pytest.raises(BlockError, match="^Invalid password, cannot unlock any keyslot$"):
+    with pytest.raises(BlockError, match=r"^Invalid password, cannot unlock any keyslot$"):
         disks.luks(path, "bad")
     with pytest.raises(BlockError, match="No secret with id 'nobody'"):
         disks.luks(path, "nobody")
-    with pytest.raises(BlockError, match="^Parameter 'key-secret' is required for cipher$"):
+    with pytest.raises(BlockError, match=r"^Parameter 'key-secret' is required for cipher$"):
         disks.luks(path, None)
     assert not disks.graph.nodes
 

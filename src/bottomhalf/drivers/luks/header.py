@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from bottomhalf.block.errors import ImageError
@@ -100,7 +101,7 @@ class Header:
         size = HASHES.get(self.hash)
         if size is None:
             raise ImageError(f"LUKS hash '{self.hash}' is not supported")
-        if not 0 < self.digest_iterations:
+        if not self.digest_iterations > 0:
             raise ImageError("LUKS key digest iteration count is zero")
         sectors = self.material_bytes // SECTOR_BYTES
         work, places = self.digest_iterations, []
@@ -120,7 +121,7 @@ class Header:
                 raise ImageError(f"Keyslot {n} is overlapping with the LUKS header")
             if not detached and end > self.payload:
                 raise ImageError(f"Keyslot {n} is overlapping with the encrypted payload")
-        for (_, end, n), (start, _, other) in zip(places, places[1:], strict=False):
+        for (_, end, n), (start, _, other) in pairwise(places):
             if end > start:
                 raise ImageError(f"Keyslots {n} and {other} are overlapping in the header")
 

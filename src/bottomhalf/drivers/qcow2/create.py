@@ -25,6 +25,7 @@ from bottomhalf.drivers.qcow2.node import Qcow2Node
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.drivers.luks.create import LuksOptions
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class CreateOptions:
     compression_type: str = "zlib"
     backing_file: str | None = None
     backing_fmt: str | None = None
+    encrypt: LuksOptions | None = None
 
     def header(self) -> Header:
         """The header of the image while it has no disk yet. BlockError for what cannot be."""
@@ -101,7 +103,7 @@ def create(file: Node, options: CreateOptions) -> None:
     file.context.run(_co_begin(file, header), what=what)
     node = Qcow2Node(file.graph, file=file, header=header)
     try:
-        file.context.run(_co_grow(node, options.size), what=what)
+        file.context.run(_co_grow(node, options), what=what)
     finally:
         file.graph.forget(node)
 
@@ -118,6 +120,10 @@ async def _co_begin(file: Node, header: Header) -> None:
     refresh_sizes(file)
 
 
-async def _co_grow(node: Qcow2Node, size: int) -> None:
+async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
     await node.open()
-    await node.co_truncate(size)
+    if options.encrypt is not None:
+        from bottomhalf.drivers.qcow2.encryption import co_encrypt_new
+
+        await co_encrypt_new(node, options.encrypt)
+    await node.co_truncate(options.size)

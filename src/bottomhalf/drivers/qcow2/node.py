@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import run_in
 from bottomhalf.block import BlockError, ImageError, Node
+from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_COW, ROLE_IMAGE
+from bottomhalf.block.node import co_io
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.compression import decompress
@@ -26,10 +28,23 @@ from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Run
 from bottomhalf.drivers.qcow2.together import co_submit_all
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP, READ, WRITE, Request, deliver
+from bottomhalf.host.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    IN_PROGRESS,
+    MAY_UNMAP,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+    deliver,
+)
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
+    from bottomhalf.drivers.luks.ciphers import SectorCipher
+    from bottomhalf.drivers.luks.crypting import CryptFile
 
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
 
@@ -81,12 +96,21 @@ class Qcow2Node(Node):
         backing: Node | None = None,
         read_only: bool = False,
         unmap: bool = False,
+        cipher: SectorCipher | None = None,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self.header = header
         self._file = self.attach(file, "file", ROLE_IMAGE)
         if backing is not None:
             self.attach(backing, "backing", ROLE_COW)
+        self.crypt: CryptFile | None = None  # what encrypts the guest's data, if something does
+        self._aligner: Aligner | None = None
+        if cipher is not None:
+            from bottomhalf.drivers.luks.crypting import CryptFile
+
+            self.crypt = CryptFile(lambda: self._file.node, cipher)
+            self.request_alignment = layout.SECTOR_BYTES
+            self._aligner = Aligner(self, self._submit)
         self.refresh_limits()
         self.metadata = Metadata(lambda: self._file.node, header)
         self.mapping = self.metadata.mapping
@@ -97,8 +121,8 @@ class Qcow2Node(Node):
     async def open(self) -> None:
         """Read the tables that are always in memory. OSError, ImageError. BlockError for what cannot be done yet."""
         header = self.header
-        if header.crypt_method:
-            raise BlockError("encrypted qcow2 images are not supported yet")
+        if header.crypt_method and self.crypt is None:
+            raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
         if header.incompatible & layout.DATA_FILE:
             raise BlockError("qcow2 images with an external data file are not supported yet")
         if not self.read_only:
@@ -137,6 +161,11 @@ class Qcow2Node(Node):
     # -- batches ------------------------------------------------------------------------------------------------
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
+        if self._aligner is not None and requests[0].op != FLUSH:
+            return self._aligner.submit(requests)
+        return self._submit(requests)
+
+    def _submit(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op
         if op == READ:
             return self._read(requests)
@@ -146,7 +175,17 @@ class Qcow2Node(Node):
             return self.file.submit_batch(requests)
         if op == DISCARD and not self.unmap:
             return self.finish(requests, 0)
-        return [request for request in requests if self.start(request, self._guarded(self._co_serve(request)))]
+        return [request for request in requests if self.start(request, self._guarded(self._co_change(request)))]
+
+    async def _co_change(self, request: Request) -> None:
+        """Serve a flush, a discard or a zero write, which is aligned."""
+        op = request.op
+        if op == FLUSH:
+            await self.co_flush()
+        elif op == DISCARD:
+            await self._writer.co_zero(request.offset, request.length, unmap=True, discard=True)
+        else:
+            await self._co_zero(request.offset, request.length, request.flags)
 
     async def _guarded(self, body: Any) -> Any:
         """Damage that is found on the way is an I/O error to whoever asked."""
@@ -220,7 +259,7 @@ class Qcow2Node(Node):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
-        pending = self._file.node.submit_batch(mapped)
+        pending = (self.crypt or self._file.node).submit_batch(mapped)
         if pending:
             epoch = self.metadata.begin(len(pending))
             passages: dict[int, _Passage] = {}
@@ -294,6 +333,10 @@ class Qcow2Node(Node):
 
     async def co_pread(self, offset: int, buffer: memoryview) -> None:
         """Read any range, through tables that may have to be read first."""
+        if self.crypt is not None and (offset | len(buffer)) & (layout.SECTOR_BYTES - 1):
+            await co_io(self, READ, offset, len(buffer), buffer, 0)  # comes back in whole sectors
+            return
+        data = self.crypt or self.file
         reads: list[Request] = []
         below: list[Request] = []
         epoch = self.metadata.begin(1)
@@ -303,7 +346,7 @@ class Qcow2Node(Node):
                 for run in await self.metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
-                        self._read_from(self.file, run.host, part, reads)
+                        self._read_from(data, run.host, part, reads)
                     elif run.kind == SQUEEZED:
                         content = await self._unpack(run.host)
                         start = (offset + at) & self.mapping.cluster_mask
@@ -314,14 +357,14 @@ class Qcow2Node(Node):
                         fill_zeroes(part)
                     at += run.length
             if reads:
-                await co_submit_all(self.file, reads)
+                await co_submit_all(data, reads)
             if below and self.backing is not None:
                 await co_submit_all(self.backing, below)
         finally:
             self.metadata.end(epoch, 1)
 
     @staticmethod
-    def _read_from(node: Node, offset: int, part: memoryview, requests: list[Request]) -> None:
+    def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
         """What the node has of the range; behind its end are zeroes."""
         count = max(min(len(part), node.size - offset), 0)
         if count:
@@ -345,6 +388,9 @@ class Qcow2Node(Node):
         self._unpacked = (0, b"")
 
     async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        if self.crypt is not None:
+            await co_io(self, WRITE, offset, len(buffer), buffer, flags)
+            return
         await self._writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)])
 
     async def co_flush(self) -> None:
@@ -352,9 +398,18 @@ class Qcow2Node(Node):
             await self.metadata.commit()
 
     async def co_discard(self, offset: int, length: int) -> None:
+        if self.crypt is not None:
+            await co_io(self, DISCARD, offset, length, None, 0)
+            return
         await self._writer.co_zero(offset, length, unmap=True, discard=True)
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if self.crypt is not None:
+            await co_io(self, WRITE_ZEROES, offset, length, None, flags)
+            return
+        await self._co_zero(offset, length, flags)
+
+    async def _co_zero(self, offset: int, length: int, flags: int) -> None:
         await self._writer.co_zero(offset, length, unmap=bool(flags & MAY_UNMAP and self.unmap), discard=False)
         if flags & FUA:
             await self.co_flush()

@@ -12,6 +12,7 @@ from bottomhalf.host.request import OP_NAMES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.drivers.luks.crypting import CryptFile
 
 
 class _Batch(Waitable):
@@ -38,7 +39,7 @@ class _Batch(Waitable):
             self._coroutine.context.wake(self._coroutine)
 
 
-async def co_submit_all(node: Node, requests: list[Request]) -> None:
+async def co_submit_all(node: Node | CryptFile, requests: list[Request]) -> None:
     """Submit requests of one op and wait for the end of all. OSError of the first that failed."""
     batch = _Batch(current(), requests[0].op, node.describe())
     for request in requests:
