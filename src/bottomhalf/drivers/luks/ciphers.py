@@ -162,7 +162,8 @@ def xts_masks(firsts: bytes) -> int:
 
     A mask is the one before times x in GF(2^128), x^128 = x^7 + x^2 + x + 1 (IEEE 1619-2007, 5.2). Times x^m is a shift
     by m, and what leaves its block comes back as four copies of itself. First come the first blocks of all sectors,
-    then the second ones, so that the number is small while there are few; at last they are put in the order of the data."""
+    then the second ones, so that the number is small while there are few; at last they are put in the order of the
+    data."""
     count = len(firsts) // BLOCK_BYTES
     masks = int.from_bytes(firsts, "little")
     width = count * _BLOCK_BITS

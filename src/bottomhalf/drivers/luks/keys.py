@@ -5,7 +5,7 @@ PBKDF2 makes a key of the password; with it the slot's material is decrypted, 40
 disk's key; a digest tells whether it is the right one. The stripes are there so that a part of the material that is
 overwritten makes all of it useless (anti-forensic splitting).
 
-All of this is computation, seconds of it: callers have it done in a thread. Nothing here is put into an error or a repr.
+All of this is computation, seconds of it: callers have it done in a thread. Nothing of it gets into an error or a repr.
 """
 
 from __future__ import annotations
