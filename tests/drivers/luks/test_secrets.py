@@ -21,9 +21,8 @@ def test_queries_and_errors_are_silent(tmp_path: Path) -> None:
     from bottomhalf.drivers.registry import describe_node
 
     bottomhalf.create(tmp_path / "a", format="luks", size=1 << 20, secret=PASSWORD, iter_time=1)
-    bottomhalf.create(
-        tmp_path / "b", format="qcow2", size=1 << 20, encrypt_format="luks", encrypt_secret=PASSWORD, encrypt_iter_time=1
-    )
+    encryption = {"encrypt_format": "luks", "encrypt_secret": PASSWORD, "encrypt_iter_time": 1}
+    bottomhalf.create(tmp_path / "b", format="qcow2", size=1 << 20, **encryption)
     storage = Storage()
     try:
         storage.add_object(from_json(ObjectOptions, {"qom-type": "secret", "id": "pw", "data": PASSWORD}))
