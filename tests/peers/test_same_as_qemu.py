@@ -157,10 +157,10 @@ def test_control_plane(require: Callable[[str], str], tmp_path: Path) -> None:
 OURS_ALONE = {"human-monitor-command", "x-explain"}  # of the system emulator; of nobody
 
 
-QCOW2_LATER = {  # caches, lazy refcounts, overlap checks, encryption, data files
+QCOW2_LATER = {  # caches, lazy refcounts, overlap checks, data files
     *("lazy-refcounts", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref", "overlap-check"),
     *("cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"),
-    *("encrypt", "data-file"),
+    "data-file",
 }
 
 
