@@ -13,6 +13,7 @@ set -u
 
 # program:package, in the order in which they are reported.
 programs=(
+    cryptsetup:cryptsetup-bin
     qemu-img:qemu-utils
     qemu-io:qemu-utils
     qemu-nbd:qemu-utils

@@ -66,7 +66,13 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     ``options`` are those of the format, by qemu-img's names. qcow2: ``compat`` ("0.10" or "1.1"; or ``version``, 2 or
     3), ``cluster_size``, ``refcount_bits``, ``extended_l2``, ``lazy_refcounts``, ``compression_type``,
     ``preallocation`` ("off", "metadata", "falloc", "full"), ``data_file`` (a path; that file is made anew, too),
-    ``data_file_raw``, ``backing_file``, ``backing_fmt``. ValueError for others, BlockError for what cannot be."""
+    ``data_file_raw``, ``backing_file``, ``backing_fmt``; with ``encrypt_format="luks"`` it is encrypted, with the
+    password ``encrypt_secret`` (str or bytes), and there are ``encrypt_cipher_alg``, ``encrypt_cipher_mode``,
+    ``encrypt_ivgen_alg``, ``encrypt_ivgen_hash_alg``, ``encrypt_hash_alg`` and ``encrypt_iter_time`` (milliseconds).
+    luks: the same names without ``encrypt_``. ValueError for others, BlockError for what cannot be."""
+    if format == "luks":
+        _create_luks(fspath(path), size, options)
+        return
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
@@ -78,7 +84,17 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
             return
     from bottomhalf.drivers.qcow2.create import create as create_image
 
-    wanted = _create_options(size, options)
+    encryption = options.pop("encrypt_format", None)
+    if encryption not in (None, "luks"):
+        raise ValueError(f"encrypt_format is 'luks' or None, not {encryption!r}")
+    encrypt = None
+    if encryption is not None:
+        from bottomhalf.drivers.luks.library import take_options
+
+        encrypt = take_options(options)
+    wanted = replace(_create_options(size, options), encrypt=encrypt)
+    if encrypt is not None and (wanted.data_file is not None or wanted.preallocation != "off"):
+        raise BlockError("encryption goes neither with a data file nor with preallocation yet")
     wanted.header()
     what = f"the making of {fspath(path)}"
     with _opened(fspath(path), writable=True, create=0) as (context, file):
@@ -122,6 +138,17 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
 def _version(given: Any) -> str:
     text = str(given)
     return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
+
+
+def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:
+    from bottomhalf.drivers.luks.library import co_make, take_options
+
+    if size < 0 or size % 512:
+        raise ValueError(f"an encrypted disk of {size} bytes; its size is a multiple of 512")
+    wanted = take_options(options, prefix="")
+    wanted.header()
+    with _opened(path, writable=True, create=0) as (context, file):
+        context.run(co_make(file, wanted, size), what=f"the making of {path}")
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:

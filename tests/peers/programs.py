@@ -29,6 +29,7 @@ import pytest
 
 # Program: the Debian package that brings it.
 PACKAGES: Final = {
+    "cryptsetup": "cryptsetup-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -190,6 +191,23 @@ def test_secrets(tree: Tree, values: dict[str, Any], expected: bytes) -> None:
     tree.host.add_file("/pw", b"from a file\n")
     tree.create("secret", "pw", values)
     assert lookup(tree, "pw") == expected
+
+
+def test_secrets_under_another_secret(tree: Tree) -> None:
+    """AES-256-CBC with padding, stored in base64, as QEMU's manual page tells to make them with openssl."""
+    ciphers = pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+    key, iv = b"k" * 32, bytes(16)
+    encryptor = ciphers.Cipher(ciphers.algorithms.AES(key), ciphers.modes.CBC(iv)).encryptor()
+    stored = encryptor.update(SECRET.encode() + bytes([16 - len(SECRET) % 16]) * (16 - len(SECRET) % 16))
+    text, vector = base64.b64encode(stored).decode(), base64.b64encode(iv).decode()
+    tree.create("secret", "key", {"data": key.decode()})
+    tree.create("secret", "pw", {"data": text, "format": "base64", "keyid": "key", "iv": vector})
+    assert lookup(tree, "pw") == SECRET.encode()
+    tree.create("secret", "bad", {"data": "b" * 32})
+    for changes, start in (({"keyid": "bad"}, "Incorrect number of padding"), ({"data": "YWI="}, "Length of the")):
+        values = {"data": text, "format": "base64", "keyid": "key", "iv": vector, **changes}
+        message = refusal(lambda values=values: tree.create("secret", "no", values))
+        assert message.startswith(start) and SECRET not in message
 
 
 @pytest.mark.parametrize(

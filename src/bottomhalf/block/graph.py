@@ -46,6 +46,8 @@ class Graph:
         # Told of images that turn out to be damaged: node, text, offset and size of the write that would have
         # destroyed more (None if it was found in another way), whether the node is of no use any more. Any thread.
         self.image_corrupted: Callable[[Node, str, int | None, int | None, bool], object] | None = None
+        # The secret object that a driver's option names, as bytes; set by who has objects. Raises QomError.
+        self.find_secret: Callable[[str], bytes] | None = None
 
     # -- names --------------------------------------------------------------------------------------------------
 

@@ -303,6 +303,8 @@ def _open_qcow2(opening: Opening) -> Node:
         common = opening.common
         if opening.options.auto_read_only and file.read_only:
             common["read_only"] = True
+        if header.crypt_method or branch.encrypt is not None:
+            common["cipher"] = _open_cipher(opening, file, header, what)
         node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing, data_file=data_file)
         try:
             node.configure(branch)
@@ -311,6 +313,35 @@ def _open_qcow2(opening: Opening) -> Node:
             opening.graph.forget(node)
             raise
     return node
+
+
+def _open_cipher(opening: Opening, file: Node, header: Any, what: str) -> Any:
+    """What encrypts the data of a qcow2 image."""
+    from bottomhalf.drivers.luks.secrets import find_secret
+    from bottomhalf.drivers.qcow2.encryption import co_open_cipher
+
+    given = opening.branch.encrypt
+    password = None if given is None else find_secret(opening.graph, given.branch.key_secret)
+    format = None if given is None else str(given.format)
+    return file.context.run(co_open_cipher(file, header, format, password), what=what)
+
+
+def _open_luks(opening: Opening) -> Node:
+    """A header is read, and a password tried, before the node is made: plain code waits for that, by name."""
+    from bottomhalf.drivers.luks.node import LuksNode, co_unlock
+    from bottomhalf.drivers.luks.secrets import find_secret
+
+    branch = opening.branch
+    password = find_secret(opening.graph, branch.key_secret)
+    if password is None:
+        raise BlockError("Parameter 'key-secret' is required for cipher")
+    file = opening.child(branch.file)
+    detached = None if branch.header is None else opening.child(branch.header)
+    name = opening.options.node_name or "luks"
+    with image_errors(name):
+        what = f"the opening of {name} in {file.describe()}"
+        unlocked = file.context.run(co_unlock(detached or file, password, detached=detached is not None), what=what)
+    return LuksNode(opening.graph, **opening.common, file=file, header_node=detached, unlocked=unlocked)
 
 
 def _open_null(opening: Opening) -> Node:
@@ -338,6 +369,7 @@ _OPENERS: Final[dict[str, Opener]] = {
     "host_device": _open_file,
     "raw": _open_raw,
     "qcow2": _open_qcow2,
+    "luks": _open_luks,
     "null-co": _open_null,
     "null-aio": _open_null,
     "blkdebug": _open_filter,

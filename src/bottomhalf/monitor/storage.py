@@ -105,6 +105,7 @@ class Storage:
             self._tree = Tree(self.host, self.loop.main, self._callback_failed)
             self._tree.in_use = self._is_needed
             self._tree.graph = self.graph
+            self.graph.find_secret = partial(secret.lookup, self._tree)
             for path in ("/chardevs", "/objects", "/backend"):
                 self._tree.container(path)
             for chardev in self.chardevs.values():

@@ -144,6 +144,32 @@ class BlockdevOptionsRaw(BlockdevOptionsGenericFormat):
     size: Annotated[int | None, Doc("bytes", default="up to the end")] = None
 
 
+class BlockdevQcow2EncryptionFormat(OpenEnum):
+    """How a qcow2 image is encrypted."""
+
+
+class QCryptoBlockOptionsQCow(Struct):
+    """The broken encryption of old images."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="none")] = None
+
+
+class QCryptoBlockOptionsLUKS(Struct):
+    """LUKS inside an image."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="none")] = None
+
+
+class BlockdevQcow2Encryption(TaggedUnion, tag="format", tag_values=BlockdevQcow2EncryptionFormat):
+    """The encryption of a qcow2 image."""
+
+    format: Annotated[BlockdevQcow2EncryptionFormat, Doc("kind of encryption")]
+
+
+BlockdevQcow2Encryption.register_branch("aes", QCryptoBlockOptionsQCow)
+BlockdevQcow2Encryption.register_branch("luks", QCryptoBlockOptionsLUKS)
+
+
 class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
     """An image in QEMU's format: allocated as it is written, with backing files and snapshots."""
 
@@ -178,7 +204,15 @@ class BlockdevOptionsQcow2(BlockdevOptionsGenericCOWFormat):
     cache_clean_interval: Annotated[
         int | None, Doc("seconds after which unused tables leave memory; 0 is never", default="600")
     ] = None
+    encrypt: Annotated[BlockdevQcow2Encryption | None, Doc("how it is encrypted, and the key")] = None
     data_file: Annotated[BlockdevRef | None, Doc("node with the guest's data", default="what the image names")] = None
+
+
+class BlockdevOptionsLUKS(BlockdevOptionsGenericFormat):
+    """A disk that is encrypted as a whole."""
+
+    key_secret: Annotated[str | None, Doc("secret that holds the password", default="only the header is read")] = None
+    header: Annotated[BlockdevRef | None, Doc("node that holds the LUKS header", default="it is in file")] = None
 
 
 class BlockdevOptionsNull(Struct):
@@ -347,6 +381,7 @@ BlockdevOptions.register_branch("file", BlockdevOptionsFile)
 BlockdevOptions.register_branch("host_device", BlockdevOptionsFile, "A block device of the host")
 BlockdevOptions.register_branch("raw", BlockdevOptionsRaw)
 BlockdevOptions.register_branch("qcow2", BlockdevOptionsQcow2)
+BlockdevOptions.register_branch("luks", BlockdevOptionsLUKS)
 BlockdevOptions.register_branch("null-co", BlockdevOptionsNull)
 BlockdevOptions.register_branch("null-aio", BlockdevOptionsNull)
 BlockdevOptions.register_branch("blkdebug", BlockdevOptionsBlkdebug)

@@ -90,7 +90,8 @@ class Secret(SecretCommon, UserCreatable, name="secret"):
         else:
             raise QomError("Either 'file' or 'data' must be provided")
         if self.keyid:
-            self._refuse_encrypted(tree)
+            # What is encrypted is not text: on its way here it is in base64, if it says so.
+            return self._decrypt(tree, decode_base64(data.decode("latin-1")) if self.format == "base64" else data)
         return decode_base64(data.decode("latin-1")) if self.format == "base64" else data
 
     def _read(self, tree: Tree) -> bytes:
@@ -108,14 +109,29 @@ class Secret(SecretCommon, UserCreatable, name="secret"):
         finally:
             file.close()
 
-    def _refuse_encrypted(self, tree: Tree) -> None:
-        if len(lookup(tree, self.keyid)) != KEY_BYTES:
+    def _decrypt(self, tree: Tree, data: bytes) -> bytes:
+        """AES-256-CBC with the padding of PKCS#7, under a key that another secret holds."""
+        key = lookup(tree, self.keyid)
+        if len(key) != KEY_BYTES:
             raise QomError(f"Key should be {KEY_BYTES} bytes in length")
         if not self.iv:
             raise QomError("IV is required to decrypt secret")
-        if len(decode_base64(self.iv)) != IV_BYTES:
-            raise QomError(f"IV should be {IV_BYTES} bytes in length not {len(decode_base64(self.iv))}")
-        raise QomError("Encrypted secrets are not supported yet; remove 'keyid'")
+        iv = decode_base64(self.iv)
+        if len(iv) != IV_BYTES:
+            raise QomError(f"IV should be {IV_BYTES} bytes in length not {len(iv)}")
+        try:
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        except ImportError:
+            raise QomError(
+                "Secrets with 'keyid' need the package cryptography: pip install 'bottomhalf[crypto]'"
+            ) from None
+        if not data or len(data) % IV_BYTES:
+            raise QomError(f"Length of the encrypted secret should be a multiple of {IV_BYTES}, not {len(data)}")
+        plain = Cipher(algorithms.AES(key), modes.CBC(iv)).decryptor().update(data)
+        padding = plain[-1]
+        if not 0 < padding <= IV_BYTES or plain[-padding:] != bytes([padding]) * padding:
+            raise QomError("Incorrect number of padding bytes found on decrypted data")
+        return plain[:-padding]
 
 
 def lookup(tree: Tree, name: str) -> bytes:

@@ -177,7 +177,7 @@ def test_compressed_clusters(what: str) -> None:
 def test_unsupported_things_are_said() -> None:
     """Encryption, data files, images that were not closed: a clear refusal, and nothing is written."""
     cases: list[tuple[int, bytes, dict[str, Any], str]] = [
-        (32, struct.pack(">I", 2), {}, "encrypted qcow2 images are not supported yet"),
+        (32, struct.pack(">I", 2), {}, "Parameter 'encrypt.key-secret' is required for cipher"),
         (72, struct.pack(">Q", 4), {}, "'data-file' is required for this image"),
         (72, struct.pack(">Q", 1), {}, "was not closed properly"),
         (72, struct.pack(">Q", 2), {}, "Image is corrupt; cannot be opened read/write"),

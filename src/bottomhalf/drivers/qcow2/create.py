@@ -28,6 +28,7 @@ from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQco
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.drivers.luks.create import LuksOptions
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class CreateOptions:
     preallocation: str = "off"
     data_file: str | None = None  # the name by which the image knows it
     data_file_raw: bool = False
+    encrypt: LuksOptions | None = None
 
     @classmethod
     def of(cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None) -> CreateOptions:
         """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there."""
-        names = {field.name for field in fields(cls)} - {"version", "data_file"}
+        names = {field.name for field in fields(cls)} - {"version", "data_file", "encrypt"}
         chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
         for name in ("preallocation", "compression_type", "backing_fmt"):
             if name in chosen:
@@ -163,6 +165,10 @@ async def _co_begin(file: Node, header: Header) -> None:
 
 async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
     await node.open()
+    if options.encrypt is not None:
+        from bottomhalf.drivers.qcow2.encryption import co_encrypt_new
+
+        await co_encrypt_new(node, options.encrypt)
     await node.co_truncate(options.size)
     Settings.default(node.header).apply(node.metadata)  # of a disk of that size
     await co_preallocate(node, 0, options.size, options.preallocates)

@@ -17,6 +17,7 @@ from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED, Mapping, Run
 
 if TYPE_CHECKING:
+    from bottomhalf.drivers.luks.crypting import CryptFile
     from bottomhalf.host.protocol import File
     from bottomhalf.host.request import Request
 
@@ -28,6 +29,7 @@ class DirectReads(Node):
 
     metadata: Metadata
     mapping: Mapping
+    crypt: CryptFile | None  # what they are on the disk nobody can read
 
     @property
     def data(self) -> Node:
@@ -36,12 +38,14 @@ class DirectReads(Node):
 
     def pread_nowait(self, length: int, offset: int) -> bytes | None:
         run = self._one_run(offset, length)
-        if run is None or run.kind != DATA:
+        if run is None or run.kind != DATA or self.crypt is not None:
             return None
         return self.data.pread_nowait(length, run.host)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         """Where clusters lie side by side, in a table that is in memory."""
+        if self.crypt is not None:
+            return None
         mapping = self.mapping
         if mapping.extended:
             run = self._one_run(offset, length)
@@ -54,7 +58,7 @@ class DirectReads(Node):
     def map_reads(self, requests: list[Request], offsets: list[int]) -> File | None:
         """What lies in one piece, in tables that are in memory, can be looked at where it is."""
         child = self.data
-        if child.map_reads([], []) is None:
+        if self.crypt is not None or child.map_reads([], []) is None:
             return None
         mapping, l2 = self.mapping, self.metadata.l2
         l1_shift, bits, mask = mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask

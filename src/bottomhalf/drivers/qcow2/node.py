@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import run_in
 from bottomhalf.block import BlockError, ImageError, Node
+from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
+from bottomhalf.block.node import co_io
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout, vmstate
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
@@ -31,37 +33,32 @@ from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
-from bottomhalf.drivers.qcow2.together import co_submit_all
+from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
 from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
 from bottomhalf.host.request import COMPRESSED as COMPRESS
-from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, MAY_UNMAP, READ, WRITE, Request, deliver
+from bottomhalf.host.request import (
+    DISCARD,
+    FLUSH,
+    FUA,
+    IN_PROGRESS,
+    MAY_UNMAP,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Request,
+    deliver,
+)
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
     from bottomhalf.block.transaction import Transaction
+    from bottomhalf.drivers.luks.ciphers import SectorCipher
+    from bottomhalf.drivers.luks.crypting import CryptFile
 
 _NOT_PLAIN: Final = COMPRESSED | ZERO_FLAG
 _SPECIAL: Final = FUA | COMPRESS
-
-
-class _Passage:
-    """The owner of mapped requests that are on their way: counts them out of their epoch, then tells the real one."""
-
-    __slots__ = ("_epoch", "_metadata", "_owner")
-
-    def __init__(self, metadata: Metadata, epoch: int, owner: Any) -> None:
-        self._metadata = metadata
-        self._epoch = epoch
-        self._owner = owner
-
-    def complete(self, requests: list[Request]) -> None:
-        for request in requests:
-            request.owner = self._owner
-        self._metadata.end(self._epoch, len(requests))
-        if self._owner is not None:
-            self._owner.complete(requests)
 
 
 async def co_read_header(file: Node) -> Header:
@@ -95,12 +92,21 @@ class Qcow2Node(DirectReads):
         data_file: Node | None = None,
         read_only: bool = False,
         unmap: bool = False,
+        cipher: SectorCipher | None = None,
     ) -> None:
         super().__init__(graph, name, read_only=read_only, unmap=unmap)
         self._file = self.attach(file, "file", ROLE_IMAGE if data_file is None else ROLE_IMAGE & ~ROLE_DATA)
         self._data = self._file if data_file is None else self.attach(data_file, "data-file", ROLE_DATA)
         if backing is not None:
             self.attach(backing, "backing", ROLE_COW)
+        self.crypt: CryptFile | None = None  # what encrypts the guest's data, if something does
+        self._aligner: Aligner | None = None
+        if cipher is not None:
+            from bottomhalf.drivers.luks.crypting import CryptFile
+
+            self.crypt = CryptFile(lambda: self._file.node, cipher)
+            self.request_alignment = layout.SECTOR_BYTES
+            self._aligner = Aligner(self, self._submit)
         self.refresh_limits()
         self._begin_with(header)
 
@@ -122,8 +128,10 @@ class Qcow2Node(DirectReads):
     async def open(self) -> None:
         """Read the tables that are always in memory. OSError, ImageError. BlockError for what cannot be done yet."""
         header = self.header
-        if header.crypt_method:
-            raise BlockError("encrypted qcow2 images are not supported yet")
+        if header.crypt_method and self.crypt is None:
+            raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
+        if header.crypt_method and header.external:
+            raise BlockError("encrypted qcow2 images with an external data file are not supported yet")
         if header.external and self._data is self._file:
             raise BlockError("'data-file' is required for this image")
         if not header.external and self._data is not self._file:
@@ -180,6 +188,11 @@ class Qcow2Node(DirectReads):
     # -- batches ------------------------------------------------------------------------------------------------
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
+        if self._aligner is not None and requests[0].op != FLUSH:
+            return self._aligner.submit(requests)
+        return self._submit(requests)
+
+    def _submit(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op
         if op == READ:
             return self._read(requests)
@@ -189,7 +202,17 @@ class Qcow2Node(DirectReads):
             return self.file.submit_batch(requests)
         if op == DISCARD and not self.unmap:
             return self.finish(requests, 0)
-        return [request for request in requests if self.start(request, self._guarded(self._co_serve(request)))]
+        return [request for request in requests if self.start(request, self._guarded(self._co_change(request)))]
+
+    async def _co_change(self, request: Request) -> None:
+        """Serve a flush, a discard or a zero write, which is aligned."""
+        op = request.op
+        if op == FLUSH:
+            await self.co_flush()
+        elif op == DISCARD:
+            await self.writer.co_zero(request.offset, request.length, unmap=True, discard=True)
+        else:
+            await self._co_zero(request.offset, request.length, request.flags)
 
     async def _guarded(self, body: Any) -> Any:
         """Damage that is found on the way is an I/O error to whoever asked."""
@@ -251,15 +274,15 @@ class Qcow2Node(DirectReads):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
-        pending = self._data.node.submit_batch(mapped)
+        pending = (self.crypt or self._data.node).submit_batch(mapped)
         if pending:
             epoch = self.metadata.begin(len(pending))
-            passages: dict[int, _Passage] = {}
+            passages: dict[int, Passage] = {}
             for request in pending:
                 owner = request.owner
                 passage = passages.get(id(owner))
                 if passage is None:
-                    passage = passages[id(owner)] = _Passage(self.metadata, epoch, owner)
+                    passage = passages[id(owner)] = Passage(self.metadata, epoch, owner)
                 request.owner = passage
         return pending
 
@@ -331,6 +354,10 @@ class Qcow2Node(DirectReads):
 
     async def co_pread(self, offset: int, buffer: memoryview) -> None:
         """Read any range, through tables that may have to be read first."""
+        if self.crypt is not None and (offset | len(buffer)) & (layout.SECTOR_BYTES - 1):
+            await co_io(self, READ, offset, len(buffer), buffer, 0)  # comes back in whole sectors
+            return
+        data = self.crypt or self.data
         reads: list[Request] = []
         below: list[Request] = []
         epoch = self.metadata.begin(1)
@@ -340,7 +367,7 @@ class Qcow2Node(DirectReads):
                 for run in await self.metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
-                        self._read_from(self.data, run.host, part, reads)
+                        self._read_from(data, run.host, part, reads)
                     elif run.kind == SQUEEZED:
                         content = await self._unpack(run.host)
                         start = (offset + at) & self.mapping.cluster_mask
@@ -351,14 +378,14 @@ class Qcow2Node(DirectReads):
                         fill_zeroes(part)
                     at += run.length
             if reads:
-                await co_submit_all(self.data, reads)
+                await co_submit_all(data, reads)
             if below and self.backing is not None:
                 await co_submit_all(self.backing, below)
         finally:
             self.metadata.end(epoch, 1)
 
     @staticmethod
-    def _read_from(node: Node, offset: int, part: memoryview, requests: list[Request]) -> None:
+    def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
         """What the node has of the range; behind its end are zeroes."""
         count = max(min(len(part), node.size - offset), 0)
         if count:
@@ -386,7 +413,7 @@ class Qcow2Node(DirectReads):
 
     @property
     def can_compress(self) -> bool:
-        return not self.mapping.external
+        return not self.mapping.external and self.crypt is None
 
     async def co_pwritev_compressed(self, offset: int, length: int, buffer: memoryview, pos: int = 0) -> None:
         """Store ``buffer[pos:pos + length]`` compressed: whole clusters, the disk's last one may be less. OSError."""
@@ -398,6 +425,9 @@ class Qcow2Node(DirectReads):
             if flags & FUA:
                 await self.co_flush()
             return
+        if self.crypt is not None:
+            await co_io(self, WRITE, offset, len(buffer), buffer, flags)
+            return
         await self._guarded(self.writer.co_write([Request(WRITE, offset, len(buffer), buffer, flags)]))
 
     async def co_flush(self) -> None:
@@ -408,9 +438,18 @@ class Qcow2Node(DirectReads):
             await self.metadata.commit()
 
     async def co_discard(self, offset: int, length: int) -> None:
+        if self.crypt is not None:
+            await co_io(self, DISCARD, offset, length, None, 0)
+            return
         await self._guarded(self.writer.co_zero(offset, length, unmap=True, discard=True))
 
     async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if self.crypt is not None:
+            await co_io(self, WRITE_ZEROES, offset, length, None, flags)
+            return
+        await self._co_zero(offset, length, flags)
+
+    async def _co_zero(self, offset: int, length: int, flags: int) -> None:
         unmap = bool(flags & MAY_UNMAP and self.unmap)
         await self._guarded(self.writer.co_zero(offset, length, unmap=unmap, discard=False))
         if flags & FUA:

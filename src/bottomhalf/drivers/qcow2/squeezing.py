@@ -54,6 +54,8 @@ class Squeezer:
         size, name = self._mapping.cluster_size, self._node.name
         if self._mapping.external:
             raise OSError(errno.ENOTSUP, "nothing is stored compressed in an external data file", name)
+        if self._node.crypt is not None:
+            raise OSError(errno.ENOTSUP, "nothing is stored compressed in an encrypted image", name)
         if offset % size or (len(data) % size and offset + len(data) != self._node.size):
             raise OSError(errno.EINVAL, f"compressed writes are of whole clusters of {size} bytes", name)
         pool, kind = self._node.context.thread_pool, self._node.header.compression_type

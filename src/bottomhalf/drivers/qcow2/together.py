@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.aio import Coroutine, current, suspend
 from bottomhalf.aio.coroutine import Waitable
@@ -12,6 +12,8 @@ from bottomhalf.host.request import OP_NAMES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.drivers.luks.crypting import CryptFile
+    from bottomhalf.drivers.qcow2.metadata import Metadata
 
 
 class _Batch(Waitable):
@@ -38,7 +40,7 @@ class _Batch(Waitable):
             self._coroutine.context.wake(self._coroutine)
 
 
-async def co_submit_all(node: Node, requests: list[Request]) -> None:
+async def co_submit_all(node: Node | CryptFile, requests: list[Request]) -> None:
     """Submit requests of one op and wait for the end of all. OSError of the first that failed."""
     batch = _Batch(current(), requests[0].op, node.describe())
     for request in requests:
@@ -51,3 +53,21 @@ async def co_submit_all(node: Node, requests: list[Request]) -> None:
     for request, offset in zip(requests, offsets, strict=True):
         request.offset = offset
         check(request.result, node.name)
+
+
+class Passage:
+    """The owner of mapped requests that are on their way: counts them out of their epoch, then tells the real one."""
+
+    __slots__ = ("_epoch", "_metadata", "_owner")
+
+    def __init__(self, metadata: Metadata, epoch: int, owner: Any) -> None:
+        self._metadata = metadata
+        self._epoch = epoch
+        self._owner = owner
+
+    def complete(self, requests: list[Request]) -> None:
+        for request in requests:
+            request.owner = self._owner
+        self._metadata.end(self._epoch, len(requests))
+        if self._owner is not None:
+            self._owner.complete(requests)

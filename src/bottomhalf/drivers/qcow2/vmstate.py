@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from bottomhalf.block.node import co_io
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX
 from bottomhalf.host.request import WRITE, Request
@@ -38,7 +39,10 @@ async def co_save(node: Qcow2Node, offset: int, buffer: memoryview) -> None:
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
             await metadata.commit()
-    await node.writer.co_write([Request(WRITE, start, len(buffer), buffer)])
+    if node.crypt is not None:
+        await co_io(node, WRITE, start, len(buffer), buffer)  # in whole sectors
+    else:
+        await node.writer.co_write([Request(WRITE, start, len(buffer), buffer)])
 
 
 async def co_load(node: Qcow2Node, offset: int, buffer: memoryview) -> None:

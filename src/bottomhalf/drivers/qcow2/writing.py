@@ -167,7 +167,8 @@ class Writer:
                 start = unit_start
             if not entries[-1][0] & (OFFSET_MASK | COMPRESSED):
                 end = unit_end
-        whole = await self._filled(cluster, start, end, inside, data, zeroes=not virgin)
+        fill = not virgin or self._node.crypt is not None  # zeroes of the file, decrypted, are noise
+        whole = await self._filled(cluster, start, end, inside, data, zeroes=fill)
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
 
@@ -216,6 +217,9 @@ class Writer:
 
     async def _carry_out(self, batch: _Batch) -> None:
         """Write the data, then set the entries."""
+        crypt = self._node.crypt
+        if crypt is not None:
+            batch.pieces = [(offset, crypt.encrypted(offset, data)) for offset, data in batch.pieces]
         await self._metadata.write_data(batch.pieces)
         batch.pieces = []
         while batch.links:
