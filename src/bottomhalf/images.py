@@ -35,6 +35,7 @@ __all__ = [
     "create",
     "info",
     "rebase",
+    "resize",
     "snapshot_apply",
     "snapshot_create",
     "snapshot_delete",
@@ -217,6 +218,38 @@ def rebase(
 
     with _opened_image(fspath(path), follow_names) as (context, node):
         context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+
+
+def resize(
+    path: str | PathLike[str],
+    size: int,
+    *,
+    shrink: bool = False,
+    preallocation: str = "off",
+    follow_names: bool = False,
+) -> None:
+    """Give an image's disk another size in bytes. A smaller one, with which content is lost, only with ``shrink``.
+    ``preallocation`` of a new part: "off", "falloc", "full", for qcow2 also "metadata". ``follow_names``: the data file
+    that the image names may be opened. BlockError, OSError."""
+    from bottomhalf.block.resize import Preallocation, co_resize
+
+    if preallocation not in list(Preallocation):
+        raise ValueError(f"preallocation is one of {', '.join(Preallocation)}, not {preallocation!r}")
+    with _opened(fspath(path), writable=True) as (context, file):
+        if _format(file) == "raw":
+            _check_shrinking(file, size, shrink)
+            body = co_resize(file, size, Preallocation(preallocation))
+            context.run(body, what=f"the resizing of {fspath(path)}")
+            return
+    with _opened_image(fspath(path), follow_names) as (context, node):
+        _check_shrinking(node, size, shrink)
+        body = co_resize(node, size, Preallocation(preallocation))
+        context.run(body, what=f"the resizing of {fspath(path)}")
+
+
+def _check_shrinking(node: Node, size: int, shrink: bool) -> None:
+    if size < node.size and not shrink:
+        raise BlockError(f"the disk has {node.size} bytes; making it smaller loses content, and needs shrink=True")
 
 
 def snapshots(path: str | PathLike[str]) -> list[Snapshot]:

@@ -76,6 +76,7 @@ class Node(Parent, metaclass=_NodeType):
     supports_backing: ClassVar[bool] = False  # what it has not got may be read from a child "backing"
     # Whether the coroutine doors honour FUA themselves. Else it is taken off, and a flush follows the write.
     handles_fua: ClassVar[bool] = False
+    preallocates_metadata: ClassVar[bool] = False  # co_grow() knows the mode "metadata"
 
     def __init__(self, graph: Graph, name: str = "", *, read_only: bool = False, unmap: bool = False) -> None:
         self.graph = graph

@@ -10,8 +10,8 @@ full      zero bytes are written
     await co_resize(node, new_size, Preallocation.FALLOC)
 
 Node.co_grow() does it, in a driver's own way or with what every node has: truncate first, then zero the new part,
-without holes. If that fails the disk gets its old size again. (``metadata`` is for formats that have some; none does it
-yet.)
+without holes. If that fails the disk gets its old size again. ``metadata`` is for formats that have some (qcow2): every
+cluster of the new part gets its place.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ async def co_resize(node: Node, size: int, preallocation: Preallocation = Preall
     old = node.size
     if size < 0:
         raise BlockError("Image size cannot be negative")
-    if preallocation == Preallocation.METADATA:
+    if preallocation == Preallocation.METADATA and not node.preallocates_metadata:
         raise BlockError("Unsupported preallocation mode 'metadata'")
     if preallocation != Preallocation.OFF and size < old:
         raise BlockError("Preallocation can't be used for shrinking files")

@@ -19,7 +19,7 @@ from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.node import co_io
 from bottomhalf.block.zeroes import fill_zeroes
-from bottomhalf.drivers.qcow2 import layout, vmstate
+from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
@@ -28,7 +28,6 @@ from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
-from bottomhalf.drivers.qcow2.preallocation import co_preallocate
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
@@ -53,6 +52,7 @@ from bottomhalf.host.request import (
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph
+    from bottomhalf.block.resize import Preallocation
     from bottomhalf.block.transaction import Transaction
     from bottomhalf.drivers.luks.ciphers import SectorCipher
     from bottomhalf.drivers.luks.crypting import CryptFile
@@ -80,6 +80,7 @@ class Qcow2Node(DirectReads):
     driver = "qcow2"
     supports_backing = True
     handles_fua = True
+    preallocates_metadata = True
 
     def __init__(
         self,
@@ -473,10 +474,10 @@ class Qcow2Node(DirectReads):
         return Snapshots(self)
 
     async def co_truncate(self, size: int) -> None:
-        before = self.header.size
-        await self._guarded(self.writer.co_truncate(size))
-        if self.header.raw_data:  # others read the data file by itself, where every cluster is in its place
-            await self._guarded(co_preallocate(self, before, size, "metadata"))
+        await self._guarded(resizing.co_truncate(self, size))
+
+    async def co_grow(self, size: int, preallocation: Preallocation) -> None:
+        await self._guarded(resizing.co_truncate(self, size, str(preallocation)))
 
     # -- what is where ------------------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Snapshots:
             self._name_table(len(known) + 1, where, known_bytes)
             metadata.places.add(overlap.INACTIVE_L1, made.l1_offset, made.l1_size * 8)
             await metadata.commit(counters=True)
-            await self._forget_vmstate()
+            await self.forget_tables(-(-header.size >> mapping.l1_shift))  # VM state: the snapshot has it now
             await metadata.settle()
             return made
 
@@ -149,10 +149,9 @@ class Snapshots:
             counted.append(cluster)
             metadata.set_l1(index, l1_entry & ~COPIED)
 
-    async def _forget_vmstate(self) -> None:
-        """The state of the machine belongs to the snapshot now."""
+    async def forget_tables(self, first: int) -> None:
+        """Give back all L2 tables from this one on and what they lead to. With the lock held."""
         metadata, mapping = self._metadata, self._mapping
-        first = -(-self._node.header.size >> mapping.l1_shift)
         for index in range(first, len(metadata.l1)):
             entry = metadata.l1[index] & OFFSET_MASK
             if entry:
@@ -286,7 +285,9 @@ class Snapshots:
         return l1
 
     def _of_table(self, entries: array[int]) -> list[int]:
-        """The clusters that an L2 table leads to, as often as it does. ImageError."""
+        """The clusters of the image that an L2 table leads to, as often as it does. ImageError."""
+        if self._mapping.external:
+            return []  # they are another file's
         mapping = self._mapping
         found: list[int] = []
         for at in range(0, len(entries), mapping.words):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes that change tables: allocation, copying on write, zeroes, discards, resizing.
+"""Writes that change tables: allocation, copying on write, zeroes, discards.
 
 All of a batch is prepared first: clusters are allocated side by side, what a cluster held before is read for its parts
 that are not written. Then the data go to the file as one list, and when they are there the tables are changed, in
@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.drivers.qcow2.counters import FREED_OTHER, FREED_REQUEST
-from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO
 from bottomhalf.drivers.qcow2.tables import UNALLOCATED, ZEROES
 from bottomhalf.host.request import FUA, MAY_UNMAP, NO_FALLBACK, WRITE, Request
 
@@ -71,7 +71,7 @@ class Writer:
             cluster = guest >> mapping.cluster_bits
             if cluster in batch.clusters:
                 await self._carry_out(batch)
-            entry, bitmap = await self._entry(cluster)
+            entry, bitmap = await self.entry(cluster)
             metadata.check_entries(guest >> mapping.l1_shift)
             inside = guest & mapping.cluster_mask
             length = min(mapping.cluster_size - inside, len(data) - at)
@@ -89,7 +89,7 @@ class Writer:
             await self._new(cluster, old[:got], first, virgin, inside, data[at : at + batch_end], batch)
             at += batch_end
 
-    async def _entry(self, cluster: int) -> tuple[int, int]:
+    async def entry(self, cluster: int) -> tuple[int, int]:
         """The L2 entry of a guest cluster and its bitmap, checked."""
         mapping = self._mapping
         table = await self._metadata.l2_table(cluster << mapping.cluster_bits >> mapping.l1_shift)
@@ -104,9 +104,9 @@ class Writer:
         """The entries of the guest clusters that need new places, from this one on, at most to the table's end."""
         mapping = self._mapping
         most = min(most, mapping.entries - (cluster & (mapping.entries - 1)))
-        found = [await self._entry(cluster)]
+        found = [await self.entry(cluster)]
         while len(found) < most and cluster + len(found) not in batch.clusters:
-            entry, bitmap = await self._entry(cluster + len(found))
+            entry, bitmap = await self.entry(cluster + len(found))
             if entry & COPIED and mapping.has_place(entry) and not entry & COMPRESSED:
                 break
             found.append((entry, bitmap))
@@ -306,7 +306,7 @@ class Writer:
 
     async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
         metadata, mapping, node = self._metadata, self._mapping, self._node
-        entry, bitmap = await self._entry(cluster)
+        entry, bitmap = await self.entry(cluster)
         has_content = mapping.has_place(entry) or entry & COMPRESSED
         needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
         if not has_content and not needs_hiding:
@@ -338,29 +338,3 @@ class Writer:
             for start in range(0, length, step):
                 count = min(step, length - start)
                 await self.co_write([Request(WRITE, offset + start, count, memoryview(bytes(count)))])
-
-    # -- size ---------------------------------------------------------------------------------------------------
-
-    async def co_truncate(self, size: int) -> None:
-        """Give the disk another size. OSError."""
-        node, metadata, header = self._node, self._metadata, self._node.header
-        if size % 512:
-            raise OSError(errno.EINVAL, "The new size must be a multiple of 512", node.name)
-        if header.snapshot_count and header.version < 3:
-            raise OSError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots", node.name)
-        if size < node.size:
-            raise OSError(errno.ENOTSUP, "qcow2 images cannot be made smaller yet", node.name)
-        async with metadata.lock:
-            if self._mapping.external:
-                await node.data.co_truncate(size)
-            entries = -(-size >> self._mapping.l1_shift)
-            if entries * 8 > L1_BYTES_MAX:
-                raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
-            if entries > header.l1_size:
-                clusters = -(-entries * 8 // self._mapping.cluster_size)
-                first = await metadata.allocate_together(clusters)
-                metadata.move_l1(clusters * self._mapping.cluster_size // 8, first)
-            header.size = size
-            metadata.header_changed()
-            await metadata.commit()
-        node.refresh_size()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that become larger and smaller while they are used."""
+
+from __future__ import annotations
+
+import errno
+import random
+from typing import Any
+
+import pytest
+
+from bottomhalf.block import BlockError
+from bottomhalf.block.resize import Preallocation, co_resize
+from bottomhalf.host.request import FLUSH, READ, WRITE
+from bottomhalf.host.sim import SimHost
+from tests.drivers.qcow2.bench import Disk, check, disk, make
+
+SHAPES: list[dict[str, Any]] = [
+    {"cluster_size": 512},
+    {"cluster_size": 4096, "version": 2},
+    {"cluster_size": 16384, "extended_l2": True},
+    {"cluster_size": 512, "refcount_bits": 1},
+    {"cluster_size": 512, "data_file": "data.raw"},
+    {"cluster_size": 512, "data_file": "data.raw", "data_file_raw": True},
+]
+POSITIONS_MAX = 400
+
+
+def resized(opened: Disk, model: bytearray, size: int, mode: str = "off") -> None:
+    opened.run(co_resize(opened.node, size, Preallocation(mode)))
+    del model[size:]
+    model.extend(bytes(size - len(model)))
+    assert opened.size == size
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_sizes(seed: int, shape: dict[str, Any]) -> None:
+    """What is cut off does not come back, and all space is accounted for; snapshots keep what they have."""
+    host, chance = SimHost(seed), random.Random(seed)
+    cluster = shape["cluster_size"]
+    size = chance.randrange(1, 40) * 512
+    make(host, "disk.qcow2", **shape, size=size)
+    opened, model = Disk(host, "disk.qcow2"), bytearray(size)
+    kept: list[tuple[Any, bytes]] = []
+    with_snapshots = shape.get("version") != 2 and "refcount_bits" not in shape and "data_file" not in shape
+    for number in range(40):
+        if chance.random() < 0.7 and model:
+            length = min(chance.choice((1, 512, cluster, 3 * cluster)), len(model))
+            offset = chance.randrange(len(model) - length + 1)
+            data = bytes([number + 1]) * length
+            opened.run(opened.backend.co_pwrite(offset, data))
+            model[offset : offset + length] = data
+        elif with_snapshots and chance.random() < 0.2:
+            opened.run(opened.node.co_save_vmstate(0, memoryview(b"machine" * 100)))
+            if chance.random() < 0.5:
+                kept.append((opened.run(opened.node.snapshots.create("s", date_ns=0)), bytes(model)))
+        else:
+            size = chance.choice((chance.randrange(0, 60), chance.randrange(0, 2000))) * 512
+            mode = chance.choice(("off", "off", "metadata", "falloc", "full"))
+            resized(opened, model, size, mode if size > len(model) else "off")
+        if chance.random() < 0.3:
+            assert opened.content() == model
+    assert opened.content() == model
+    opened.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks and not found.check_errors, found.findings
+    with disk(host, "disk.qcow2") as again:
+        assert again.content() == model
+        for snapshot, content in kept:
+            again.run(again.node.snapshots.apply(snapshot))
+            assert again.content() == content
+
+
+def test_a_longer_backing_file_does_not_come_to_light(seed: int) -> None:
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=10 * 512, cluster_size=512)
+    host.add_file("base.raw", b"b" * 100 * 512)
+    backing = {"driver": "raw", "file": {"driver": "file", "filename": "base.raw"}, "read-only": True}
+    with disk(host, "disk.qcow2", backing=backing) as opened:
+        model = bytearray(b"b" * 10 * 512)
+        for size in (50, 5, 200):
+            resized(opened, model, size * 512)
+            assert opened.content() == model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", [READ, WRITE, FLUSH])
+@pytest.mark.parametrize("to", [7, 300])
+def test_every_position(op: int, to: int, shape: dict[str, Any]) -> None:
+    """The disk fails from there on, or the power goes: the size is the old or the new one, and what both have is there.
+    (What was to be cut off may be zeroes already.)"""
+    for position in range(POSITIONS_MAX):
+        host = SimHost(position)
+        make(host, "disk.qcow2", **shape, size=100 * 512)
+        opened = Disk(host, "disk.qcow2")
+        content = bytes(range(1, 101)) * 512
+        opened.run(opened.backend.co_pwrite(0, content))
+        opened.run(opened.backend.co_flush())
+        fault = host.fault(op=op, errno=errno.EIO, after=position)
+        try:
+            opened.run(co_resize(opened.node, to * 512))
+        except OSError as error:
+            assert error.errno == errno.EIO
+        hits = fault.hits
+        for chance in range(2):
+            after = SimHost(chance)
+            for path in host.disk.files:
+                after.add_file(path, host.survivor(path))
+            found = check(after, "disk.qcow2")
+            assert not found.corruptions and not found.check_errors, found.findings
+            with disk(after, "disk.qcow2") as reopened:
+                assert reopened.size in (100 * 512, to * 512)
+                _see(reopened.content(), content, to * 512)
+        fault.remove()
+        _see(opened.content(), content, to * 512)
+        opened.close()
+        found = check(host, "disk.qcow2")
+        assert not found.corruptions, found.findings
+        if not hits:
+            break
+    else:
+        raise AssertionError("there is no end of I/O")
+    assert position or op == READ  # all tables may be in memory
+
+
+def _see(found: bytes, content: bytes, size: int) -> None:
+    both = min(size, len(content))
+    assert found[:both] == content[:both]
+    assert all(now in (0, was) for now, was in zip(found[both:], content[both:], strict=False))
+    assert not any(found[len(content) :])
+
+
+def test_refusals() -> None:
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=100 * 512, cluster_size=512, version=2)
+    with disk(host, "disk.qcow2") as opened:
+        for size, number in ((100, errno.EINVAL), (1 << 62, errno.EFBIG)):
+            with pytest.raises(OSError) as caught:
+                opened.run(co_resize(opened.node, size))
+            assert caught.value.errno == number
+        with pytest.raises(BlockError, match="Preallocation can't be used for shrinking"):
+            opened.run(co_resize(opened.node, 512, Preallocation.FULL))
+        opened.run(opened.node.snapshots.create("s", date_ns=0))
+        with pytest.raises(OSError, match="Can't resize a v2 image which has snapshots"):
+            opened.run(co_resize(opened.node, 512))
+        assert opened.size == 100 * 512
