@@ -21,6 +21,8 @@ programs=(
     nbdkit:nbdkit
     nbdinfo:libnbd-bin
     nbdcopy:libnbd-bin
+    nbdfuse:libnbd-bin
+    mkfs.ext4:e2fsprogs
     nbdsh:python3-libnbd # its module is for the system's own python3
     fio:fio
     cc:gcc # optional: the batching load generator of the benchmarks

@@ -37,6 +37,9 @@ PACKAGES: Final = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
+    "mkfs.ext4": "e2fsprogs",
+    "fsck.ext4": "e2fsprogs",
     "fio": "fio",
     "cc": "gcc",
     # Not a program but the interpreter that can `import nbd`: the system's, seldom the one that runs us.

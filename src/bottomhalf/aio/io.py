@@ -87,7 +87,7 @@ class ContextEngine:
         elif self._prepared >= most:
             self._enter(None)
         # What was prepared before may have gone with an enter() of the engine's own, and be done: less than is counted.
-        submit_at = most if self._engine.in_flight else min(most, self._prepared + SUBMIT_AT_IDLE)
+        submit_at = most if self._engine.in_flight else self._prepared + min(most, SUBMIT_AT_IDLE)
         while at < count:
             part = requests[at : at + submit_at - self._prepared]
             at += len(part)
