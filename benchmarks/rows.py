@@ -82,8 +82,8 @@ class LoadRow(ServerRow):
         if self.qcow2:
             image = system.empty_qcow2(image) if self.allocating else system.as_qcow2(image)
         with running(server, image, direct=self.direct) as up:
-            if writes and not self.qcow2:
-                system.settle_for_writes(image)
+            if writes and not self.allocating:
+                system.settle_for_writes(image, keep=self.qcow2)
             else:
                 system.settle(image, cached=not self.direct)
             held = None if writes or self.direct else system.Held(image)
