@@ -142,6 +142,30 @@ class Output:
                 self.unsent_bytes += length - sent
                 sent = 0
 
+    def send_parts(self, parts: list[memoryview], memory: Buffer) -> None:
+        """Send views of ``memory``, which has one user for all of them."""
+        sent, at = 0, 0
+        if not self._pieces:
+            try:
+                sent = self._socket.sendmsg(parts[:PIECES_PER_SEND_MAX])
+            except BlockingIOError:
+                pass
+            except OSError:
+                memory.release()
+                raise
+            self.sent_bytes += sent
+            while at < len(parts) and sent >= len(parts[at]):
+                sent -= len(parts[at])
+                at += 1
+            if at == len(parts):
+                memory.release()
+                return
+        left: list[Any] = parts[at:]
+        left[0] = left[0][sent:]
+        self._pieces.extend((part, None) for part in left[:-1])
+        self._pieces.append((left[-1], memory))
+        self.unsent_bytes += sum(map(len, left))
+
     def send_mapped(
         self,
         heads: memoryview,

@@ -325,8 +325,16 @@ class Transmission:
 
     def _answer_reads(self, done: list[Request], memory: Buffer) -> None:
         """Send the replies of finished reads that lie in one arena; neighbours travel as one piece."""
-        pieces: list[tuple[object, Buffer | None]] = []
         header = self._header_size
+        aligned = len(done) > 1 and done[0].start + header + done[0].length != done[1].start
+        if aligned and not any(request.result for request in done):  # none has a neighbour
+            view = memory.view
+            memory.users += 1
+            parts = [view[request.start : request.start + header + request.length] for request in done]
+            self.output.send_parts(parts, memory)
+            self._parser.release(done)
+            return
+        pieces: list[tuple[object, Buffer | None]] = []
         begin = end = 0
         for request in done:
             if request.result:
@@ -441,17 +449,23 @@ class Transmission:
         reads: dict[int, tuple[Buffer, list[Request]]] = {}
         others = []
         waited_ns = 0
-        for request in requests:
-            memory, began_ns = request.context
-            waited_ns += now_ns - began_ns
-            if request.op == READ:
-                self._bytes_in_flight -= request.length
-                reads.setdefault(id(memory), (memory, []))[1].append(request)
+        begin, count = 0, len(requests)
+        while begin < count:  # those that began together often end together
+            context, end = requests[begin].context, begin + 1
+            while end < count and requests[end].context is context:
+                end += 1
+            together, begin = requests[begin:end], end
+            memory, began_ns = context
+            waited_ns += (now_ns - began_ns) * len(together)
+            op = together[0].op
+            if op <= WRITE:
+                self._bytes_in_flight -= sum([request.length for request in together])
+            if op == READ:
+                reads.setdefault(id(memory), (memory, []))[1].extend(together)
             else:
-                if request.op == WRITE:
-                    self._bytes_in_flight -= request.length
-                    memory.release()
-                others.append(request)
+                if op == WRITE:
+                    memory.release(len(together))
+                others += together
         self._statistics.answered += len(requests)
         self._statistics.latency_ns += waited_ns
         try:
