@@ -90,6 +90,7 @@ def test_what_is_chosen_works(report: dict[str, Any]) -> None:
 
 def test_everything_refused_has_a_cause(report: dict[str, Any]) -> None:
     findings = [*report["engines"]["kinds"], *report["pollers"]["kinds"], *report["devices"], *report["locks"]]
+    findings += report["ring"]
     for one in [*findings, *report["file"]["abilities"]]:
         assert one["works"] or one["cause"], one
 
@@ -140,7 +141,7 @@ def test_the_json_is_the_report(tool: Tool) -> None:
     assert outcome.status == 0 and outcome.stderr == ""
     said = json.loads(outcome.stdout)
     assert list(said) == [
-        *("version", "machine", "limits", "engines", "pollers", "locks", "devices", "bottom-half-ns", "advice"),
+        *("version", "machine", "limits", "engines", "ring", "pollers", "locks", "devices", "bottom-half-ns", "advice"),
     ]
     assert said["machine"]["kernel"] == os.uname().release
 

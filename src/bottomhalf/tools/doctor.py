@@ -84,6 +84,7 @@ def examine(path: str | None) -> dict[str, Any]:
         "machine": probe.machine(),
         "limits": probe.limits(),
         "engines": {"chosen": probe.chosen_engine(), "kinds": _findings(probe.engines(path))},
+        "ring": _findings([probe.ring_operations()]),
         "pollers": {"chosen": probe.chosen_poller(), "kinds": _findings(probe.pollers())},
         "locks": _findings([probe.image_locks()]),
         "devices": _findings(probe.devices()),
@@ -160,6 +161,8 @@ def as_text(report: dict[str, Any]) -> str:
     for title, section in (("engines, for files", "engines"), ("pollers, for descriptors", "pollers")):
         lines += ["", f"{title}: {report[section]['chosen']} is used"]
         lines += map(_finding, report[section]["kinds"])
+        if section == "engines":
+            lines += map(_finding, report["ring"])
     lines += ["", "image locks", *map(_finding, report["locks"]), "", "devices", *map(_finding, report["devices"])]
     if "file" in report:
         lines += _file_text(report["file"])

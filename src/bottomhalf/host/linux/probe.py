@@ -164,6 +164,20 @@ def engines(path: str | None) -> list[Finding]:
         return [_engine(kind, file) for kind in ENGINE_KINDS]
 
 
+def ring_operations() -> Finding:
+    """What a ring can do beside an engine's transfers, each tried."""
+    from bottomhalf.host.linux import ring_operations as operations
+
+    name = "io_uring, other operations"
+    try:
+        refused = operations.refused()
+    except OSError as error:
+        return Finding.refused(name, error, _why_no_io_uring(error))
+    if refused:
+        return Finding(name, False, f"not {', '.join(refused)}", cause="the ring was restricted, or the kernel is old")
+    return Finding(name, True, ", ".join(operations.NAMES))
+
+
 def _engine(kind: str, file: LinuxFile | None) -> Finding:
     try:
         if kind == "linux-aio":
