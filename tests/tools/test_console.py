@@ -203,6 +203,7 @@ class Person:
     def end(self) -> int:
         """Read to the end; the exit status."""
         while True:
+            assert select.select([self.master], [], [], SECONDS_MAX)[0], f"the console does not end: {self.raw!r}"
             try:
                 if not os.read(self.master, 65536):
                     break
@@ -282,10 +283,12 @@ def test_a_person_who_does_not_want_to_wait(sockets: Path) -> None:
     person.is_asked()
     person.type("exec-oob x-explain\r")
     person.sees("a client of chardev w")
+    person.is_asked()
+    person.raw = b""
     client = socket.socket(socket.AF_UNIX)
     client.connect(str(sockets / "w"))
-    person.type("")
     person.sees("{}")
+    person.is_asked()  # until the prompt is back the terminal takes Ctrl-D for itself
     person.type("\x04")
     assert person.end() == 0
     client.close()
