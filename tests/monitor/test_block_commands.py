@@ -162,7 +162,7 @@ def test_snapshot_under_a_client(bench: QmpBench, client: QmpClient) -> None:
     assert told == "The overlay already has a backing image"
     told = client.fails("blockdev-snapshot", {"node": "top", "overlay": "a"})
     assert told == "The overlay does not support backing images"
-    assert client.fails("blockdev-del", {"node-name": "a"}) == "Block device a is in use"
+    assert client.fails("blockdev-del", {"node-name": "a"}) == "Node 'a' is busy: node is used as backing hd of 'top'"
 
 
 def test_children_come_and_go(client: QmpClient) -> None:

@@ -10,6 +10,7 @@ from bottomhalf.qapi.char import parse_chardev
 from tests.monitor.qmp_bench import QmpBench
 
 SLEEP_NS = 4_000_000_000
+ANSWER_NS_MAX = 50_000_000  # from a question to what answers at once, on the simulated clock
 SLEEP = 'qemu-io disk "sleep 4000"'
 EXPLAIN = {"exec-oob": "x-explain", "id": "why"}
 
@@ -34,6 +35,7 @@ def test_while_a_person_waits(seed: int) -> None:
         person, second = bench.hmp("/run/h1.sock"), bench.hmp("/run/h2.sock")
         began_ns = bench.host.monotonic_ns()
         half: dict[str, object] = {}
+        early: list[object] = []
         cookies: list[int] = []
         late = []
 
@@ -45,6 +47,10 @@ def test_while_a_person_waits(seed: int) -> None:
             late[0].ask("qmp_capabilities", id="negotiation")
             cookies.extend(nbd.read(offset, 4096) for offset in range(0, 65536, 4096))
 
+        def look_early() -> None:
+            early.append(["QMP" in message for message in late[0].messages])
+            early.append([message.get("id") for message in fast.messages])
+
         def look() -> None:
             half["person"] = bytes(person.screen)
             half["second"] = bytes(second.screen)
@@ -53,10 +59,12 @@ def test_while_a_person_waits(seed: int) -> None:
             half["disk"] = all(cookie in nbd.done for cookie in cookies)
 
         bench.host.at(SLEEP_NS // 4, others_speak)
+        bench.host.at(SLEEP_NS // 4 + ANSWER_NS_MAX, look_early)
         bench.host.at(SLEEP_NS // 2, look)
         person.type(SLEEP + "\n")
         assert person.prompt() == SLEEP + "\n"
         assert bench.host.monotonic_ns() - began_ns >= SLEEP_NS
+        assert early == [[True], ["why"]]
         assert half == {
             "person": (SLEEP + "\r\n").encode(),
             "second": b"",  # not even an echo

@@ -250,3 +250,35 @@ def test_two_people_on_one_terminal() -> None:
         assert b"switch between consoles" in person.screen
         person.type("\x01x")
         bench.storage.run()
+
+
+def test_snapshots(seed: int) -> None:
+    from tests.drivers.qcow2.bench import make
+
+    with QmpBench(seed) as bench:
+        make(bench.host, "disk.qcow2", size=1 << 20)
+        person = bench.hmp()
+        options = "driver=qcow2,node-name=disk,file.driver=file,file.filename=disk.qcow2"
+        assert person.ask(f"drive_add -n 0 {options}") == ""
+        assert person.ask("info snapshots") == "There is no snapshot available.\n"
+        assert person.ask("snapshot_blkdev_internal disk one") == ""
+        assert person.ask("snapshot_blkdev_internal disk one") == (
+            "Error: Snapshot with name 'one' already exists on device 'disk'\n"
+        )
+        head, names, row, end = person.ask("info snapshots").split("\n")
+        assert (head, end) == ("List of snapshots present on node disk:", "")
+        assert names.split() == ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]
+        assert row.startswith("1       one                   0 B ") and row.endswith(" --")
+        assert person.ask("snapshot_delete_blkdev_internal disk one 7").startswith("Error: Snapshot with id '7'")
+        assert person.ask("snapshot_delete_blkdev_internal disk one") == ""
+        assert person.ask("info snapshots") == "There is no snapshot available.\n"
+        assert person.ask("info qtree") == person.ask("info nodes")
+        assert person.ask("info qtree").startswith("disk (qcow2, 1048576 bytes)\n  file: #block")
+
+
+def test_sizes_as_people_read_them() -> None:
+    from bottomhalf.monitor.hmp_snapshots import _size
+
+    assert [_size(count) for count in (0, 1023, 1024, 3 << 29, 1 << 60)] == [
+        "0 B", "1.02e+03 B", "1 KiB", "1.5 GiB", "1 EiB",
+    ]  # fmt: skip

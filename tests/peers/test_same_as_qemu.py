@@ -22,6 +22,7 @@ import bottomhalf
 from bottomhalf.qapi.schema import differences
 from bottomhalf.tools import bh_nbd, bh_storage_daemon
 from tests.peers.conversations import CONTROL, GRAPH, QMP, SNAPSHOTS, spelled_out
+from tests.peers.overlay_conversations import BACKING_NAMES, OLD_EXPORTS, OVERLAYS, TRANSACTIONS, lines_of
 
 pytestmark = pytest.mark.peer
 
@@ -52,7 +53,7 @@ def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[s
                 answers = [reader.line()]
                 while '"event": ' in answers[-1]:
                     answers.append(reader.line())
-                if "-del" in line or "-stop" in line:
+                if any(word in line for word in ("-del", "-stop", "-remove")):
                     answers += reader.rest()
                 said.append((line, sorted(answers)))
             daemon.stdin.close()
@@ -81,6 +82,8 @@ class Lines:
                 return ""
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
+        if line.startswith(b"Formatting "):  # QEMU tells standard output of every image that it makes
+            return self.line(seconds)
         return line.decode()
 
     def rest(self) -> list[str]:
@@ -118,8 +121,13 @@ def test_snapshots(require: Callable[[str], str], tmp_path: Path) -> None:
     assert_same_answers([require("qemu-storage-daemon")], conversation, [], tmp_path)
 
 
+@pytest.mark.parametrize("conversation", [OVERLAYS, TRANSACTIONS, OLD_EXPORTS, BACKING_NAMES])
+def test_overlays_and_transactions(require: Callable[[str], str], tmp_path: Path, conversation: str) -> None:
+    assert_same_answers([require("qemu-storage-daemon")], lines_of(conversation), [], tmp_path)
+
+
 def assert_same_answers(command: list[str], conversation: str, options: list[str], tmp_path: Path) -> None:
-    places = {"{dir}": "", "{image}": "/d.raw", "{d}": "/d.raw", "{e}": "/e.raw", "{q}": "/q.qcow2"}
+    places = {"{dir}": "", "{image}": "/d.raw", "{d}": "/d.raw", "{e}": "/e.raw", "{q}": "/q.qcow2", "{r}": "/r.qcow2"}
     for mark, place in places.items():
         conversation = conversation.replace(mark, f"{tmp_path}{place}")
     lines = conversation.strip().splitlines()
@@ -127,7 +135,8 @@ def assert_same_answers(command: list[str], conversation: str, options: list[str
     for daemon in (command, OURS["qemu-storage-daemon"]):
         for name in ("d.raw", "e.raw"):
             (tmp_path / name).write_bytes(bytes(MIB))
-        bottomhalf.create(tmp_path / "q.qcow2", format="qcow2", size=MIB)
+        for name in ("q.qcow2", "r.qcow2"):
+            bottomhalf.create(tmp_path / name, format="qcow2", size=MIB)
         said.append(converse([*daemon, *options], lines))
     theirs, ours = said
     different = [
@@ -176,6 +185,22 @@ def test_schema(require: Callable[[str], str]) -> None:
     assert names >= OURS_ALONE
     found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in OURS_ALONE]
     assert not found, "\n".join(found)
+
+
+def test_the_table_of_what_is_not_there(require: Callable[[str], str]) -> None:
+    """docs/qapi-and-qmp.md names every command that QEMU's daemon has and ours has not, and no other."""
+    lines = ['{"execute": "qmp_capabilities"}', '{"execute": "query-commands"}', '{"execute": "quit"}']
+    theirs, ours = (
+        {each["name"] for each in json.loads(converse(command, lines)[2][1][0])["return"]}
+        for command in ([require("qemu-storage-daemon")], OURS["qemu-storage-daemon"])
+    )
+    page = (Path(__file__).parents[2] / "docs" / "qapi-and-qmp.md").read_text()
+    counts = re.search(r"Of the (\d+) commands of QEMU's storage daemon (\d+) are there", page)
+    assert counts is not None and counts.groups() == (str(len(theirs)), str(len(theirs & ours)))
+    table = page[counts.end() :].partition("\n\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(theirs - ours)
+    assert ours - theirs == OURS_ALONE
 
 
 def compare(

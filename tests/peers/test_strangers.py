@@ -351,3 +351,40 @@ nonsense
         assert part in done.stdout.replace("\\n", "\\n"), done.stdout
     assert "CommandNotFound" in done.stdout
     assert "GenericError" not in done.stdout
+
+
+def test_qmp_shell_at_a_terminal(daemon: Daemon, tmp_path: Path) -> None:
+    """The same shell as a person sees it, who completes a command."""
+    import pty
+    import select
+
+    pytest.importorskip("qemu.qmp", reason="needs qemu.qmp (pip)")
+    master, slave = pty.openpty()
+    shell = subprocess.Popen(
+        [Path(sys.executable).with_name("qmp-shell"), daemon.qmp],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "dumb", "HOME": str(tmp_path)},
+    )
+    os.close(slave)
+    seen = b""
+
+    def sees(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([master], [], [], SECONDS_MAX)[0], seen
+            seen += os.read(master, 65536)
+        seen = seen.partition(text)[2]
+
+    sees(b"(QEMU) ")
+    os.write(master, b"query-vers\t\n")
+    sees(b"query-version")
+    sees(b'"major": 10')
+    sees(b"(QEMU) ")
+    os.write(master, b"blockdev-del node-name=nope\n")
+    sees(b"Failed to find node with node-name='nope'")
+    sees(b"(QEMU) ")
+    os.write(master, b"\x04")
+    assert shell.wait(SECONDS_MAX) == 0
+    os.close(master)

@@ -55,6 +55,9 @@ BRIDGES: Final = {
     "aio/asyncio_loop.py": {"asyncio", "selectors"},
     "aio/asyncio_thread.py": {"asyncio"},
     "library.py": {"asyncio", "threading"},
+    "tools/console.py": {"asyncio"},  # prompt_toolkit lives there; the loop is one of ours, AioEventLoop
+    "tools/console_link.py": {"asyncio"},
+    "tools/console_terminal.py": {"asyncio"},
 }
 
 

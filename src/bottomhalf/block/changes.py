@@ -16,7 +16,7 @@ A driver keeps its edge objects and finds another node behind them. Main thread,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block import permissions
@@ -204,6 +204,22 @@ def append(graph: Graph, new: Node, top: Node) -> None:
             permissions.refresh(new, transaction=transaction)
         new.child_replaced(edge)
         _tell(edges)
+
+
+def undo_append(graph: Graph, overlay: Node, node: Node, users: Iterable[Edge]) -> None:
+    """Take back append(): ``users``, the edges that it moved, lead to ``node`` again, and the overlay has no child
+    "backing" any more. In the same drained section as append(), so that nothing was written to the overlay."""
+    edge = overlay.child("backing")
+    assert edge is not None and edge.node is node
+    moved = [user for user in users if user.node is overlay]
+    with graph.holding(overlay, node), graph.drained(overlay, node):
+        with Transaction() as transaction:
+            for user in moved:
+                repoint(transaction, user, node)
+            unlink(transaction, edge)
+            permissions.refresh(overlay, node, transaction=transaction)
+        overlay.child_replaced(edge)
+        _tell(moved)
 
 
 def insert_node(graph: Graph, filter: Node) -> None:

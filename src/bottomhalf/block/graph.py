@@ -8,7 +8,7 @@ for a while. What may happen to them stands in four modules: ``changes`` of edge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -129,11 +129,19 @@ class Graph:
         finally:
             node.unquiesce()
 
+    def check_not_backing(self, node: Node) -> None:
+        """BlockError if a node is the backing node of another one, as which it is to stay what it is."""
+        for edge in node.parents:
+            if edge.name == "backing":
+                user = getattr(edge.parent, "name", "")
+                raise BlockError(f"Node '{node.name}' is busy: node is used as backing hd of '{user}'")
+
     def delete(self, name: str) -> None:
         """blockdev-del."""
         node = self.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
+        self.check_not_backing(node)
         if not node.monitor_owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
         if node.parents or node.references:
@@ -185,6 +193,11 @@ class Graph:
         """See changes.append."""
         drain.check_plain_main(self, "change the block graph")
         changes.append(self, new, top)
+
+    def undo_append(self, overlay: Node, node: Node, users: Iterable[Edge]) -> None:
+        """See changes.undo_append."""
+        drain.check_plain_main(self, "change the block graph")
+        changes.undo_append(self, overlay, node, users)
 
     def insert_node(self, filter: Node) -> None:
         """See changes.insert_node."""

@@ -416,8 +416,9 @@ class Host(Protocol):
 
     def open_stream(self, input_path: str | None, output_path: str | None, mode: str) -> Socket:
         """Files, devices or named pipes as one stream; OSError with the path. Without an input, recv_into() raises
-        BlockingIOError. ``mode`` is "truncate" or "append" (the output is made if it is not there), or "existing"
-        (both are there and opened for both directions, so that a pipe does not wait for its peer)."""
+        BlockingIOError. ``mode`` is "truncate" or "append" (the output is made if it is not there), "private" (as
+        "append", and a file that is made is its owner's alone), or "existing" (both are there and opened for both
+        directions, so that a pipe does not wait for its peer)."""
 
     def open_pty(self) -> PtyMaster:
         """A new pseudo-terminal, raw and without echo."""

@@ -7,11 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block import BlockBackend, BlockError, Edge, Node
-from bottomhalf.block.permissions import cumulative
-from bottomhalf.host.protocol import PERM_CONSISTENT_READ
 from bottomhalf.qapi.block import (
     BlockdevReopen,
-    BlockdevSnapshot,
     BlockPermission,
     XBlockdevChange,
     XBlockdevSetIothread,
@@ -35,21 +32,6 @@ def blockdev_reopen(storage: Storage, arguments: BlockdevReopen) -> None:
     from bottomhalf.drivers.registry import reopen_nodes
 
     reopen_nodes(storage.graph, arguments.options)
-
-
-def blockdev_snapshot(storage: Storage, arguments: BlockdevSnapshot) -> None:
-    """blockdev-snapshot."""
-    graph = storage.graph
-    node = graph.find(arguments.node, device=arguments.node)
-    overlay = graph.find(arguments.overlay, device=arguments.overlay)
-    if cumulative(overlay)[0] & PERM_CONSISTENT_READ:
-        raise BlockError("The overlay is already in use")
-    if overlay.child("backing") is not None:
-        raise BlockError("The overlay already has a backing image")
-    if not overlay.supports_backing:
-        raise BlockError("The overlay does not support backing images")
-    graph.flush(node)
-    graph.append(overlay, node)
 
 
 def x_blockdev_change(storage: Storage, arguments: XBlockdevChange) -> None:
@@ -129,7 +111,7 @@ def x_debug_query_block_graph(storage: Storage, arguments: Any) -> XDbgBlockGrap
         else:
             add(user, XDbgBlockGraphNodeType.BLOCK_JOB, getattr(user, "name", ""), used)
     for node in storage.graph.nodes.values():
-        add(node, XDbgBlockGraphNodeType.BLOCK_DRIVER, node.name, node.children)
+        add(node, XDbgBlockGraphNodeType.BLOCK_DRIVER, node.name, node.children[::-1])
     return XDbgBlockGraph(nodes=nodes, edges=edges)
 
 
@@ -166,7 +148,6 @@ def blockdev_set_active(storage: Storage, arguments: BlockdevSetActive) -> None:
 HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "blockdev-reopen": blockdev_reopen,
     "blockdev-set-active": blockdev_set_active,
-    "blockdev-snapshot": blockdev_snapshot,
     "query-block": query_block,
     "x-blockdev-change": x_blockdev_change,
     "x-blockdev-set-iothread": x_blockdev_set_iothread,

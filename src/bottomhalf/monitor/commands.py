@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 from bottomhalf.aio import explain
 from bottomhalf.block import BlockError
 from bottomhalf.chardev.addresses import host_address
-from bottomhalf.monitor import block_commands, char_commands, node_commands, object_commands, snapshot_commands
+from bottomhalf.monitor import (
+    block_commands,
+    char_commands,
+    node_commands,
+    object_commands,
+    overlay_commands,
+    snapshot_commands,
+)
 from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions, BlockSetWriteThreshold, BlockWriteThreshold
 from bottomhalf.qapi.block_info import BlockDeviceInfo
+from bottomhalf.qapi.block_transaction import NbdServerAddOptions, NbdServerRemove
 from bottomhalf.qapi.commands import COMMANDS
 from bottomhalf.qapi.control import CommandInfo, HumanMonitorCommand, VersionInfo
 from bottomhalf.qapi.errors import OptionError
@@ -19,6 +27,9 @@ from bottomhalf.qapi.export import (
     BlockExportDel,
     BlockExportInfo,
     BlockExportOptions,
+    BlockExportOptionsNbd,
+    BlockExportRemoveMode,
+    BlockExportType,
     NbdServerOptions,
     NbdServerOptionsLegacy,
 )
@@ -127,6 +138,30 @@ def nbd_server_stop(storage: Storage, arguments: Any) -> None:
     storage.exports.stop_nbd_server()
 
 
+def nbd_server_add(storage: Storage, arguments: NbdServerAddOptions) -> None:
+    """nbd-server-add: name and id are one, and a node that is read-only is exported as such."""
+    name = arguments.device if arguments.name is None else arguments.name
+    node = storage.graph.find(arguments.device, device=arguments.device)
+    storage.exports.add(
+        BlockExportOptions(
+            type=BlockExportType("nbd"),
+            id=name,
+            node_name=node.name,
+            writable=bool(arguments.writable) and not node.read_only,
+            branch=BlockExportOptionsNbd(
+                name=name,
+                description=arguments.description,
+                bitmaps=None if arguments.bitmap is None else [arguments.bitmap],
+            ),
+        )
+    )
+
+
+def nbd_server_remove(storage: Storage, arguments: NbdServerRemove) -> None:
+    """nbd-server-remove."""
+    storage.exports.remove(arguments.name, arguments.mode or BlockExportRemoveMode.SAFE)
+
+
 def quit(storage: Storage, arguments: Any) -> None:
     """quit: the answer is sent before the end."""
     storage.quit()
@@ -150,7 +185,10 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "block-export-del": block_export_del,
     "nbd-server-start": nbd_server_start,
     "nbd-server-stop": nbd_server_stop,
+    "nbd-server-add": nbd_server_add,
+    "nbd-server-remove": nbd_server_remove,
     "quit": quit,
     **block_commands.HANDLERS,
+    **overlay_commands.HANDLERS,
     **snapshot_commands.HANDLERS,
 }

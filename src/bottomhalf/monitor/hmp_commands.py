@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import explain
+from bottomhalf.monitor import hmp_snapshots
 from bottomhalf.monitor.commands import HANDLERS, start_nbd_server
 from bottomhalf.monitor.hmp_table import FLAG, INTEGER, NODE, REST, SIZE, Arg, Entry, Output, UsageError, find
 from bottomhalf.qapi.errors import OptionError
@@ -387,6 +388,7 @@ COMMANDS: Final = [
         "with -n: add a block node; the address has no meaning",
     ),
     Entry("drive_del", (Arg("id", NODE),), drive_del, "remove a block node"),
+    *hmp_snapshots.COMMANDS,
     Entry(
         "nbd_server_start", (Arg("a", FLAG), Arg("w", FLAG), Arg("uri")), nbd_server_start,
         "serve block nodes on HOST:PORT or unix:PATH; -a exports all, -w writable",
@@ -423,7 +425,8 @@ INFO: Final = [
         "block", (Arg("n", FLAG), Arg("v", FLAG), Arg("device", NODE, optional=True)), info_block,
         "show info of one block node or all of them (-v: details)",
     ),
-    Entry("nodes", (), info_nodes, "show the block nodes as a tree"),
+    Entry("nodes|qtree", (), info_nodes, "show the block nodes as a tree"),
+    Entry("snapshots", (), hmp_snapshots.info_snapshots, "show the snapshots in images"),
     Entry("exports", (), info_exports, "show the exports"),
     Entry("chardev", (), info_chardev, "show the character devices"),
     Entry("history", (), info_history, "show the command line history"),

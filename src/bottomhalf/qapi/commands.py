@@ -20,6 +20,7 @@ from bottomhalf.qapi import (
     block_graph,
     block_info,
     block_snapshots,
+    block_transaction,
     char,
     control,
     export,
@@ -34,7 +35,10 @@ from bottomhalf.qapi.visit import from_json, to_json
 
 __all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
-_MODULES = (block, block_graph, block_info, block_snapshots, char, control, export, introspect, objects, qom, sockets)
+_MODULES = (
+    block, block_graph, block_info, block_snapshots, block_transaction, char, control, export, introspect, objects, qom,
+    sockets,
+)  # fmt: skip
 
 
 def parse_command(name: str, arguments: dict[str, Any], *, oob: bool = False) -> tuple[type[Command], Struct]:

@@ -11,11 +11,12 @@ from bottomhalf.tools.getopt import fail
 HELP: Final = """\
 Usage: bottomhalf COMMAND [options]
 
-  serve IMAGE    serve a disk image over NBD
-  bench IMAGE    measure a disk image
-  doctor [PATH]  say what this machine allows, and why not
-  help           display this help and exit
-  version        output version information and exit
+  serve IMAGE     serve a disk image over NBD
+  console SOCKET  talk to a monitor, QMP or HMP
+  bench IMAGE     measure a disk image
+  doctor [PATH]   say what this machine allows, and why not
+  help            display this help and exit
+  version         output version information and exit
 
 "bottomhalf COMMAND --help" tells more. Beside it there are bh-nbd and bh-storage-daemon, which take the command
 lines of qemu-nbd and qemu-storage-daemon.
@@ -42,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bottomhalf.tools import bench
 
         return bench.main(rest)
+    if command == "console":
+        from bottomhalf.tools import console
+
+        return console.main(rest)
     if command == "doctor":
         from bottomhalf.tools import doctor
 
@@ -50,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         fail("bottomhalf", "no command given", "Try 'bottomhalf --help' for more information.")
     from bottomhalf.qapi.errors import did_you_mean
 
-    hint = did_you_mean(command, ["serve", "bench", "doctor", "help", "version"])
+    hint = did_you_mean(command, ["serve", "console", "bench", "doctor", "help", "version"])
     return fail("bottomhalf", f"unknown command '{command}'", hint or "Try 'bottomhalf --help' for more information.")
 
 

@@ -26,7 +26,7 @@ def received(stream: Socket, least: int = 1) -> bytes:
 
 def test_what_is_written_is_read_back(place: Place) -> None:
     path = place.file("log", b"old")
-    for mode, expected in (("append", b"oldnew"), ("truncate", b"new")):
+    for mode, expected in (("append", b"oldnew"), ("private", b"oldnewnew"), ("truncate", b"new")):
         stream = place.host.open_stream(None, path, mode)
         with pytest.raises(BlockingIOError):
             received(stream)
@@ -40,11 +40,12 @@ def test_what_is_written_is_read_back(place: Place) -> None:
 
 def test_a_file_is_made(place: Place) -> None:
     path = place.path("made")
-    place.host.open_stream(None, path, "append").close()
-    back = place.host.open_stream(path, None, "append")
-    assert received(back) == b""
-    back.close()
-    place.host.remove(path)
+    for mode in ("private", "append"):
+        place.host.open_stream(None, path, mode).close()
+        back = place.host.open_stream(path, None, "append")
+        assert received(back) == b""
+        back.close()
+        place.host.remove(path)
     with pytest.raises(FileNotFoundError):
         place.host.open_stream(path, None, "append")
 

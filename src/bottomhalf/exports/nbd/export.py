@@ -64,7 +64,7 @@ class NbdExport:
             raise BlockError(f"description '{description[:20]}...' too long")
         self.description = description
         self.writable = writable
-        self.node_name = node.name
+        self._node_name = node.name  # the last one
         self.shutting_down = False
         self.on_idle: Callable[[], object] | None = None  # the last client has gone; must not wait
         self.connections: list[Connection] = []
@@ -88,6 +88,13 @@ class NbdExport:
         self.backend.on_moving = self._move
         self.moving = False  # clients who come meanwhile wait
         self.alignment = node.request_alignment
+
+    @property
+    def node_name(self) -> str:
+        """The node that it exports now: another one takes its place when an overlay is put above it."""
+        if self.backend.root is not None:
+            self._node_name = self.backend.root.node.name
+        return self._node_name
 
     @property
     def context(self) -> AioContext:

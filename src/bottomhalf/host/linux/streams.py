@@ -19,9 +19,11 @@ from bottomhalf.host.protocol import File
 _MODES: Final = {
     "truncate": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
     "append": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "private": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
     "existing": os.O_RDWR,
 }
 FILE_MODE: Final = 0o666  # of a file that is made, less the umask
+PRIVATE_MODE: Final = 0o600
 
 
 class LinuxStream:
@@ -127,7 +129,8 @@ def open_stream(input_path: str | None, output_path: str | None, mode: str) -> L
     input_fd = output_fd = -1
     try:
         if output_path is not None:
-            output_fd = os.open(output_path, _MODES[mode] | os.O_CLOEXEC, FILE_MODE)
+            rights = PRIVATE_MODE if mode == "private" else FILE_MODE
+            output_fd = os.open(output_path, _MODES[mode] | os.O_CLOEXEC, rights)
         if input_path is not None and input_path == output_path and mode == "existing":
             input_fd = output_fd
         elif input_path is not None:

@@ -17,7 +17,7 @@ from bottomhalf.host.sim.sockets import SimSocket, Stream
 from bottomhalf.host.sim.store import Store
 from bottomhalf.host.sim.world import World, failure
 
-MODES: Final = ("truncate", "append", "existing")
+MODES: Final = ("truncate", "append", "private", "existing")
 
 
 class SimOutput(SimSocket):
