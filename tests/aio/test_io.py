@@ -405,6 +405,21 @@ def test_an_idle_device_begins_sooner(sim: SimHost, tmp_path: object, stale: int
     context.close()
 
 
+@pytest.mark.parametrize("stale", range(SUBMIT_AT))
+@pytest.mark.parametrize("first", [1, 5, SUBMIT_AT_IDLE - 1])
+def test_whatever_has_gone_before_all_start(sim: SimHost, tmp_path: object, stale: int, first: int) -> None:
+    """A batch that does not fill a part, on a count that is too high already, and then another."""
+    context = AioContext(sim)
+    disk = make_disk(context, tmp_path)
+    order: list[str] = []
+    with deferred():
+        disk.engine._prepared = stale
+        disk.submit(*(Owner(str(n), order) for n in range(first)))
+        disk.submit(*(Owner(str(n), order) for n in range(first, 40)))
+    until(context, lambda: len(order) == 40)
+    context.close()
+
+
 def test_coroutines(any_disk: Disk) -> None:
     context, file = any_disk.context, any_disk.file
 

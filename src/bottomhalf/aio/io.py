@@ -84,7 +84,7 @@ class ContextEngine:
         at, count, prepare = 0, len(requests), self._prepare
         if not 0 < most < SUBMIT_AT:
             most = SUBMIT_AT
-        elif self._prepared >= most:
+        if self._prepared >= most:
             self._enter(None)
         # What was prepared before may have gone with an enter() of the engine's own, and be done: less than is counted.
         submit_at = most if self._engine.in_flight else self._prepared + min(most, SUBMIT_AT_IDLE)
