@@ -408,15 +408,21 @@ def test_an_idle_device_begins_sooner(sim: SimHost, tmp_path: object, stale: int
 @pytest.mark.parametrize("stale", range(SUBMIT_AT))
 @pytest.mark.parametrize("first", [1, 5, SUBMIT_AT_IDLE - 1])
 def test_whatever_has_gone_before_all_start(sim: SimHost, tmp_path: object, stale: int, first: int) -> None:
-    """A batch that does not fill a part, on a count that is too high already, and then another."""
+    """A batch that does not fill a part, on a count that is too high already, and then others; no part is empty, or
+    larger than it may be."""
     context = AioContext(sim)
     disk = make_disk(context, tmp_path)
     order: list[str] = []
+    parts: list[int] = []
+    prepare = disk.engine._prepare
+    disk.engine._prepare = lambda file, part: (parts.append(len(part)), prepare(file, part))[1]
     with deferred():
         disk.engine._prepared = stale
         disk.submit(*(Owner(str(n), order) for n in range(first)))
-        disk.submit(*(Owner(str(n), order) for n in range(first, 40)))
+        disk.submit(*(Owner(str(n), order) for n in range(first, first + 3)))
+        disk.submit(*(Owner(str(n), order) for n in range(first + 3, 40)))
     until(context, lambda: len(order) == 40)
+    assert all(0 < part <= SUBMIT_AT for part in parts)
     context.close()
 
 
