@@ -398,9 +398,14 @@ def test_an_idle_device_begins_sooner(sim: SimHost, tmp_path: object, stale: int
     engine.enter = lambda: (enters.append(disk.engine.in_flight), enter())
     disk.engine._prepared = stale
     order: list[str] = []
-    disk.submit(*(Owner(str(n), order) for n in range(40)))
+    disk.engine.submit(disk.file, [disk.write(Owner(str(n), order), 2 * n) for n in range(40)])
     assert enters == [SUBMIT_AT_IDLE, SUBMIT_AT_IDLE + SUBMIT_AT, 40]
     until(context, lambda: len(order) == 40)
+    enters.clear()
+    disk.engine._prepared = 0
+    disk.submit(*(Owner(str(n), order) for n in range(40)))  # neighbours, which the kernel joins
+    assert enters == [SUBMIT_AT, 2 * SUBMIT_AT, 40]
+    until(context, lambda: len(order) == 80)
     engine.enter = enter  # type: ignore[method-assign]
     context.close()
 
@@ -418,9 +423,8 @@ def test_whatever_has_gone_before_all_start(sim: SimHost, tmp_path: object, stal
     disk.engine._prepare = lambda file, part: (parts.append(len(part)), prepare(file, part))[1]
     with deferred():
         disk.engine._prepared = stale
-        disk.submit(*(Owner(str(n), order) for n in range(first)))
-        disk.submit(*(Owner(str(n), order) for n in range(first, first + 3)))
-        disk.submit(*(Owner(str(n), order) for n in range(first + 3, 40)))
+        for numbers in (range(first), range(first, first + 3), range(first + 3, 40)):
+            disk.engine.submit(disk.file, [disk.write(Owner(str(n), order), 2 * n) for n in numbers])
     until(context, lambda: len(order) == 40)
     assert all(0 < part <= SUBMIT_AT for part in parts)
     context.close()
