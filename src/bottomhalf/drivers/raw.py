@@ -115,6 +115,9 @@ class RawNode(Node):
     def hold_bytes(self) -> Callable[[], object] | None:
         return self._edge.node.hold_bytes()
 
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        return [(self._edge.node, end + self.offset)]
+
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)
 

@@ -20,6 +20,7 @@ from bottomhalf.qapi import (
     block_graph,
     block_info,
     block_snapshots,
+    block_stats,
     block_transaction,
     char,
     control,
@@ -36,8 +37,8 @@ from bottomhalf.qapi.visit import from_json, to_json
 __all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
 _MODULES = (
-    block, block_graph, block_info, block_snapshots, block_transaction, char, control, export, introspect, objects, qom,
-    sockets,
+    block, block_graph, block_info, block_snapshots, block_stats, block_transaction, char, control, export, introspect,
+    objects, qom, sockets,
 )  # fmt: skip
 
 
