@@ -12,6 +12,7 @@ from bottomhalf.chardev.addresses import host_address
 from bottomhalf.monitor import (
     block_commands,
     char_commands,
+    job_commands,
     node_commands,
     object_commands,
     overlay_commands,
@@ -190,6 +191,7 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "nbd-server-remove": nbd_server_remove,
     "quit": quit,
     **block_commands.HANDLERS,
+    **job_commands.HANDLERS,
     **overlay_commands.HANDLERS,
     **snapshot_commands.HANDLERS,
     **stats_commands.HANDLERS,

@@ -26,6 +26,7 @@ from bottomhalf.qapi import (
     control,
     export,
     introspect,
+    jobs,
     objects,
     qom,
     sockets,
@@ -38,7 +39,7 @@ __all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
 _MODULES = (
     block, block_graph, block_info, block_snapshots, block_stats, block_transaction, char, control, export, introspect,
-    objects, qom, sockets,
+    jobs, objects, qom, sockets,
 )  # fmt: skip
 
 
