@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs on a simulated machine: kinds that do nothing but keep account of what is done to them, and a look at every event
-whether it was allowed to follow the one before."""
+"""Jobs on a simulated machine: kinds that do nothing but keep account of what is done to them, and a look at every
+event whether it was allowed to follow the one before."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,10 @@ from tests.jobs.bench import JobBench, StepJob, job_bench
 
 def pair(bench: JobBench, **options: dict[str, object]) -> tuple[StepJob, StepJob]:
     together = JobTransaction()
-    made = [
-        StepJob(bench.jobs, name, transaction=together, auto_dismiss=False, **options.get(name, {}))  # type: ignore[arg-type]
-        for name in ("x", "y")
-    ]
+    made = []
+    for name in ("x", "y"):
+        own: dict[str, Any] = options.get(name, {})
+        made.append(StepJob(bench.jobs, name, transaction=together, auto_dismiss=False, **own))
     for job in made:
         job.start()
     return made[0], made[1]

@@ -131,10 +131,10 @@ def test_a_kind_that_cannot_be_completed(seed: int) -> None:
         job = Never(bench.jobs, "j", gets_ready=True)
         job.start()
         bench.until(job, "ready")
-        with pytest.raises(BlockError, match="^The active block job 'j' cannot be completed$"):
+        with pytest.raises(BlockError, match=r"^The active block job 'j' cannot be completed$"):
             job.user_complete()
         job.user_cancel()
-        with pytest.raises(BlockError, match="^The active block job 'j' cannot be completed$"):
+        with pytest.raises(BlockError, match=r"^The active block job 'j' cannot be completed$"):
             job.user_complete()
 
 
@@ -144,9 +144,9 @@ def test_ids(seed: int, wrong: str) -> None:
         with pytest.raises(BlockError, match="Invalid job ID"):
             StepJob(bench.jobs, wrong)
         StepJob(bench.jobs, "a-b.c_1")
-        with pytest.raises(BlockError, match="^Job ID 'a-b.c_1' already in use$"):
+        with pytest.raises(BlockError, match=r"^Job ID 'a-b.c_1' already in use$"):
             StepJob(bench.jobs, "a-b.c_1")
-        with pytest.raises(BlockError, match="^Job not found$"):
+        with pytest.raises(BlockError, match=r"^Job not found$"):
             bench.jobs.get("nope")
 
 

@@ -24,8 +24,8 @@ looks at *pause points*, which are where it holds nothing that others wait for: 
 plain code there: prepare, then commit or abort, then clean.
 
 Pausing is a count, because several may want it: the user (once), and every drained section above its nodes. A
-cancelled job does not pause any more. ``busy`` says that the body is between two pause points: a drained section waits until it is
-not. A job that has ended is not busy, even while its last steps, which may drain, are going on.
+cancelled job does not pause any more. ``busy`` says that the body is between two pause points: a drained section waits
+until it is not. A job that has ended is not busy, even while its last steps, which may drain, are going on.
 
 The lock of all jobs protects the counts and flags that both threads change; it is held for a few lines and never while
 something is called that could wait.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in the background (qapi/job.json, and what qapi/block-core.json has of jobs that no copying job is needed for)."""
+"""Work in the background (qapi/job.json, and what qapi/block-core.json says of jobs in general)."""
 
 from __future__ import annotations
 
