@@ -196,7 +196,7 @@ class FileNode(Node):
         else:
             return [request for request in requests if self.start(request, self._co_zero(request))]
         if pending:
-            if op != FLUSH and not all(request.length for request in pending):
+            if op != FLUSH and 0 in [request.length for request in pending]:
                 self.finish([request for request in pending if not request.length], 0)
                 pending = [request for request in pending if request.length]
             self.engine.submit(self.file, pending, self._batch_max)
