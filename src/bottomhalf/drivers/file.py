@@ -99,6 +99,11 @@ class FileNode(Node):
         self._can_discard = True
         self._generations = Generations()
 
+    def describe(self) -> str:
+        """Made-up names tell nobody which file it is."""
+        told = super().describe()
+        return f"{told} ({self.filename})" if self.name.startswith("#") else told
+
     @property
     def engine(self) -> ContextEngine:
         """What carries out the requests that cannot be served where they stand."""
