@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from bottomhalf.aio import gather
+from bottomhalf.block import BlockBackend
 from bottomhalf.host.request import COMPRESSED, FUA, MAY_UNMAP
 from tests.drivers.qcow2.crash_states import Explorer, Ledger
 
@@ -137,10 +139,44 @@ def _each_table(explorer: Explorer) -> None:
         explorer.ledger.put(start, data)
 
 
+def _beside(explorer: Explorer) -> None:
+    """Writes that allocate and that do not, a discard and a flush, all at once."""
+    ledger, cluster = explorer.ledger, explorer.cluster
+    data = _data(explorer, cluster)
+    for at in (0, 4, 5):
+        ledger.may_put(at * cluster, data)
+    ledger.may_put(2 * cluster, bytes(cluster // 2))
+    before = bytes(ledger.now)
+
+    async def all_of_it(backend: BlockBackend) -> None:
+        await gather(
+            backend.co_pwrite(0, data),
+            backend.co_pwrite(4 * cluster, data),
+            backend.co_flush(),
+            backend.co_write_zeroes(2 * cluster, cluster // 2, MAY_UNMAP),
+            backend.co_pwrite(5 * cluster, data),
+        )
+
+    explorer.do(all_of_it)
+    ledger.flushed[:] = before  # what was there before the flush began
+    ledger.since = []
+    for at in (0, 4, 5):
+        ledger.put(at * cluster, data)
+    ledger.put(2 * cluster, bytes(cluster // 2))
+    ledger.sizes = {ledger.size}
+
+
+def _most(explorer: Explorer) -> None:
+    """All clusters from the tenth on are in use, but for the last L2 table's."""
+    covered = 1 << explorer.disk.node.mapping.l1_shift
+    start = 10 * explorer.cluster
+    _write(start * 16 // explorer.cluster, (explorer.ledger.size - covered - start) * 16 // explorer.cluster)(explorer)
+
+
 Operation = Callable[[Explorer], Any]
 
+PREPARATIONS: Final[dict[str, Operation]] = {"fill": _fill, "most": _most}
 OPERATIONS: Final[dict[str, Operation]] = {
-    "fill": _fill,
     "allocate": _write(4 * 16, 2 * 16),
     "far": _write(-16, 16),  # below an L2 table of its own
     "into": _write(0, 2 * 16),  # what is there is written over
@@ -155,10 +191,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "unmap": _clear(16, 3 * 16, flags=MAY_UNMAP),
     "discard": _clear(0, 2 * 16, discard=True),
     "each-table": _each_table,
+    "beside": _beside,
     "flush": _flush,
     "snapshot": _snapshot,
     "revert": _revert,
     "forget": _forget,
     "grow": _resize(lambda explorer: explorer.ledger.size + explorer.growth),
-    "shrink": _resize(lambda explorer: max(explorer.ledger.size - explorer.growth, 5 * explorer.cluster // 2 // 512 * 512)),
+    "shrink": _resize(lambda explorer: max(explorer.ledger.size - explorer.growth, 5 * explorer.cluster // 1024 * 512)),
 }

@@ -6,7 +6,7 @@ and at the end it enumerates what a power cut would leave (``SimHost.survivors``
 most, what was flushed is there, snapshots are what they were, and the image can be written. States with equal bytes are
 opened once; whether they may be is asked each time, for that depends on what was promised by then.
 
-    explorer = Explorer(GEOMETRIES["512"], OPERATIONS)
+    explorer = Explorer(GEOMETRIES["small"], OPERATIONS, PREPARATIONS)
     explorer.run(("allocate", "discard"))
     print(len(explorer.states))
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,10 +87,10 @@ class Ledger:
             return f"the disk has {found.size} bytes, not {self.sizes}"
         if missing := self.sure - found.snapshots.keys():
             return f"snapshots {missing} are lost"
-        for id, content in found.snapshots.items():
+        for id, packed in found.snapshots.items():
             if id not in self.snapshots:
                 return f"snapshot {id} was deleted"
-            if content != self.snapshots[id]:
+            if zlib.decompress(packed) != self.snapshots[id]:
                 return f"snapshot {id} has other content"
         content = found.content
         for start in range(0, len(content), CHUNK):
@@ -99,6 +100,15 @@ class Ledger:
         return ""
 
     def _wrong_byte(self, start: int, part: bytes) -> int:
+        """The first byte that cannot be, -1 for none. Nearly always one write explains all of the part."""
+        base = self.flushed[start : start + len(part)]
+        for offset, data in self.since:
+            if offset < start + len(part) and offset + len(data) > start:
+                one = bytearray(base)
+                first, stop = max(offset - start, 0), min(offset + len(data) - start, len(part))
+                one[first:stop] = data[start + first - offset : start + stop - offset]
+                if one == part:
+                    return -1
         allowed = [{byte} for byte in self.flushed[start : start + len(part)]]
         for offset, data in self.since:
             for n in range(max(start, offset), min(start + len(part), offset + len(data))):
@@ -111,10 +121,14 @@ class Found:
     """What a state is when it is opened."""
 
     size: int
-    content: bytes
-    snapshots: dict[str, bytes]
+    packed: bytes  # there are tens of thousands
+    snapshots: dict[str, bytes]  # packed, too
     leaks: int
     flags: int  # entries whose flag "the only one" and counter do not fit
+
+    @property
+    def content(self) -> bytes:
+        return zlib.decompress(self.packed)
 
 
 @dataclass(frozen=True)
@@ -135,12 +149,14 @@ class Explorer:
         self,
         geometry: Geometry,
         operations: Mapping[str, Callable[[Explorer], None]],
+        preparations: Mapping[str, Callable[[Explorer], None]],
         *,
         reorder: int = 3,
         flags_differ_in: frozenset[str] = frozenset(),
     ) -> None:
         self.geometry = geometry
         self.operations = operations
+        self._preparations = preparations
         self.reorder = reorder
         self._flags_differ_in = flags_differ_in  # operations in the midst of which flags and counts may not fit
         self.states: set[bytes] = set()
@@ -152,6 +168,8 @@ class Explorer:
         self.ledger: Ledger
         self.step = 0
         self.current = ""
+        self._sequence = ""
+        self.last_image = b""  # after the sequence
         self.files, self.ledger_at_start = self._prepare()
 
     # -- running ------------------------------------------------------------------------------------------------
@@ -167,7 +185,7 @@ class Explorer:
         self.ledger = Ledger(content, {})
         for name in geometry.prepare:
             self.step += 1
-            self.operations[name](self)
+            {**self.operations, **self._preparations}[name](self)
         self.disk.run(self.disk.backend.co_flush())
         self.ledger.flush()
         self.disk.close()
@@ -185,6 +203,7 @@ class Explorer:
         self._host = host = SimHost(seed)
         for path, content in self.files.items():
             host.add_file(path, content)
+        self._sequence = f"{' '.join(names)} (seed {seed})"
         content, known = self.ledger_at_start
         self.ledger = Ledger(content, dict(known))
         self.disk = Disk(host, IMAGE, **self._options())
@@ -197,6 +216,7 @@ class Explorer:
         self.disk.close()
         found = check(host, IMAGE)
         assert not found.corruptions and not found.leaks, found.findings
+        self.last_image = host.content(IMAGE)
         self.counts["sequences"] += 1
 
     # -- for operations -----------------------------------------------------------------------------------------
@@ -227,7 +247,10 @@ class Explorer:
 
     def _note(self) -> None:
         """Something is about to become durable, perhaps in the midst of a coroutine: open it later."""
-        self._noted += self._survivors()
+        for state in self._survivors():
+            if state.digest in self._found:
+                state.files = {}  # its bytes are not needed again
+            self._noted.append(state)
 
     def _survivors(self) -> Iterator[CrashState]:
         paths = [path for path in (IMAGE, DATA) if path in self._host.disk.files]
@@ -254,7 +277,8 @@ class Explorer:
                 self.counts["flags"] += 1
 
     def _where(self, state: CrashState) -> str:
-        return f"in operation {self.step} ({self.current}); what the disk made of the writes:\n{state}"
+        where = f"in operation {self.step} ({self.current}) of {self._sequence}"
+        return f"{where}; what the disk made of the writes:\n{state}"
 
     def _open(self, files: dict[str, bytes]) -> Found:
         """Open what is left, and write to it. AssertionError for what must not be."""
@@ -280,18 +304,19 @@ class Explorer:
         leaks = result.leaks
         disk = Disk(host, IMAGE, **self._options())
         content, size = disk.content(), disk.size
-        known = {each.id: self._content_of(files[IMAGE], each) for each in disk.run(disk.node.snapshots.read())}
+        listed = disk.run(disk.node.snapshots.read())
+        known = {each.id: zlib.compress(self._content_of(files[IMAGE], each), 1) for each in listed}
         again = bytearray(content)
         for offset in (0, size // 2 // CHUNK * CHUNK, size - 1):
             disk.run(disk.backend.co_pwrite(offset, MARK))
             again[offset : offset + len(MARK)] = MARK
         assert disk.content() == again, "what was written is not there, or something else is"
         disk.close()
-        if flags:  # writing has copied more than it had to, with more such entries; no data are wrong, and it can be mended
+        if flags:  # writing has copied more than it had to, with more such entries; it can be mended
             check(host, IMAGE, "all")
         result = check(host, IMAGE)
         assert not result.corruptions and not result.check_errors, result.findings
-        return Found(size, content, known, leaks, flags)
+        return Found(size, zlib.compress(content, 1), known, leaks, flags)
 
     def _content_of(self, image: bytes, snapshot: Snapshot) -> bytes:
         """What a snapshot has: that of the disk whose L1 table is the snapshot's."""
@@ -307,3 +332,7 @@ class Explorer:
             return disk.content()
         finally:
             disk.close()
+
+
+# Digests of the states that were opened, by geometry, for whoever prints their number.
+EXPLORED: Final[dict[str, set[bytes]]] = {}
