@@ -162,7 +162,7 @@ class Explorer:
         self.states: set[bytes] = set()
         self.counts: Counter[str] = Counter()
         self._found: dict[bytes, Found] = {}
-        self._host = SimHost(0)
+        self.host = SimHost(0)
         self._noted: list[CrashState] = []
         self.disk: Disk
         self.ledger: Ledger
@@ -190,6 +190,9 @@ class Explorer:
         self.ledger.flush()
         self.disk.close()
         files = {path: host.content(path) for path in host.disk.files}
+        # As short as QEMU makes it, so that a growing disk needs another one.
+        entries = -(-self.ledger.size >> self.disk.node.mapping.l1_shift)
+        files[IMAGE] = files[IMAGE][:36] + entries.to_bytes(4, "big") + files[IMAGE][40:]
         return files, (bytes(self.ledger.now[: self.ledger.size]), dict(self.ledger.snapshots))
 
     def _options(self) -> dict[str, Any]:
@@ -198,26 +201,37 @@ class Explorer:
             given["backing"] = {"driver": "file", "filename": BACKING, "read-only": True}
         return given
 
-    def run(self, names: Sequence[str], seed: int = 0) -> None:
-        """The operations, then a flush, with all states on the way; then a clean end. AssertionError."""
-        self._host = host = SimHost(seed)
+    def begin(self, seed: int = 0) -> None:
+        """Open the image on a new host; from now on all moments are noted at which something becomes durable."""
+        self._sequence = f"seed {seed}"
+        self.host = host = SimHost(seed)
         for path, content in self.files.items():
             host.add_file(path, content)
-        self._sequence = f"{' '.join(names)} (seed {seed})"
         content, known = self.ledger_at_start
         self.ledger = Ledger(content, dict(known))
         self.disk = Disk(host, IMAGE, **self._options())
+        self.step = 0
+        self._noted = []
         host.before_durable = self._note
+
+    def run(self, names: Sequence[str], seed: int = 0) -> None:
+        """The operations, then a flush, with all states on the way; then a clean end. AssertionError."""
+        self.begin(seed)
+        self._sequence = f"{' '.join(names)} (seed {seed})"
         for self.step, self.current in enumerate([*names, "flush"], 1):
             self.operations[self.current](self)
             self.look()
-        host.before_durable = None
+        self.end()
+        self.counts["sequences"] += 1
+
+    def end(self) -> None:
+        """The image is closed as it should be, and clean."""
+        self.host.before_durable = None
         assert self.disk.content() == self.ledger.now[: self.ledger.size]
         self.disk.close()
-        found = check(host, IMAGE)
+        found = check(self.host, IMAGE)
         assert not found.corruptions and not found.leaks, found.findings
-        self.last_image = host.content(IMAGE)
-        self.counts["sequences"] += 1
+        self.last_image = self.host.content(IMAGE)
 
     # -- for operations -----------------------------------------------------------------------------------------
 
@@ -253,12 +267,12 @@ class Explorer:
             self._noted.append(state)
 
     def _survivors(self) -> Iterator[CrashState]:
-        paths = [path for path in (IMAGE, DATA) if path in self._host.disk.files]
-        return self._host.survivors(*paths, reorder=self.reorder)
+        paths = [path for path in (IMAGE, DATA) if path in self.host.disk.files]
+        return self.host.survivors(*paths, reorder=self.reorder)
 
     def look(self) -> None:
         """Open all that a power cut now would leave, or would have left at one of the moments that were noted."""
-        if self._host.before_durable is None:
+        if self.host.before_durable is None:
             return  # it is being prepared
         noted, self._noted = self._noted, []
         for state in itertools.chain(noted, self._survivors()):

@@ -51,7 +51,9 @@ GEOMETRIES: Final[dict[str, Geometry]] = {
 }
 # The refcount table is full as well, which takes 4,096 clusters: a file of two megabytes in each state.
 TABLE_FULL: Final = Geometry(
-    {"cluster_size": K, "size": 4036 * K, "refcount_bits": 64}, {"l2-cache-size": 1 << 20}, prepare=("fill", "most")
+    {"cluster_size": K, "size": 4036 * K, "refcount_bits": 64},
+    {"l2-cache-size": 1 << 20, "refcount-cache-size": 1 << 20},
+    prepare=("fill", "most"),
 )
 GROWING: Final = ("allocate", "far", "touch", "grow", "squeeze")
 
