@@ -50,7 +50,11 @@ async def co_repair_dirty(file: Node, header: Header) -> None:
     """An image that was not closed properly is opened for writing: its counters may be too low. ImageError."""
     found = await _co_check(file, header, "all")
     if found.check_errors:
-        raise ImageError("Could not repair dirty image")
+        raise ImageError(f"Could not repair dirty image: {found.failure or found.findings[-1]}")
+    if header.incompatible & layout.DIRTY:  # something else is wrong, but the counters are right
+        header.incompatible &= ~layout.DIRTY
+        metadata = Metadata(lambda: file, header)
+        await metadata.write_header()
 
 
 async def _co_check(file: Node, header: Header, repair: str | None) -> CheckResult:
