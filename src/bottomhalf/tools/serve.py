@@ -11,7 +11,7 @@ import errno
 import shlex
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from bottomhalf.host.linux import paths
@@ -230,7 +230,7 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
     from bottomhalf.exports.nbd.server import CONNECTIONS_MAX_DEFAULT, HANDSHAKE_SECONDS_MAX_DEFAULT
     from bottomhalf.host.protocol import InetAddress, UnixAddress
 
-    limits = {
+    limits: dict[str, Any] = {
         "connections_max": CONNECTIONS_MAX_DEFAULT,
         "handshake_seconds_max": HANDSHAKE_SECONDS_MAX_DEFAULT,
     }

@@ -198,8 +198,7 @@ class OptionHandlers:
     # --- Options that leave the haggling going ------------------------------------------------------------
 
     def handle(self, option: int, data: bytes) -> None:
-        """Any other option. What we do not know or do not offer (STARTTLS, EXTENDED_HEADERS) is
-        ERR_UNSUP."""
+        """Any other option. What we do not know or do not offer (EXTENDED_HEADERS) is ERR_UNSUP."""
         try:
             if option == OPT_LIST:
                 self._list(data)
@@ -217,6 +216,12 @@ class OptionHandlers:
                 self.refuse(option, REP_ERR_UNSUP, f"{name} is not supported")
         except _Refusal as refusal:
             self.refuse(option, refusal.reply, refusal.text)
+
+    def forget_everything(self) -> None:
+        """Nothing was said yet: "the server MUST NOT" keep what was negotiated before TLS."""
+        self._structured = False
+        self._alignment = 1
+        self.forget_contexts()
 
     def forget_contexts(self) -> None:
         """No metadata context is selected any more."""
