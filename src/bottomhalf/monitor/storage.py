@@ -185,7 +185,9 @@ class Storage:
             raise OptionError(
                 f"attempt to add duplicate property '{chardev_id}' to object (type 'container')", key="id"
             )
-        surroundings = Surroundings(self.chardevs.get, self.log, self.quit)
+        surroundings = Surroundings(
+            self.chardevs.get, self.log, self.quit, self.server_security, self.client_security
+        )
         chardev = open_chardev(chardev_id, backend, self.loop.iohandler, surroundings)
         if instead_of is not None:
             self.remove_chardev(instead_of)

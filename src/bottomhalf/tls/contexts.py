@@ -164,8 +164,8 @@ def validate(host: Host, material: Material, *, server: bool) -> str | None:
 
 
 def anonymous_context(host: Host, *, server: bool, dh_params: bytes | None, priority: Priority) -> ssl.SSLContext:
-    """For nobody in particular: encrypted, but whoever sits in between can be either end. TLS 1.2, since 1.3 has no such
-    thing. Refused."""
+    """For nobody in particular: encrypted, but whoever sits in between can be either end. TLS 1.2, for 1.3 has nothing
+    like it. Refused."""
     if "TLS1.2" not in priority.versions:
         raise Refused("priority", "anonymous credentials need TLS 1.2")
     context = _bare(server=server, priority=Priority(versions=("TLS1.2",)))

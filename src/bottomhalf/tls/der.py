@@ -168,7 +168,8 @@ def _time(field: tuple[int, memoryview] | None) -> int:
         raise BadCertificate(f"a time {text!r}")
     # Days since 1970-03-01 in the calendar that begins its years in March.
     shifted = year - (month <= 2)
-    days = 365 * shifted + shifted // 4 - shifted // 100 + shifted // 400 + (153 * ((month + 9) % 12) + 2) // 5 + day - 1
+    leap_days = shifted // 4 - shifted // 100 + shifted // 400
+    days = 365 * shifted + leap_days + (153 * ((month + 9) % 12) + 2) // 5 + day - 1
     return (days - 719468) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 

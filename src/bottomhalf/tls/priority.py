@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Priority strings of GnuTLS, which QEMU's users write, in terms of OpenSSL.
 
-A string is a keyword and modifiers, separated by colons: ``NORMAL:-VERS-ALL:+VERS-TLS1.3``. OpenSSL has other words, and
-no counterpart for some. What can be said is said; what cannot is an error, for a wish about security must not be
+A string is a keyword and modifiers, separated by colons: ``NORMAL:-VERS-ALL:+VERS-TLS1.3``. OpenSSL has other words,
+and no counterpart for some. What can be said is said; what cannot is an error, for a wish about security must not be
 dropped in silence. (QEMU takes any string here and fails when the first client comes.)
 """
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a certificate can do what it is for: its dates and its uses, in QEMU's words. A handshake that fails says little
-to whoever set the server up, and says it to the wrong end."""
+"""Whether a certificate can do what it is for: its dates and its uses, in QEMU's words. A handshake that fails says
+little to whoever set the server up, and says it to the wrong end."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ Facts: encrypting is not undone. If the socket takes half of a record, the other
 else, and the plain bytes in it are gone from the caller's point of view. Loops are level-triggered: they wait for the
 socket, and do not know of bytes that lie decrypted in here. Decisions:
 
-* ``send`` says that it has taken bytes when all of their records are out. Bytes whose records are partly out are *held*:
-  the caller keeps them, waits until the socket takes more as it always does, comes with them again, and they are skipped.
-  So nobody but the caller needs to know that something waits, and his bounds count it.
+* ``send`` says that it has taken bytes when all of their records are out. Bytes whose records are partly out are
+  *held*: the caller keeps them, waits until the socket takes more as it always does, comes with them again, and they
+  are skipped. So nobody but the caller needs to know that something waits, and his bounds count it.
 * ``recv_into`` reads what is decrypted first, and ``buffered`` tells that it has stopped because the buffer was full.
   Whoever has such a stream calls again in that case, without waiting for the socket.
 """

@@ -14,8 +14,8 @@ server sends wrongly is a ``ProtocolError``.
         sock.send(handshake.take_output())
     client = Client(handshake.negotiated)
 
-With ``tls=True`` the first option is STARTTLS. When the server has agreed, the state is STARTTLS: have the two ends do a
-TLS handshake and call ``tls_started()``. A server that does not agree ends it.
+With ``tls=True`` the first option is STARTTLS. When the server has agreed, the state is STARTTLS: have the two ends do
+a TLS handshake and call ``tls_started()``. A server that does not agree ends it.
 
 With ``Goal.LIST`` the end is ``handshake.state is ClientState.CLOSED``, and ``handshake.exports`` tells
 what there is. What replies contain is read in ``client_options``; the order of things is here.

@@ -20,11 +20,11 @@ conversation the state is one of the table below.
 
 With ``tls=True`` nothing but STARTTLS is answered in plain text. After it the state is STARTTLS: send the output, have
 the two ends do a TLS handshake, call ``tls_started()`` and go on with what comes decrypted. Bytes that a client sends
-behind STARTTLS without waiting for the answer are an error: whoever is between the two ends may have put them there, and
-they would count as said inside (the attack on STARTTLS of CVE-2011-0411).
+behind STARTTLS without waiting for the answer are an error: whoever is between the two ends may have put them there,
+and they would count as said inside (the attack on STARTTLS of CVE-2011-0411).
 
-What each option means is in ``server_options``. Extended headers are not offered: they are refused with ERR_UNSUP, which
-tells a client to go on without.
+What each option means is in ``server_options``. Extended headers are not offered: they are refused with ERR_UNSUP,
+which tells a client to go on without.
 """
 
 from __future__ import annotations
