@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from bottomhalf.host.protocol import File, Socket
+from bottomhalf.tls.errors import TlsError
 from bottomhalf.tls.session import Session
 
 RECEIVE_BYTES: Final = 128 << 10  # of the wire at a time: eight full records
@@ -91,6 +92,19 @@ class TlsStream:
         except BlockingIOError:
             return False
 
+    def _why_lost(self, error: ConnectionError) -> OSError:
+        """The socket takes nothing any more. A TLS peer that leaves says why, if it can be read still."""
+        try:
+            while count := self.socket.recv_into(self._wire):
+                self.session.receive(memoryview(self._wire)[:count])
+                while self.session.read_into(memoryview(bytearray(RECEIVE_BYTES))):
+                    pass  # nobody will be answered
+        except TlsError as reason:
+            return reason
+        except OSError:
+            pass
+        return error
+
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: Any, /) -> int:
@@ -141,7 +155,12 @@ class TlsStream:
 
     def send(self, data: Any, /) -> int:
         """How many bytes are out. BlockingIOError if none; come with the same ones again."""
-        view = memoryview(data)
+        try:
+            return self._send(memoryview(data))
+        except ConnectionError as error:
+            raise self._why_lost(error) from None
+
+    def _send(self, view: memoryview) -> int:
         length = len(view)
         sent = 0
         if self._unsent and not self.push():
