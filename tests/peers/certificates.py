@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)  # before the clock of a simulated host begins
 
 
 def name_of(*parts: tuple[x509.ObjectIdentifier, str]) -> x509.Name:
@@ -65,7 +66,7 @@ class Authority:
         hosts: tuple[str, ...] = (),
         purposes: tuple[x509.ObjectIdentifier, ...] = (),
         key_usage: tuple[str, ...] = ("digital_signature", "key_encipherment"),
-        not_before: datetime = NOW - DAY,
+        not_before: datetime = LONG_AGO,
         not_after: datetime = NOW + 365 * DAY,
     ) -> Issued:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -110,7 +111,7 @@ class Authority:
         server: bool = True,
         client: bool = True,
         key_usage: tuple[str, ...] = ("digital_signature", "key_encipherment"),
-        not_before: datetime = NOW - DAY,
+        not_before: datetime = LONG_AGO,
         not_after: datetime = NOW + 365 * DAY,
         is_ca: bool | None = False,
     ) -> Issued:

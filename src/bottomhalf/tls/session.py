@@ -58,7 +58,7 @@ class Session:
             self._object = context.wrap_bio(
                 self._incoming, self._outgoing, server_side=server, server_hostname=hostname or None
             )
-        except (ValueError, UnicodeError, ssl.SSLError) as error:
+        except (ValueError, TypeError, ssl.SSLError) as error:
             raise TlsError(f"'{hostname}' is not the name of a host: {error}") from None
 
     # -- the wire -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from bottomhalf.tls.session import Session
 RECEIVE_BYTES: Final = 128 << 10  # of the wire at a time: eight full records
 ENCRYPT_BYTES_MAX: Final = 256 << 10  # at a time: what may be held
 FILE_BYTES_MAX: Final = 64 << 10
+LAST_WORDS_MAX: Final = 16  # receives from a peer that takes nothing any more
 
 
 class TlsStream:
@@ -94,10 +95,14 @@ class TlsStream:
 
     def _why_lost(self, error: ConnectionError) -> OSError:
         """The socket takes nothing any more. A TLS peer that leaves says why, if it can be read still."""
+        unheard = memoryview(bytearray(RECEIVE_BYTES))
         try:
-            while count := self.socket.recv_into(self._wire):
+            for _ in range(LAST_WORDS_MAX):
+                count = self.socket.recv_into(self._wire)
+                if not count:
+                    break
                 self.session.receive(memoryview(self._wire)[:count])
-                while self.session.read_into(memoryview(bytearray(RECEIVE_BYTES))):
+                while self.session.read_into(unheard):
                     pass  # nobody will be answered
         except TlsError as reason:
             return reason
