@@ -11,7 +11,7 @@ from bottomhalf.qom.tree import Tree
 from bottomhalf.tls.objects import TlsCreds
 from bottomhalf.tls.policy import Security, client_security, server_security
 from bottomhalf.tls.session import Session
-from tests.peers.certificates import Authority, Issued, files
+from tests.peers.certificates import NOW, Authority, Issued, files
 
 HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -37,6 +37,8 @@ class Place:
     def __init__(self, host: SimHost | None = None, tree: Tree | None = None) -> None:
         self.host = host or SimHost(0, odds=Odds.calm())
         self.tree = tree or Tree(self.host)
+        # OpenSSL looks at the real clock; certificates are judged by both.
+        self.host.jump_realtime(int(NOW.timestamp()) * 1_000_000_000 - self.host.realtime_ns())
         self.add("/good", server=server_certificate(), client=client_certificate())
 
     def add(self, directory: str, by: Authority | None = None, **issued: Any) -> None:
