@@ -188,13 +188,23 @@ class TlsStream:
 
     def sendmsg(self, buffers: Sequence[Any], /) -> int:
         """Pieces in order. They are put together: a record for each would cost more than the copy."""
-        parts, size = [], 0
-        for part in buffers:
-            parts.append(part)
-            size += len(part)
-            if size >= ENCRYPT_BYTES_MAX:
+        total, at = 0, 0
+        while at < len(buffers):
+            parts, size = [], 0
+            while at < len(buffers) and size < ENCRYPT_BYTES_MAX:
+                parts.append(buffers[at])
+                size += len(buffers[at])
+                at += 1
+            try:
+                sent = self.send(parts[0] if len(parts) == 1 else b"".join(parts))
+            except BlockingIOError:
+                if not total:
+                    raise
                 break
-        return self.send(parts[0] if len(parts) == 1 else b"".join(parts))
+            total += sent
+            if sent < size:
+                break
+        return total
 
     def send_file(self, file: File, offset: int, count: int) -> int:
         """The file's bytes have to come through this program; it waits for the disk if they are not in memory."""
