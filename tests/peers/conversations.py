@@ -276,9 +276,9 @@ CONTROL = r"""
 {"execute": "qom-get", "arguments": {"path": "ta", "property": "priority"}}
 {"execute": "qom-set", "arguments": {"path": "ta", "property": "endpoint", "value": "x"}}
 {"execute": "qom-set", "arguments": {"path": "ta", "property": "verify-peer", "value": "x"}}
-{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/x/y"}},"tls-creds":"nix"}}
-{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/x/y"}},"tls-creds":"as"}}
-{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/x/y"}},"tls-creds":"ta"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"nix"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"as"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"ta"}}
 {"execute": "object-del", "arguments": {"id": "ta"}}
 {"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml"}}
 {"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml2"}}
