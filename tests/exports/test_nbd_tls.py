@@ -86,12 +86,13 @@ class SecurePeer(Peer):
         self.failure: OSError | None = None
 
     def watch(self) -> None:
-        if not self.plain.closed and (self.stream is None or self.socket is self.stream):  # type: ignore[comparison-overlap]
-            super_socket, self.socket = self.socket, self.plain
+        socket: Any = self.socket
+        if not self.plain.closed and (self.stream is None or socket is self.stream):
+            self.socket = self.plain
             try:
                 super().watch()
             finally:
-                self.socket = super_socket
+                self.socket = socket
             if self.stream is not None and self.stream.buffered and self.reading and not self.ended:
                 self.bench.context.schedule_oneshot(self._look_again)
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from bottomhalf.host.protocol import Host
 from bottomhalf.tls.errors import TlsError
 from bottomhalf.tls.priority import Priority
 from bottomhalf.tls.session import Session
+
+Context: TypeAlias = ssl.SSLContext
 
 LEGS_MAX: Final = 16  # messages of a handshake with ourselves
 # The group ffdhe2048 of RFC 7919, for anonymous Diffie-Hellman: the client takes what the server says.

@@ -21,9 +21,7 @@ from bottomhalf.qom.tree import Tree
 from bottomhalf.qom.values import QomError, boolean, one_of, string
 
 if TYPE_CHECKING:
-    import ssl
-
-    from bottomhalf.tls.contexts import Material
+    from bottomhalf.tls.contexts import Context, Material
     from bottomhalf.tls.priority import Priority
     from bottomhalf.tls.session import Session
 
@@ -61,7 +59,7 @@ class TlsCreds(QomObject, name="tls-creds", abstract=True):
         self.verify_peer = True
         self.dir = ""
         self.endpoint = "client"
-        self._context: ssl.SSLContext | None = None
+        self._context: Context | None = None
 
     def session(self, hostname: str | None = None) -> Session:
         """A new session; a client says which host it wants to reach. TlsError."""
@@ -88,7 +86,7 @@ class TlsCreds(QomObject, name="tls-creds", abstract=True):
             raise QomError(f"Unable to set TLS session priority {self.priority}: {error}") from None
         self._context = self._load(tree, self.endpoint == "server", priority)
 
-    def _load(self, tree: Tree, server: bool, priority: Priority) -> ssl.SSLContext:
+    def _load(self, tree: Tree, server: bool, priority: Priority) -> Context:
         raise NotImplementedError
 
     def _path(self, name: str) -> str:
@@ -133,7 +131,7 @@ class TlsCredsX509(TlsCreds, UserCreatable, name="tls-creds-x509"):
         self.sanity_check = True
         self.passwordid = ""
 
-    def _load(self, tree: Tree, server: bool, priority: Priority) -> ssl.SSLContext:
+    def _load(self, tree: Tree, server: bool, priority: Priority) -> Context:
         self._require_dir()
         material = self._material(tree, server)
         from bottomhalf.tls.contexts import Refused, x509_context
@@ -223,7 +221,7 @@ class TlsCredsX509(TlsCreds, UserCreatable, name="tls-creds-x509"):
 class TlsCredsAnon(TlsCreds, UserCreatable, name="tls-creds-anon"):
     """Nothing that proves anything."""
 
-    def _load(self, tree: Tree, server: bool, priority: Priority) -> ssl.SSLContext:
+    def _load(self, tree: Tree, server: bool, priority: Priority) -> Context:
         from bottomhalf.tls.contexts import Refused, anonymous_context
 
         dh_params = self._read(tree.host, DH_PARAMS, required=False) if server and self.dir else None
@@ -245,7 +243,7 @@ class TlsCredsPsk(TlsCreds, UserCreatable, name="tls-creds-psk"):
         super().__init__()
         self.username = ""
 
-    def _load(self, tree: Tree, server: bool, priority: Priority) -> ssl.SSLContext:
+    def _load(self, tree: Tree, server: bool, priority: Priority) -> Context:
         from bottomhalf.tls import contexts
 
         self._require_dir()
