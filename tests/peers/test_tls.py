@@ -375,3 +375,48 @@ def test_mistakes_in_the_same_words(require: Callable[[str], str], pki: Pki, tmp
     ours = run([*OURS["bh_nbd"], *words])
     assert ours.stderr == theirs.stderr.replace("qemu-nbd:", OUR_NAME)
     assert ours.returncode == theirs.returncode
+
+
+# The page
+
+
+def test_the_page_leads_to_a_disk(
+    spawn: Callable[..., Spawned], require: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The commands of docs/tls.md make certificates that all ends take, with the name that the list asks for."""
+    require("openssl")
+    page = (Path(__file__).parents[2] / "docs" / "tls.md").read_text()
+    script = page.partition("```sh\n")[2].partition("```")[0]
+    done = run(["bash", "-e", "-c", script], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path, disk = tmp_path / "s.sock", image(tmp_path)
+    uri = f"nbds+unix:///disk?socket={path}&tls-hostname=localhost&tls-certificates={tmp_path / 'client'}"
+    serve = [sys.executable, "-m", "bottomhalf.tools.bottomhalf", "serve", "--tls", tmp_path / "server", "-k", path]
+    laptop = "O=Example,CN=laptop"
+    for allowed, admitted in (([laptop], True), (["CN=laptop"], False), (["x", laptop], True)):
+        options = [word for name in allowed for word in ("--tls-allow", name)]
+        served = spawn([*serve, *options, disk], ready=path)
+        assert (run([require("nbdinfo"), "--size", uri]).stdout == f"{4 * MIB}\n") is admitted, served.output()
+        served.stop()
+        assert "nbds+unix:///disk?socket=" in served.output()
+        assert ("CN=laptop is denied" in served.output()) is not admitted
+    served = spawn([*serve, "--tls-anyone", disk], ready=path)
+    nobody = tmp_path / "nobody"
+    nobody.mkdir()
+    (nobody / "ca-cert.pem").write_bytes((tmp_path / "client" / "ca-cert.pem").read_bytes())
+    assert run([require("nbdinfo"), "--size", uri.replace(str(tmp_path / "client"), str(nobody))]).returncode == 0
+    served.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("--tls-anyone", "--tls-anyone and --tls-allow go with --tls"),
+        ("--tls-allow x", "--tls-anyone and --tls-allow go with --tls"),
+        ("--tls d --tls-allow x --tls-anyone", "--tls-anyone and --tls-allow exclude each other"),
+        ("--tls /nix", "Unable to access credentials /nix/ca-cert.pem: No such file or directory"),
+    ],
+)
+def test_serve_refuses(tmp_path: Path, options: str, text: str) -> None:
+    done = run([sys.executable, "-m", "bottomhalf.tools.bottomhalf", "serve", *options.split(), image(tmp_path)])
+    assert done.returncode != 0 and text in done.stderr and "Traceback" not in done.stderr
