@@ -420,3 +420,53 @@ def test_the_page_leads_to_a_disk(
 def test_serve_refuses(tmp_path: Path, options: str, text: str) -> None:
     done = run([sys.executable, "-m", "bottomhalf.tools.bottomhalf", "serve", *options.split(), image(tmp_path)])
     assert done.returncode != 0 and text in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("daemon", ["ours", "qemu"])
+@pytest.mark.parametrize("mode", ["control", "readline"])
+def test_the_console(
+    spawn: Callable[..., Spawned], require: Callable[[str], str], pki: Pki, daemon: str, mode: str
+) -> None:
+    """bottomhalf console --tls, to monitors of both kinds."""
+    program = OURS["bh_storage_daemon"] if daemon == "ours" else [require("qemu-storage-daemon")]
+    if (daemon, mode) == ("qemu", "readline"):
+        mode = "control"  # QEMU's daemon has no monitor for people
+    port = free_port()
+    chardev = f"socket,id=q,host=127.0.0.1,port={port},server=on,wait=off,tls-creds=t"
+    spawn(
+        [*program, *creds(pki.good, "server"), "--chardev", chardev, "--monitor", f"q,mode={mode}"],
+        ready=("127.0.0.1", port),
+    )
+    console = [sys.executable, "-m", "bottomhalf.tools.bottomhalf", "console", f"127.0.0.1:{port}"]
+    asked = ("-e", "query-chardev" if mode == "control" else "info chardev")
+    done = run([*console, "--tls", pki.good, *asked])
+    assert done.returncode == 0 and ",server=on" in done.stdout, done.stderr
+    wrong = run([*console, "--tls", pki.good, "--tls-hostname", "elsewhere", *asked])
+    assert wrong.returncode == 2 and "Certificate does not match the hostname elsewhere" in wrong.stderr
+    nothing = run([*console, "--tls", "/nix", *asked])
+    assert nothing.returncode == 2 and "Unable to access credentials /nix/ca-cert.pem" in nothing.stderr
+    assert "Traceback" not in done.stderr + wrong.stderr + nothing.stderr
+
+
+def test_an_iothread_serves(
+    spawn: Callable[..., Spawned], require: Callable[[str], str], pki: Pki, tmp_path: Path
+) -> None:
+    """The connection moves to another thread after its handshake; several at once."""
+    disk, path = image(tmp_path), tmp_path / "nbd.sock"
+    spawn(
+        [
+            *OURS["bh_storage_daemon"],
+            *("--object", "iothread,id=io", *creds(pki.good, "server")),
+            *("--blockdev", f"driver=file,node-name=f,filename={disk}"),
+            *("--nbd-server", f"addr.type=unix,addr.path={path},tls-creds=t"),
+            *("--export", "type=nbd,id=e,node-name=f,name=disk,writable=on,iothread=io"),
+        ],
+        ready=path,
+    )
+    uri = f"nbds+unix:///disk?socket={path}&tls-certificates={pki.good}&tls-hostname=localhost"
+    content = os.urandom(4 * MIB)
+    for words in ((tmp_path / "new.raw", uri), (uri, tmp_path / "back.raw")):
+        (tmp_path / "new.raw").write_bytes(content)
+        done = run([require("nbdcopy"), "--connections=4", *words])
+        assert done.returncode == 0, done.stderr
+    assert disk.read_bytes() == (tmp_path / "back.raw").read_bytes() == content

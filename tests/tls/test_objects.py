@@ -212,7 +212,7 @@ def test_lists_that_nobody_would_ask_are_refused(place: Place) -> None:
         (None, "Unable to access credentials /psk/keys.psk: No such file or directory"),
         (b"qemu", "Line 1 of /psk/keys.psk is not USER:HEX-KEY"),
         (b"# psktool\nqemu:0g", "Line 2 of /psk/keys.psk is not USER:HEX-KEY"),
-        (b"other:00ff", "has no key of 'qemu'"),
+        (b"other:00ff", "Username qemu not found in PSK file /psk/keys.psk"),
     ],
 )
 def test_bad_keys(place: Place, content: bytes | None, text: str) -> None:

@@ -254,7 +254,7 @@ class TlsCredsPsk(TlsCreds, UserCreatable, name="tls-creds-psk"):
         if server and self.username:
             raise QomError("username should not be set when endpoint=server")
         if not server and username not in keys:
-            raise QomError(f"{self._path(KEYS)} has no key of '{username}'")
+            raise QomError(f"Username {username} not found in PSK file {self._path(KEYS)}")
         if not contexts.HAVE_PSK:
             raise QomError("tls-creds-psk needs Python 3.13 or newer, whose ssl module knows pre-shared keys")
         return contexts.psk_context(keys, server=server, username=username, priority=priority)
