@@ -16,6 +16,7 @@ from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.file_hints import give_hints
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import make_poller
+from bottomhalf.host.memory_file import lend_path
 from bottomhalf.host.protocol import ENGINE_KINDS, EXTENT_SIZE_HINT_BYTES, PERM_RESIZE, PERM_WRITE
 
 if TYPE_CHECKING:
@@ -167,3 +168,4 @@ class LinuxHost:
 
     symlink = staticmethod(os.symlink)
     remove = staticmethod(os.unlink)
+    lend_path = staticmethod(lend_path)
