@@ -66,9 +66,9 @@ class DirtyBitmap:
         """Everything is dirty."""
         self._bits = bytearray(b"\1" * len(self._bits))
 
-    def clear(self) -> None:
-        """Nothing is dirty."""
-        self._bits = bytearray(len(self._bits))
+    def clear(self) -> bytearray:
+        """Nothing is dirty. What was, for ``exchange``."""
+        return self.exchange(bytearray(len(self._bits)))
 
     def any(self, offset: int, length: int) -> bool:
         """Whether anything that the range touches is dirty."""

@@ -4,7 +4,7 @@
     bitmap = add_bitmap(node, "since-monday")     # drained
     ... writes, zero writes, discards, copies: what they touch is dirty from then on ...
     with graph.drained(node):
-        backup = bitmap.copy_of_bits(); bitmap.clear()
+        before = bitmap.clear()
 
 Who copies what has changed needs a point in time: which writes are behind it, and which before. A write is marked
 *before* the driver gets it. So a drained section is such a point, and nothing else is: a bitmap that is cleared while a
