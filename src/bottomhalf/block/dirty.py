@@ -20,11 +20,12 @@ has it, but somebody did not write it back, so that it is of no use but to be re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from bottomhalf.block.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MIN, DirtyBitmap
-from bottomhalf.block.errors import BlockError
+from bottomhalf.block.errors import BlockError, ImageError
 from bottomhalf.block.watching import watch_bitmaps
+from bottomhalf.block.work import carry_out
 from bottomhalf.host.request import Request
 
 if TYPE_CHECKING:
@@ -34,6 +35,28 @@ if TYPE_CHECKING:
 NAME_BYTES_MAX: Final = 1023  # QEMU's
 DEFAULT_MIN: Final = 4096  # where it depends on the image's clusters
 GRANULARITY_MAX: Final = 1 << 31  # QEMU's, and that of images
+
+
+class BitmapKeeper(Protocol):
+    """What a driver whose images keep bitmaps gives its nodes. Coroutines run in the node's context, drained or before
+    its first request, and raise OSError and ImageError."""
+
+    @property
+    def sealed(self) -> bool:
+        """Whether co_begin_writing() has something to do before anybody may write."""
+
+    def check_can_store(self, name: str, granularity: int) -> None:
+        """BlockError unless the image can keep one more bitmap, of that name and granularity."""
+
+    async def co_begin_writing(self) -> None:
+        """The node is open, or becomes writable, and has its permissions. Let the image say that its bitmaps change
+        from now on; then they are read-only no more."""
+
+    async def co_store(self) -> None:
+        """Write everything into the image; all are read-only then. Writing may begin again."""
+
+    async def co_forget(self, name: str) -> None:
+        """Take a bitmap out of the image, if it is there."""
 
 
 class NamedBitmap(DirtyBitmap):
@@ -118,7 +141,9 @@ def add_bitmap(
         raise BlockError("Granularity must be power of 2 and at least 512")
     granularity = granularity or default_granularity(node)
     if persistent:
-        node.check_can_store(name, granularity)
+        if node.bitmap_keeper is None:
+            raise BlockError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+        node.bitmap_keeper.check_can_store(name, granularity)
     if name in node.bitmaps:
         raise BlockError(f"Bitmap already exists: {name}")
     if len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES_MAX:
@@ -188,3 +213,28 @@ def merge_bitmaps(target: NamedBitmap, sources: Sequence[NamedBitmap]) -> None:
             )
     for source in sources:
         target.merge(source)
+
+
+def begin_writing(graph: Graph, node: Node) -> None:
+    """The node has its permissions now: if it may be written to, let the image know that its bitmaps change. It is
+    sealed until then. Main thread, outside coroutines. BlockError."""
+    keeper = node.bitmap_keeper
+    if keeper is None or not keeper.sealed or node.read_only or not node.active:
+        return
+    try:
+        carry_out(graph, node, keeper.co_begin_writing(), f"the bitmaps of {node.describe()} to be marked as in use")
+    except (OSError, ImageError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BlockError(f"The bitmaps of '{node.name}' cannot be marked as in use: {why}") from error
+
+
+def end_writing(graph: Graph, node: Node) -> None:
+    """The node is about to become read-only: let the image have its bitmaps. The same."""
+    keeper = node.bitmap_keeper
+    if keeper is None or not node.bitmaps or node.read_only or not node.active:
+        return
+    try:
+        carry_out(graph, node, keeper.co_store(), f"the bitmaps of {node.describe()} to be stored")
+    except (OSError, ImageError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BlockError(f"The bitmaps of '{node.name}' cannot be stored: {why}") from error

@@ -47,7 +47,7 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRIT
 
 if TYPE_CHECKING:
     from bottomhalf.block.copying import CopyTo
-    from bottomhalf.block.dirty import NamedBitmap
+    from bottomhalf.block.dirty import BitmapKeeper, NamedBitmap
     from bottomhalf.block.graph import Graph
     from bottomhalf.block.resize import Preallocation
     from bottomhalf.block.transaction import Transaction
@@ -101,6 +101,7 @@ class Node(Parent, metaclass=_NodeType):
         self.inherits_from: Node | None = None  # the parent in whose options its own were given
         self.options: Any = None
         self.bitmaps: dict[str, NamedBitmap] = {}  # the oldest first; see ``dirty``
+        self.bitmap_keeper: BitmapKeeper | None = None  # stores persistent ones in the image, if it can
         self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied
         self._complete = False  # the constructor is through
         self._has_submit_batch = type(self).submit_batch is not Node.submit_batch
@@ -293,21 +294,6 @@ class Node(Parent, metaclass=_NodeType):
 
     async def co_activate(self) -> None:
         """The image is ours again. Forget what was read of it: others may have written. OSError, ImageError."""
-
-    def check_can_store(self, bitmap: str, granularity: int) -> None:
-        """BlockError unless the image can keep one more bitmap, of that name and granularity."""
-        raise BlockError(f"Can't store persistent bitmaps to {self.name}: Operation not supported")
-
-    async def co_forget_bitmap(self, bitmap: str) -> None:
-        """Take a persistent bitmap out of the image, if it is there. OSError, ImageError."""
-
-    async def co_begin_writing(self) -> None:
-        """The node is open, or becomes writable, and has its permissions: write what the image has to say before
-        anybody writes to it. Drained, or not used yet. OSError, ImageError."""
-
-    async def co_end_writing(self) -> None:
-        """The node is about to become read-only: write everything that is only in memory. Drained. Writing may begin
-        again. OSError, ImageError."""
 
     def close(self) -> None:
         """Give back what the driver holds. No request is in flight."""

@@ -163,6 +163,11 @@ def watch_of(node: Node) -> Watch | None:
     return node.__dict__.get("watch")
 
 
+def unwatched(node: Node) -> type[Node]:
+    """The class that the node has when it is asked nothing: its methods, called with the node, are not watched."""
+    return type(node) if watch_of(node) is None else node.driver_class  # type: ignore[attr-defined]
+
+
 def _change(node: Any, change: Callable[[Watch], object]) -> None:
     watch = watch_of(node) or Watch()
     change(watch)

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bottomhalf.block import BlockError, Graph, Node, permissions
+from bottomhalf.block.dirty import begin_writing
 from bottomhalf.qapi.block import (
     BlockdevAioOptions,
     BlockdevCacheOptions,
@@ -186,6 +187,7 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool
 
             detect_zeroes(node, unmap=options.detect_zeroes == BlockdevDetectZeroesOptions.UNMAP)
         permissions.refresh(node)
+        begin_writing(graph, node)
     except BaseException:
         if node is not None:
             graph.release(node)

@@ -69,9 +69,10 @@ def _add(storage: Storage, arguments: BlockDirtyBitmapAddArguments) -> Steps:
 def _remove(storage: Storage, arguments: BlockDirtyBitmap) -> Steps:
     node, bitmap = _found(storage, arguments)
     check_usable(bitmap, inconsistent=True)
-    if bitmap.persistent:
+    if bitmap.persistent and node.bitmap_keeper is not None:
+        body = node.bitmap_keeper.co_forget(bitmap.name)
         try:
-            carry_out(storage.graph, node, node.co_forget_bitmap(bitmap.name), f"the end of bitmap '{bitmap.name}'")
+            carry_out(storage.graph, node, body, f"the end of bitmap '{bitmap.name}'")
         except (OSError, ImageError) as error:
             why = getattr(error, "strerror", None) or error
             raise BlockError(f"Failed to remove persistent bitmap '{bitmap.name}': {why}") from error

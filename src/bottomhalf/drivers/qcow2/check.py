@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import bitmaps, layout, snapshots, tables
 from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.keeping import co_read_directory
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SNAPSHOT_TABLE_BYTES_MAX
 from bottomhalf.drivers.qcow2.metadata import Metadata
 
@@ -169,16 +170,15 @@ class _Checker:
 
     async def _count_bitmaps(self) -> None:
         header, metadata = self._header, self._metadata
-        extension = header.extension(layout.EXTENSION_BITMAPS)
-        if extension is None or not header.autoclear & layout.BITMAPS:
-            return
         try:
-            count, offset, length = bitmaps.parse_extension(extension, header.cluster_size)
-            found = bitmaps.parse_directory(await metadata.read(offset, length), count, header.cluster_size)
+            directory = await co_read_directory(metadata.read, header)
         except ImageError as error:
             self.result.corruptions += 1
             self.result.say(f"ERROR {error}")
             return
+        if directory is None:
+            return
+        found, offset, length = directory
         self._refer(offset, length, "bitmap directory")
         for bitmap in found:
             if self._refer(bitmap.table_offset, bitmap.table_size * 8, "bitmap table"):

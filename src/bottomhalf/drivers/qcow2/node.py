@@ -25,6 +25,7 @@ from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.keeping import KeptBitmaps
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
@@ -122,6 +123,7 @@ class Qcow2Node(DirectReads):
         self._squeezer = Squeezer(self, self.writer)
         self._trouble = Trouble(self)
         self._cleaner = Cleaner(self)
+        self.bitmap_keeper: KeptBitmaps = KeptBitmaps(self, self._guarded)
         self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
         self._forgotten = 0  # how often it had to be forgotten
         self.size = header.size
@@ -140,6 +142,7 @@ class Qcow2Node(DirectReads):
         if not self.read_only:
             self._check_writable()
         await self.metadata.open()
+        await self.bitmap_keeper.load()
         if not self.read_only:
             self._clear_unknown()
 
@@ -150,15 +153,15 @@ class Qcow2Node(DirectReads):
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
         if header.incompatible & layout.DIRTY and not self.metadata.is_marked_dirty:
             raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
-        if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
-            raise BlockError(
-                "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
-            )
 
     def _clear_unknown(self) -> None:
-        """What we do not know is not true any more after the first write."""
-        if self.header.autoclear & ~layout.RAW_DATA:
-            self.header.autoclear &= layout.RAW_DATA
+        """What we do not know is not true any more after the first write; and bitmaps that somebody did not know."""
+        header = self.header
+        forgotten = header.extension(layout.EXTENSION_BITMAPS) is not None and not header.autoclear & layout.BITMAPS
+        if header.autoclear & ~layout.AUTOCLEAR_KNOWN or forgotten:
+            header.autoclear &= layout.AUTOCLEAR_KNOWN
+            if forgotten:
+                header.set_extension(layout.EXTENSION_BITMAPS, None)
             self.metadata.header_changed()
 
     # -- the shape of the node ----------------------------------------------------------------------------------
@@ -536,15 +539,18 @@ class Qcow2Node(DirectReads):
         settings = self.metadata.settings
         try:
             await self._co_write_all()
+            self.bitmap_keeper.release()
         finally:
             self.metadata.settings = settings
 
     async def co_activate(self) -> None:
         settings = self.metadata.settings
         self._cleaner.stop()
+        self.bitmap_keeper.release()
         self._begin_with(await co_read_header(self.file))
         settings.apply(self.metadata)
         await self.open()
+        await self.bitmap_keeper.co_begin_writing()
         self._cleaner.start()
 
     def configure(self, branch: Any) -> None:
@@ -584,7 +590,10 @@ class Qcow2Node(DirectReads):
 
     async def _co_write_all(self) -> None:
         self.metadata.settings = replace(self.metadata.settings, lazy=False)
-        await self._guarded(self._co_settle())
+        try:
+            await self.bitmap_keeper.co_store()
+        finally:
+            await self._guarded(self._co_settle())
 
     async def _co_settle(self) -> None:
         async with self.metadata.lock:

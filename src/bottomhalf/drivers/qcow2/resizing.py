@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from bottomhalf.block.watching import unwatched
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX, OFFSET_MASK
 from bottomhalf.drivers.qcow2.preallocation import co_preallocate
@@ -36,10 +37,11 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
     entries = -(-size >> mapping.l1_shift)
     if entries * 8 > L1_BYTES_MAX:
         raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
+    node.bitmap_keeper.check_resize()
     if size < old:
         behind = min(-size & mapping.cluster_mask, old - size)
         if behind:
-            await node.co_write_zeroes(size, behind)
+            await _co_zero(node, size, behind)
     elif mapping.external:
         await node.data.co_truncate(size)
     async with metadata.lock:
@@ -58,13 +60,18 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
         await node.data.co_truncate(size)
     node.refresh_size()
     if size > old:  # who made it smaller before may have left something in the last cluster (QEMU does)
-        await node.co_write_zeroes(old, min(-old & mapping.cluster_mask, size - old))
+        await _co_zero(node, old, min(-old & mapping.cluster_mask, size - old))
     backing = node.backing
     if backing is not None and old < min(size, backing.size):
-        await node.co_write_zeroes(old, min(size, backing.size) - old)
+        await _co_zero(node, old, min(size, backing.size) - old)
     if header.raw_data and preallocation == "off":
         preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
     await co_preallocate(node, old, size, preallocation)
+
+
+async def _co_zero(node: Qcow2Node, offset: int, length: int) -> None:
+    """Zeroes that nobody asked for: not a write that a threshold or a bitmap would want to know of."""
+    await unwatched(node).co_write_zeroes(node, offset, length)
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:

@@ -167,6 +167,8 @@ class Snapshots:
     async def apply(self, snapshot: Snapshot) -> None:
         """Let the disk be what the snapshot is, with its size and its VM state. OSError, ImageError."""
         node, metadata, mapping, header = self._node, self._metadata, self._mapping, self._node.header
+        if node.bitmaps:  # they could not say what has changed
+            raise OSError(errno.EBUSY, "Device has active dirty bitmaps", node.name)
         async with metadata.lock:
             await metadata.find_places()
             await metadata.settle()
