@@ -75,3 +75,55 @@ query-named-block-nodes
 blockdev-del {"node-name": "n"}
 quit
 """
+
+# Bitmaps that an image keeps and an export shows.
+PERSISTENT = r"""
+qmp_capabilities
+blockdev-add {"driver": "qcow2", "node-name": "b", "file": {"driver": "file", "node-name": "f", "filename": "{q}"}}
+blockdev-add {"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "b"}
+block-dirty-bitmap-add {"node": "b", "name": "on", "persistent": true}
+block-dirty-bitmap-add {"node": "b", "name": "off", "persistent": true, "disabled": true, "granularity": 4096}
+block-dirty-bitmap-add {"node": "b", "name": "memory", "disabled": true}
+block-dirty-bitmap-add {"node": "f", "name": "below", "persistent": true}
+blockdev-set-active {"node-name": "b", "active": false}
+block-dirty-bitmap-clear {"node": "b", "name": "on"}
+blockdev-set-active {"node-name": "b", "active": true}
+block-dirty-bitmap-add {"node": "b", "name": "on"}
+x-debug-block-dirty-bitmap-sha256 {"node": "b", "name": "off"}
+blockdev-reopen {"options": [{"driver": "qcow2", "node-name": "b", "read-only": true, "file": \
+    {"driver": "file", "node-name": "f", "filename": "{q}", "read-only": true}}]}
+block-dirty-bitmap-remove {"node": "b", "name": "on"}
+block-dirty-bitmap-clear {"node": "b", "name": "on"}
+block-dirty-bitmap-disable {"node": "b", "name": "on"}
+block-dirty-bitmap-enable {"node": "b", "name": "on"}
+block-dirty-bitmap-merge {"node": "b", "target": "on", "bitmaps": ["memory"]}
+block-dirty-bitmap-merge {"node": "b", "target": "memory", "bitmaps": ["on"]}
+blockdev-reopen {"options": [{"driver": "qcow2", "node-name": "b", "read-only": false, "file": \
+    {"driver": "file", "node-name": "f", "filename": "{q}", "read-only": false}}]}
+block-dirty-bitmap-clear {"node": "b", "name": "on"}
+nbd-server-start {"addr": {"type": "unix", "data": {"path": "{dir}/s"}}}
+block-export-add {"type": "nbd", "id": "e", "node-name": "b", "bitmaps": ["nope"]}
+block-export-add {"type": "nbd", "id": "e", "node-name": "b", "bitmaps": ["on"]}
+block-export-add {"type": "nbd", "id": "e", "node-name": "b", "bitmaps": [{"node": "nope", "name": "on"}]}
+block-export-add {"type": "nbd", "id": "e", "node-name": "b", "bitmaps": [{"node": "b", "name": "nope"}]}
+block-export-add {"type": "nbd", "id": "e", "node-name": "b", "bitmaps": ["on", "off"], "writable": true}
+block-export-add {"type": "nbd", "id": "e2", "name": "e2", "node-name": "b", "bitmaps": ["off"]}
+nbd-server-add {"device": "b", "name": "e3", "bitmap": "memory"}
+block-dirty-bitmap-remove {"node": "b", "name": "on"}
+block-dirty-bitmap-clear {"node": "b", "name": "on"}
+block-dirty-bitmap-enable {"node": "b", "name": "on"}
+block-dirty-bitmap-disable {"node": "b", "name": "on"}
+block-dirty-bitmap-merge {"node": "b", "target": "on", "bitmaps": ["off"]}
+block-dirty-bitmap-add {"node": "b", "name": "more"}
+block-dirty-bitmap-merge {"node": "b", "target": "more", "bitmaps": ["on"]}
+block_resize {"node-name": "b", "size": 2097152}
+block-export-del {"id": "e"}
+block-dirty-bitmap-clear {"node": "b", "name": "on"}
+block_resize {"node-name": "b", "size": 2097152}
+transaction {"actions": [{"type": "block-dirty-bitmap-remove", "data": {"node": "b", "name": "on"}}, \
+    {"type": "block-dirty-bitmap-add", "data": {"node": "b", "name": "more"}}]}
+block-dirty-bitmap-remove {"node": "b", "name": "on"}
+block-dirty-bitmap-remove {"node": "b", "name": "off"}
+block-export-del {"id": "e3"}
+quit
+"""

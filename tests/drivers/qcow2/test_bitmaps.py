@@ -359,7 +359,7 @@ def test_an_image_that_cannot_be_told_is_not_written_to() -> None:
     player.close()
 
 
-# -- who does not know bitmaps, and who means harm ----------------------------------------------------------------------
+# -- who does not know bitmaps, and who means harm --------------------------------------------------------------------
 
 
 def stored(shape: dict[str, Any] = SHAPES[0]) -> tuple[SimHost, bytearray, int, int]:
@@ -482,13 +482,13 @@ def test_places_of_other_tables(what: str) -> None:
             Disk(host, "disk.qcow2")
         return
     disk = Disk(host, "disk.qcow2")
-    with pytest.raises((ImageError, OSError), match="overlaps with active L1 table|is invalid"):
+    with pytest.raises((ImageError, OSError), match=r"overlaps with active L1 table|is invalid"):
         disk.run(disk.node.bitmap_keeper.co_forget("old"))
     assert bytes(host.content("disk.qcow2")[l1 : l1 + 8]) == bytes(content[l1 : l1 + 8])
     disk.abandon()
 
 
-# -- limits -------------------------------------------------------------------------------------------------------------
+# -- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
