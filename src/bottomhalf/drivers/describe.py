@@ -144,7 +144,6 @@ def _describe_bitmaps(node: Node) -> list[BlockDirtyInfo]:
             inconsistent=bitmap.inconsistent or None,
         )
         for bitmap in reversed(node.bitmaps.values())
-        if node.active or not bitmap.persistent  # another one may have the image
     ]
 
 

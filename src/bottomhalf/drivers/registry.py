@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bottomhalf.block import BlockError, Graph, Node, permissions
-from bottomhalf.block.dirty import begin_writing
 from bottomhalf.qapi.block import (
     BlockdevAioOptions,
     BlockdevCacheOptions,
@@ -187,7 +186,6 @@ def _open(graph: Graph, options: BlockdevOptions, depth: int, follow_names: bool
 
             detect_zeroes(node, unmap=options.detect_zeroes == BlockdevDetectZeroesOptions.UNMAP)
         permissions.refresh(node)
-        begin_writing(graph, node)
     except BaseException:
         if node is not None:
             graph.release(node)
@@ -310,6 +308,8 @@ def _open_qcow2(opening: Opening) -> Node:
         node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing, data_file=data_file)
         try:
             node.configure(branch)
+            node.active = opening.options.active is not False
+            permissions.refresh(node)  # what was not closed properly is repaired, which is a write
             file.context.run(node.open(), what=what)
         except BaseException:
             opening.graph.forget(node)

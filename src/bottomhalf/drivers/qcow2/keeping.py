@@ -55,8 +55,10 @@ class KeptBitmaps:
     # -- reading ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Let the node have the image's bitmaps. OSError, ImageError."""
+        """Let the node have the image's bitmaps, if it is active. OSError, ImageError."""
         node, metadata = self._node, self._metadata
+        if not node.active:
+            return
         self._loaded = True
         found = await co_read_directory(metadata.read, node.header)
         if found is None:
@@ -109,6 +111,14 @@ class KeptBitmaps:
                 raise ImageError(text) from error
         return table
 
+    def forget_unknown(self) -> bool:
+        """Take bitmaps that the last writer did not know out of the header; whether there were such."""
+        header = self._node.header
+        if header.extension(layout.EXTENSION_BITMAPS) is None or header.autoclear & layout.BITMAPS:
+            return False
+        header.set_extension(layout.EXTENSION_BITMAPS, None)
+        return True
+
     @property
     def sealed(self) -> bool:
         """Whether the image says of a bitmap that its copy is good, or has some that the node does not."""
@@ -117,8 +127,9 @@ class KeptBitmaps:
     # -- the life of an open image --------------------------------------------------------------------------------
 
     async def co_begin_writing(self) -> None:
-        """Let the image say that its bitmaps are in use; then the node may be written to. OSError, ImageError."""
-        if not self._node.read_only:
+        """Let the image say that its bitmaps are in use; then the node may be written to. Nothing happens if it may not
+        be in any case. OSError, ImageError."""
+        if self._node.active and not self._node.read_only:
             await self._guarded(self._begin())
 
     async def _begin(self) -> None:
