@@ -398,7 +398,8 @@ def test_the_page_leads_to_a_disk(
         served = spawn([*serve, *options, disk], ready=path)
         assert (run([require("nbdinfo"), "--size", uri]).stdout == f"{4 * MIB}\n") is admitted, served.output()
         served.stop()
-        assert "nbds+unix:///disk?socket=" in served.output()
+        said = served.output()
+        assert f"\n  nbds+unix:///disk?socket={path}\n" in said and "&tls-certificates=DIR' copy.raw\n" in said
         assert ("CN=laptop is denied" in served.output()) is not admitted
     served = spawn([*serve, "--tls-anyone", disk], ready=path)
     nobody = tmp_path / "nobody"
