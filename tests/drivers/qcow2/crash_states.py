@@ -123,8 +123,6 @@ class Found:
     size: int
     packed: bytes  # there are tens of thousands
     snapshots: dict[str, bytes]  # packed, too
-    leaks: int
-    flags: int  # entries whose flag "the only one" and counter do not fit
 
     @property
     def content(self) -> bytes:
@@ -152,13 +150,11 @@ class Explorer:
         preparations: Mapping[str, Callable[[Explorer], None]],
         *,
         reorder: int = 3,
-        flags_differ_in: frozenset[str] = frozenset(),
     ) -> None:
         self.geometry = geometry
         self.operations = operations
         self._preparations = preparations
         self.reorder = reorder
-        self._flags_differ_in = flags_differ_in  # operations in the midst of which flags and counts may not fit
         self.states: set[bytes] = set()
         self.counts: Counter[str] = Counter()
         self._found: dict[bytes, Found] = {}
@@ -286,9 +282,6 @@ class Explorer:
                 self.states.add(state.digest)
             complaint = self.ledger.complaint(found)
             assert not complaint, f"{complaint}\n{self._where(state)}"
-            if found.flags:
-                assert self.current in self._flags_differ_in, f"flags do not fit counts\n{self._where(state)}"
-                self.counts["flags"] += 1
 
     def _where(self, state: CrashState) -> str:
         where = f"in operation {self.step} ({self.current}) of {self._sequence}"
@@ -301,7 +294,6 @@ class Explorer:
             host.add_file(path, content, cached="always")
         if self.geometry.backing:
             host.add_file(BACKING, self.geometry.backing, cached="always")
-        flags = leaks = 0
         dirty = Header.parse(files[IMAGE]).incompatible & layout.DIRTY
         result = check(host, IMAGE)
         assert not result.check_errors, result.findings
@@ -310,12 +302,7 @@ class Explorer:
             check(host, IMAGE, "all")
             result = check(host, IMAGE)
             assert not result.leaks, result.findings
-        if result.corruptions:
-            errors = [text for text in result.findings if text.startswith("ERROR")]
-            assert len(errors) == result.corruptions, result.findings
-            assert all(text.startswith("ERROR OFLAG_COPIED") for text in errors), result.findings
-            flags = result.corruptions
-        leaks = result.leaks
+        assert not result.corruptions, result.findings
         disk = Disk(host, IMAGE, **self._options())
         content, size = disk.content(), disk.size
         listed = disk.run(disk.node.snapshots.read())
@@ -326,11 +313,9 @@ class Explorer:
             again[offset : offset + len(MARK)] = MARK
         assert disk.content() == again, "what was written is not there, or something else is"
         disk.close()
-        if flags:  # writing has copied more than it had to, with more such entries; it can be mended
-            check(host, IMAGE, "all")
         result = check(host, IMAGE)
         assert not result.corruptions and not result.check_errors, result.findings
-        return Found(size, zlib.compress(content, 1), known, leaks, flags)
+        return Found(size, zlib.compress(content, 1), known)
 
     def _content_of(self, image: bytes, snapshot: Snapshot) -> bytes:
         """What a snapshot has: that of the disk whose L1 table is the snapshot's."""
