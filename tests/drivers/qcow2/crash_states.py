@@ -53,6 +53,7 @@ class Ledger:
         self.snapshots = known  # that may be there
         self.sure = set(known)  # that have to be
         self.deleted: set[str] = set()
+        self.is_lost = False  # a flush has failed: what was written before it may be lost although the next one succeeds
 
     def may_put(self, offset: int, data: bytes) -> None:
         """It is on its way."""
@@ -92,7 +93,7 @@ class Ledger:
                 return f"snapshot {id} was deleted"
             if zlib.decompress(packed) != self.snapshots[id]:
                 return f"snapshot {id} has other content"
-        content = found.content
+        content = b"" if self.is_lost else found.content
         for start in range(0, len(content), CHUNK):
             part = content[start : start + CHUNK]
             if part != self.flushed[start : start + len(part)] and (wrong := self._wrong_byte(start, part)) >= 0:
@@ -228,6 +229,19 @@ class Explorer:
         found = check(self.host, IMAGE)
         assert not found.corruptions and not found.leaks, found.findings
         self.last_image = self.host.content(IMAGE)
+
+    def guess(self, is_lost: bool) -> None:
+        """An operation has failed: it was done, in part, or not at all. What the disk shows is what there is now, and
+        with ``is_lost`` (a flush failed) not what it will show."""
+        self.ledger.is_lost = is_lost
+        self.look()
+        ledger, content = self.ledger, self.disk.content()
+        ledger.size = len(content)
+        ledger.sizes.add(ledger.size)
+        ledger.put(0, content.ljust(len(ledger.now), b"\0"))
+        known = {each.id for each in self.disk.run(self.disk.node.snapshots.read())}
+        ledger.deleted = ledger.snapshots.keys() - known
+        ledger.sure &= known
 
     # -- for operations -----------------------------------------------------------------------------------------
 
