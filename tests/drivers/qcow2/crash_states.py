@@ -53,7 +53,7 @@ class Ledger:
         self.snapshots = known  # that may be there
         self.sure = set(known)  # that have to be
         self.deleted: set[str] = set()
-        self.is_lost = False  # a flush has failed: what was written before it may be lost although the next one succeeds
+        self.is_lost = False  # a flush has failed: what was written before may be lost although the next one succeeds
 
     def may_put(self, offset: int, data: bytes) -> None:
         """It is on its way."""
