@@ -61,7 +61,13 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
     async with metadata.lock:
         header.size = size
         metadata.header_changed()
-        await metadata.commit()
+        try:
+            await metadata.commit()
+        except BaseException:  # the disk has its old size for whoever uses it; so it has to have that tomorrow
+            header.size = old
+            metadata.header_changed()
+            node.refresh_size()  # the file has grown, perhaps, and with it those above have looked
+            raise
     if size < old and mapping.external:
         await node.data.co_truncate(size)
     node.refresh_size()
