@@ -180,10 +180,10 @@ class Snapshots:
                     text = f"a cluster is used {most} times, more cannot be counted"
                     raise OSError(errno.EINVAL, text, node.name)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
-            clusters = self._clusters(length * 8)
-            length = clusters * mapping.cluster_size // 8
             if length * 8 > layout.L1_BYTES_MAX:
-                length = layout.L1_BYTES_MAX // 8
+                raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
+            clusters = self._clusters(length * 8)
+            length = min(clusters * mapping.cluster_size, layout.L1_BYTES_MAX) // 8
             counted = array("Q")
             first = await metadata.allocate_together(clusters)
             try:
