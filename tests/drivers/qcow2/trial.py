@@ -246,7 +246,9 @@ class Trial:
         if found.status or before is None:
             return
         after = self._check(store, None)
-        assert after is not None and after.status in ((0,) if clean else (0, 3)), (after, "whole before it was used")
+        # Counters of what is behind the file's end nobody looks at, until it is longer: then they are leaks.
+        allowed = (0, 3) if not clean or any("counter at" in text for text in self.image.what) else (0,)
+        assert after is not None and after.status in allowed, (after, "whole before it was used")
 
     def _use(self, context: AioContext, backend: BlockBackend, node: Qcow2Node, model: bytearray | None) -> bool:
         """A few steps; whether none has failed. ``model``: what the disk has."""

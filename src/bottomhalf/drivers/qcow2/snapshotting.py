@@ -81,7 +81,7 @@ class Snapshots:
                 raise OSError(errno.EFBIG, f"an image has at most {layout.SNAPSHOTS_MAX} snapshots", node.name)
             await metadata.find_places()
             await metadata.settle()
-            await self._check_room()
+            await self._check_room(metadata.l1)
             taken: list[int] = []
             counted = array("Q")
             try:
@@ -119,12 +119,15 @@ class Snapshots:
             await metadata.settle()
             return made
 
-    async def _check_room(self) -> None:
-        """OSError if a cluster of the disk cannot be counted once more."""
+    async def _check_room(self, l1: Iterable[int]) -> None:
+        """OSError if a cluster below an L1 table cannot be counted once more; ImageError if one is not counted."""
         most = refcounts.refcount_max(self._node.header.refcount_order)
-        async for cluster in self._clusters_of(self._metadata.l1):
-            if await self._metadata.refcount(cluster) >= most:
+        async for cluster in self._clusters_of(l1):
+            count = await self._metadata.refcount(cluster)
+            if count >= most:
                 raise OSError(errno.EINVAL, f"a cluster is used {most} times, more cannot be counted", self._node.name)
+            if not count:
+                raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
 
     async def _share_disk(self, counted: array[int]) -> None:
         """Count everything of the disk once more, and note that nothing is its own. In memory, as far as there is
@@ -174,11 +177,7 @@ class Snapshots:
             if size % layout.SECTOR_BYTES or size < 0:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
-            most = refcounts.refcount_max(header.refcount_order)
-            async for cluster in self._clusters_of(wanted):
-                if await metadata.refcount(cluster) >= most:
-                    text = f"a cluster is used {most} times, more cannot be counted"
-                    raise OSError(errno.EINVAL, text, node.name)
+            await self._check_room(wanted)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
             if length * 8 > layout.L1_BYTES_MAX:
                 raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
@@ -258,9 +257,11 @@ class Snapshots:
             await metadata.make_room_for_changes()
             table = await metadata.l2_table(index)
             assert table is not None
-            for n in range(mapping.entries):
-                entry = table.entries[n * mapping.words]
-                if entry & (COPIED | COMPRESSED) or not mapping.has_place(entry):
+            entries = table.entries[:: mapping.words]
+            shared = [n for n, entry in enumerate(entries) if entry and not entry & (COPIED | COMPRESSED)]
+            for n in shared:
+                entry = entries[n]
+                if not mapping.has_place(entry):
                     continue
                 if await metadata.refcount((entry & OFFSET_MASK) >> mapping.cluster_bits) == 1:
                     bitmap = table.entries[n * mapping.words + 1] if mapping.extended else 0
