@@ -18,6 +18,7 @@ from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.node import co_io
+from bottomhalf.block.written import fits_in
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check, co_repair_dirty
@@ -293,7 +294,8 @@ class Qcow2Node(DirectReads):
         metadata, mapping = self.metadata, self.mapping
         l2, l1, l1_shift = metadata.l2, metadata.l1, mapping.l1_shift
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
-        extended, file_size, tick = mapping.extended, self.data.size, metadata.tick
+        extended, tick, data = mapping.extended, metadata.tick, self.data
+        known = data.noted if data.noted <= data.size else data.size
         mapped: list[Request] = []
         slow: list[Request] = []
         for request in requests:
@@ -313,9 +315,11 @@ class Qcow2Node(DirectReads):
                     entry = table.entries[offset >> bits & last]
                     if entry & COPIED and entry & OFFSET_MASK and not entry & _NOT_PLAIN:
                         host = (entry & OFFSET_MASK) + inside
-                fits = host and host + length <= file_size and not (host - inside) & mask
+                fits = host and not (host - inside) & mask
                 flags = request.flags
-                if fits and not (flags & _SPECIAL and (flags & COMPRESS or metadata.dirty)):
+                if fits and not (flags & _SPECIAL and (flags & COMPRESS or metadata.dirty)) and (
+                    host + length <= known or fits_in(data, host + length)
+                ):
                     request.offset = host
                     mapped.append(request)
                     continue
