@@ -48,6 +48,7 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRIT
 
 if TYPE_CHECKING:
     from bottomhalf.block.copying import CopyTo
+    from bottomhalf.block.dirty import BitmapKeeper, NamedBitmap
     from bottomhalf.block.graph import Graph
     from bottomhalf.block.resize import Preallocation
     from bottomhalf.block.transaction import Transaction
@@ -100,6 +101,8 @@ class Node(Parent, metaclass=_NodeType):
         self.turning_read_only = False  # in a reopen that is not final yet
         self.inherits_from: Node | None = None  # the parent in whose options its own were given
         self.options: Any = None
+        self.bitmaps: dict[str, NamedBitmap] = {}  # the oldest first; see ``dirty``
+        self.bitmap_keeper: BitmapKeeper | None = None  # stores persistent ones in the image, if it can
         self.written_end = 0  # bytes up to the end of the highest write; see ``written``
         self.noted = 0  # up to where it and those below it know
         self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied

@@ -17,6 +17,7 @@ from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
 from bottomhalf.qapi.block_info import (
     BlockdevCacheInfo,
     BlockDeviceInfo,
+    BlockDirtyInfo,
     ImageInfo,
     ImageInfoSpecific,
     ImageInfoSpecificFile,
@@ -149,7 +150,24 @@ def describe_node(node: Node) -> BlockDeviceInfo:
             no_flush=bool(cache and cache.no_flush),
         ),
         write_threshold=write_threshold(node),
+        dirty_bitmaps=_describe_bitmaps(node) or None,
     )
+
+
+def _describe_bitmaps(node: Node) -> list[BlockDirtyInfo]:
+    """The newest first, as QEMU lists them."""
+    return [
+        BlockDirtyInfo(
+            name=bitmap.name,
+            count=bitmap.dirty_bytes,
+            granularity=bitmap.granularity,
+            recording=bitmap.enabled,
+            busy=bitmap.busy,
+            persistent=bitmap.persistent,
+            inconsistent=bitmap.inconsistent or None,
+        )
+        for bitmap in reversed(node.bitmaps.values())
+    ]
 
 
 def _describe_image(node: Node, name: str) -> ImageInfo:

@@ -10,6 +10,7 @@ from bottomhalf.aio import explain
 from bottomhalf.block import BlockError
 from bottomhalf.chardev.addresses import host_address
 from bottomhalf.monitor import (
+    bitmap_commands,
     block_commands,
     char_commands,
     job_commands,
@@ -188,6 +189,7 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "nbd-server-add": nbd_server_add,
     "nbd-server-remove": nbd_server_remove,
     "quit": quit,
+    **bitmap_commands.HANDLERS,
     **block_commands.HANDLERS,
     **job_commands.HANDLERS,
     **overlay_commands.HANDLERS,

@@ -26,6 +26,7 @@ from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.keeping import KeptBitmaps
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
@@ -123,6 +124,7 @@ class Qcow2Node(DirectReads):
         self._squeezer = Squeezer(self, self.writer)
         self._trouble = Trouble(self)
         self._cleaner = Cleaner(self)
+        self.bitmap_keeper: KeptBitmaps = KeptBitmaps(self, self._guarded)
         self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
         self._forgotten = 0  # how often it had to be forgotten
         self.size = header.size
@@ -144,24 +146,22 @@ class Qcow2Node(DirectReads):
             if header.incompatible & layout.DIRTY:
                 await co_repair_dirty(self.file, header)
         await self.metadata.open()
+        await self.bitmap_keeper.load()
         if writable and self._clear_unknown():
             await self._co_commit()
+        await self.bitmap_keeper.co_begin_writing()
 
     def _check_writable(self) -> None:
         """BlockError if the image must not be written."""
         header = self.header
         if header.incompatible & layout.CORRUPT:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-        if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
-            raise BlockError(
-                "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
-            )
 
     def _clear_unknown(self) -> bool:
         """What we do not know is not true any more after the first write. Whether there was such a thing."""
-        unknown = bool(self.header.autoclear & ~layout.RAW_DATA)
+        unknown = self.bitmap_keeper.forget_unknown() or bool(self.header.autoclear & ~layout.AUTOCLEAR_KNOWN)
         if unknown:
-            self.header.autoclear &= layout.RAW_DATA
+            self.header.autoclear &= layout.AUTOCLEAR_KNOWN
             self.metadata.header_changed()
         return unknown
 
@@ -228,13 +228,10 @@ class Qcow2Node(DirectReads):
             raise OSError(errno.EIO, str(error), self.name) from error
 
     def _read(self, requests: list[Request]) -> list[Request]:
-        metadata, mapping, backing = self.metadata, self.mapping, self.backing
+        metadata, mapping, backing, tick = self.metadata, self.mapping, self.backing, self.metadata.tick
         l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
-        tick = metadata.tick
         last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.data.size
-        mapped: list[Request] = []
-        below: list[Request] = []
-        slow: list[Request] = []
+        mapped, below, slow = list[Request](), list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             table = l2.get(offset >> l1_shift)
@@ -296,8 +293,7 @@ class Qcow2Node(DirectReads):
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
         extended, tick, data = mapping.extended, metadata.tick, self.data
         known = data.noted if data.noted <= data.size else data.size
-        mapped: list[Request] = []
-        slow: list[Request] = []
+        mapped, slow = list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             index = offset >> l1_shift
@@ -542,12 +538,14 @@ class Qcow2Node(DirectReads):
         settings = self.metadata.settings
         try:
             await self._co_write_all()
+            self.bitmap_keeper.release()
         finally:
             self.metadata.settings = settings
 
     async def co_activate(self) -> None:
         settings = self.metadata.settings
         self._cleaner.stop()
+        self.bitmap_keeper.release()
         self._begin_with(await co_read_header(self.file))
         settings.apply(self.metadata)
         await self.open()
@@ -592,7 +590,10 @@ class Qcow2Node(DirectReads):
 
     async def _co_write_all(self) -> None:
         self.metadata.settings = replace(self.metadata.settings, lazy=False)
-        await self._guarded(self._co_settle())
+        try:
+            await self.bitmap_keeper.co_store()
+        finally:
+            await self._guarded(self._co_settle())
 
     async def _co_settle(self) -> None:
         async with self.metadata.lock:
