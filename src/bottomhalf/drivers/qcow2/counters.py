@@ -102,10 +102,13 @@ class Counters:
         return found
 
     async def refer(self, cluster: int) -> None:
-        """One reference more to a cluster that has some. With the lock held."""
+        """One reference more to a cluster that has some. With the lock held. ImageError if that cannot be counted,
+        which who asks has made sure of, unless the image is damaged."""
         index, at = divmod(cluster, self._per_block)
         block = await self._block(index)
         assert block is not None and block[at], "a cluster without references has no place for more"
+        if block[at] >= refcounts.refcount_max(self.header.refcount_order):
+            raise ImageError(f"cluster {cluster} is referred to more often than its counter can say")
         self._set(index, block, at, block[at] + 1)
 
     async def set_refcount(self, cluster: int, count: int) -> None:

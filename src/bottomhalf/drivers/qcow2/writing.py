@@ -287,9 +287,11 @@ class Writer:
 
     async def _zero_outside(self, first: int, stop: int, *, unmap: bool, discard: bool) -> bool:
         """Zero clusters in the external data file, before the entries say so: whoever reads that file by itself has to
-        find the zeroes, and space can be given back there. Whether the entries may follow.
+        find the zeroes, and space can be given back there. Whether the entries are to follow.
 
-        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes."""
+        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes. In a raw
+        data file that is all: a write to the same place may be on its way without the lock, and of the two the file and
+        the guest have to see the same one as the last."""
         node, metadata, bits = self._node, self._metadata, self._mapping.cluster_bits
         raw, passes = node.header.raw_data, metadata.settings.passes[FREED_REQUEST]
         if discard and raw and not passes:
@@ -302,7 +304,7 @@ class Writer:
             except OSError as error:
                 if raw or error.errno != errno.ENOTSUP:
                     raise
-        return True
+        return not raw
 
     async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
         metadata, mapping, node = self._metadata, self._mapping, self._node
