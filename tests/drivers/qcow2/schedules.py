@@ -40,7 +40,9 @@ USERS: Final = 4
 STEPS: Final = 7  # of each user
 TASKS: Final = 6  # of the administrator
 THINK_NS_MAX: Final = 400_000
-TARGETS: Final = 6  # clusters that everybody likes
+CROWDED_NS_MAX: Final = 30_000
+DAWDLE_NS_MAX: Final = 3_000_000
+TARGETS: Final = 6  # clusters that everybody likes; three in a crowd
 
 IMAGES: Final[list[dict[str, Any]]] = [
     {"cluster_size": 512, "size": 150 * 512},
@@ -64,12 +66,15 @@ COUNTS_TOO_SMALL: Final = "more cannot be counted"
 class Schedule:
     """What happens under one seed. ``tally`` counts what was done."""
 
-    def __init__(self, seed: int, tally: Counter[str] | None = None) -> None:
+    def __init__(
+        self, seed: int, tally: Counter[str] | None = None, image: dict[str, Any] | None = None
+    ) -> None:
         self.seed = seed
         self.tally: Counter[str] = Counter() if tally is None else tally
         self.chance = chance = random.Random(seed)
+        self.crowded = chance.random() < 0.4
         self.host = SimHost(seed, **self.disks_character())
-        self.image = dict(chance.choice(IMAGES))
+        self.image = dict(chance.choice(IMAGES) if image is None else image)
         self.backed = self.image.pop("backing", False)
         self.cluster = self.image["cluster_size"]
         self.cell = min(512, self.cluster // 8)
@@ -85,7 +90,7 @@ class Schedule:
         make(self.host, "disk.qcow2", **self.image)
         self.external = "data_file" in self.image
         self.raw = self.image.get("data_file_raw", False)
-        if chance.random() < 0.7:
+        if self.crowded or chance.random() < 0.4:
             for path in self.host.disk.files:
                 self.host.set_cached(path, "never")
         self.history = History(content, size + 100 * self.cluster // self.cell)
@@ -93,18 +98,23 @@ class Schedule:
         self.kept: dict[str, tuple[Snapshot, list[bytes], bytes | None]] = {}
         self.passes_discards = chance.random() < 0.5
         self.numbers = 0
-        self.targets = [chance.randrange(size * self.cell // self.cluster) for _ in range(TARGETS)]
+        self.targets = [chance.randrange(size * self.cell // self.cluster) for _ in range(3 if self.crowded else TARGETS)]
         self.disk = Disk(self.host, "disk.qcow2", **self.options())
         self.thread: IOThread | None = None
 
     def disks_character(self) -> dict[str, Any]:
-        """Half of the disks are quick, but for some requests that are overtaken by many others: a cluster may be
-        discarded, given to somebody else, and written by him meanwhile."""
-        if self.chance.random() < 0.5:
+        """In a crowd disks are quick, but for some requests (see dawdle())."""
+        if not self.crowded:
             return {}
         latency = Latency()
         latency.ranges_ns.update({READ: (5_000, 20_000), WRITE: (5_000, 20_000), FLUSH: (5_000, 20_000)})
-        return {"latency": latency, "odds": Odds(slow=self.chance.choice((0.1, 0.2)))}
+        return {"latency": latency, "odds": Odds(slow=0.0)}
+
+    def dawdle(self, op: int) -> None:
+        """Let the disk take its time for the next request of that kind, and many others overtake it: the cluster may be
+        discarded, given to somebody else, and written by him meanwhile."""
+        if self.crowded and self.chance.random() < 0.5:
+            self.host.fault(op=op, delay_ns=self.chance.randrange(DAWDLE_NS_MAX), times=1)
 
     def options(self) -> dict[str, Any]:
         """Some runtime options; those that decide what a discard does stay."""
@@ -144,7 +154,9 @@ class Schedule:
             first = chance.randrange(size)
         first = min(first, size - 1)
         count = chance.choice((1, 2, per_cluster // 2, per_cluster, per_cluster, 2 * per_cluster, 5 * per_cluster))
-        if chance.random() < 0.4:
+        if self.crowded and chance.random() < 0.7:
+            count = per_cluster
+        elif chance.random() < 0.4:
             first += chance.randrange(per_cluster)
         first = min(first, size - 1)
         return first, min(count, size - first)
@@ -159,11 +171,12 @@ class Schedule:
     # -- users --------------------------------------------------------------------------------------------------
 
     async def use(self) -> None:
-        for _ in range(STEPS):
+        for _ in range(STEPS * 2 if self.crowded else STEPS):
             if self.chance.random() < 0.5:
-                await sleep_ns(self.chance.randrange(THINK_NS_MAX))
+                await sleep_ns(self.chance.randrange(CROWDED_NS_MAX if self.crowded else THINK_NS_MAX))
             what = self.chance.choices(
-                ("write", "squeeze", "zero", "discard", "read", "flush", "batch"), (10, 2, 3, 3, 6, 2, 3)
+                ("write", "squeeze", "zero", "discard", "read", "flush", "batch"),
+                (10, 1, 3, 6, 4, 7, 2) if self.crowded else (10, 2, 3, 3, 6, 2, 3),
             )[0]
             await getattr(self, f"do_{what}")(*self.place())
             self.tally[what] += 1
@@ -203,6 +216,7 @@ class Schedule:
     async def do_write(self, first: int, count: int) -> None:
         values = self.fresh(count)
         flags = FUA if self.chance.random() < 0.15 else 0
+        self.dawdle(WRITE)
         await self._change(first, values, self.disk.backend.co_pwrite(first * self.cell, b"".join(values), flags))
 
     async def do_squeeze(self, first: int, count: int) -> None:
@@ -237,6 +251,7 @@ class Schedule:
 
     async def do_read(self, first: int, count: int) -> None:
         reading, sizes = self.history.begin_read(first, count), len(self.sizes) - 1
+        self.dawdle(READ)
         try:
             data = await self.disk.backend.co_pread(first * self.cell, count * self.cell)
         except OSError as error:
@@ -403,7 +418,10 @@ class Schedule:
             history.size = low
             self.sizes.append(low)
             try:
-                await co_resize(self.disk.node, size * self.cell, Preallocation(mode))
+                if alone:
+                    await co_resize(self.disk.node, size * self.cell, Preallocation(mode))
+                else:
+                    await self.disk.backend.co_truncate(size * self.cell, Preallocation(mode))
             except OSError as error:
                 if error.errno != errno.ENOTSUP or self.image.get("version") != 2:
                     raise
@@ -415,7 +433,8 @@ class Schedule:
                 history.size = size
             self.sizes.append(history.size)
 
-        await self.drained(body)
+        alone = chance.random() < 0.5
+        await (self.drained(body) if alone else body())
         return resized
 
     async def do_reopen(self) -> None:
@@ -519,9 +538,9 @@ class suppress_too_many(suppress):  # noqa: N801  # it is used as contextlib's
         return isinstance(error, OSError) and COUNTS_TOO_SMALL in str(error)
 
 
-def run(seed: int, tally: Counter[str] | None = None) -> None:
-    """Play the schedule of a seed."""
-    schedule = Schedule(seed, tally)
+def run(seed: int, tally: Counter[str] | None = None, image: dict[str, Any] | None = None) -> None:
+    """Play the schedule of a seed, with the image that it chooses or a given one."""
+    schedule = Schedule(seed, tally, image)
     try:
         schedule.play()
     except BaseException:
