@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several users and an administrator at one image: whatever the order, what is read is what may be there, snapshots keep
-what they have, and the tables are whole (see ``schedules``).
+"""Several users and an administrator at one image: whatever the order, what is read is what may be there, snapshots
+keep what they have, and the tables are whole (see ``schedules``).
 
-``--soak`` plays 10,000 schedules. That the play would notice is shown with mistakes that are put into the driver one at a
-time."""
+``--soak`` plays 10,000 schedules. That the play would notice is shown with mistakes that are put into the driver one at
+a time."""
 
 from __future__ import annotations
 
@@ -61,12 +61,22 @@ def test_ten_thousand(part: int) -> None:
 # -- it would find ----------------------------------------------------------------------------------------------------
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-MISTAKES: dict[str, Patch] = {}
+MISTAKES: dict[str, tuple[Patch, dict[str, Any] | None]] = {}
 
 
 def mistake(plant: Patch) -> Patch:
-    MISTAKES[plant.__name__] = plant
+    MISTAKES[plant.__name__] = plant, None
     return plant
+
+
+def mistake_with(**image: Any) -> Callable[[Patch], Patch]:
+    """One that shows with one kind of image alone."""
+
+    def add(plant: Patch) -> Patch:
+        MISTAKES[plant.__name__] = plant, {"cluster_size": 512, "size": 70 * 512, **image}
+        return plant
+
+    return add
 
 
 @mistake
@@ -174,6 +184,12 @@ def a_smaller_disk_keeps_its_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("bottomhalf.drivers.qcow2.resizing._unlink", unlink)
 
 
+@mistake_with(data_file="data.raw", data_file_raw=True)
+def a_raw_data_file_keeps_what_arrives_late(patch: pytest.MonkeyPatch) -> None:
+    """Behind the end of a disk that became smaller while it was written: so it was."""
+    patch.setattr("bottomhalf.drivers.qcow2.resizing.refresh_sizes", lambda node: None)
+
+
 @mistake
 def a_zero_write_forgets_the_edges(patch: pytest.MonkeyPatch) -> None:
     async def write_zeroes(self: Writer, offset: int, length: int) -> None: ...
@@ -193,7 +209,7 @@ def a_cluster_is_not_filled_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Writer, "_filled", filled)
 
 
-@mistake
+@mistake_with(refcount_bits=2)
 def a_snapshot_counts_shared_clusters_once_too_seldom(patch: pytest.MonkeyPatch) -> None:
     """Counters become greater than they can: so it was, with compressed clusters and counters of two bits."""
 
@@ -215,7 +231,7 @@ def a_snapshots_tables_stay_its_own(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Places, "own", lambda self, offset: None)
 
 
-@mistake
+@mistake_with(data_file="data.raw", data_file_raw=True)
 def a_raw_data_file_is_zeroed_by_its_entries(patch: pytest.MonkeyPatch) -> None:
     """A write that was under way at the same time was in the raw file afterwards, and zeroes for the guest: so it
     was."""
@@ -239,11 +255,11 @@ def a_cluster_is_freed_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Metadata, "free", free)
 
 
-def found_by(limit: int) -> int | None:
+def found_by(limit: int, image: dict[str, Any] | None = None) -> int | None:
     """The first seed under which something is noticed."""
     for seed in range(limit):
         try:
-            schedules.run(seed)
+            schedules.run(seed, image=image)
         except (AssertionError, ImageError, OSError):
             return seed
     return None
@@ -251,8 +267,9 @@ def found_by(limit: int) -> int | None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_it_would_find(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    MISTAKES[name](monkeypatch)
-    assert found_by(FOUND_WITHIN) is not None
+    plant, image = MISTAKES[name]
+    plant(monkeypatch)
+    assert found_by(FOUND_WITHIN, image) is not None
 
 
 # -- the model itself -------------------------------------------------------------------------------------------------

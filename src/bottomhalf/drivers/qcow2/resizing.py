@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX
+from bottomhalf.drivers.qcow2.metadata import refresh_sizes
 from bottomhalf.drivers.qcow2.preallocation import co_preallocate
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
     metadata, mapping, header = node.metadata, node.mapping, node.header
     old, backing = header.size, node.backing
     if mapping.external:
+        if header.raw_data:  # here, too, something may have arrived late
+            refresh_sizes(node.data)
+            if node.data.size > old:
+                await node.data.co_truncate(old)
         await node.data.co_truncate(size)
     async with metadata.lock:
         await metadata.find_places()

@@ -297,6 +297,8 @@ class Writer:
         if discard and raw and not passes:
             return False
         start, end = first << bits, min(stop << bits, node.size)
+        if start >= end:
+            return False  # the disk has become smaller meanwhile
         if raw or (unmap and passes):
             flags = (MAY_UNMAP if unmap and passes else 0) | (0 if raw else NO_FALLBACK)
             try:
