@@ -39,11 +39,26 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
     entries = -(-size >> mapping.l1_shift)
     if entries * 8 > L1_BYTES_MAX:
         raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
-    if size < old:
-        await _shrink(node, size)
-    else:
-        await _grow(node, size, preallocation)
-    node.refresh_size()
+    try:
+        if size < old:
+            await _shrink(node, size)
+        else:
+            await _grow(node, size, preallocation)
+    finally:
+        node.refresh_size()
+
+
+async def _publish(node: Qcow2Node, size: int) -> None:
+    """The disk has another size from now on. With the lock held. OSError, and it has the old one."""
+    header, metadata, old = node.header, node.metadata, node.header.size
+    header.size = size
+    metadata.header_changed()
+    try:
+        await metadata.commit()
+    except BaseException:
+        header.size = old
+        metadata.header_changed()
+        raise
 
 
 async def _shrink(node: Qcow2Node, size: int) -> None:
@@ -55,9 +70,7 @@ async def _shrink(node: Qcow2Node, size: int) -> None:
         await metadata.find_places()
         await node.snapshots.forget_tables(-(-size >> mapping.l1_shift))
         await _unlink(node, -(-size >> mapping.cluster_bits))
-        header.size = size
-        metadata.header_changed()
-        await metadata.commit()
+        await _publish(node, size)
     if mapping.external:
         await node.data.co_truncate(size)
 
@@ -89,9 +102,8 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
         preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
     await co_preallocate(node, old, size, preallocation)
     async with metadata.lock:
-        header.size = size
-        metadata.header_changed()
-        await metadata.commit()
+        await metadata.commit()  # a commit writes the header before entries, and here they have to be there first
+        await _publish(node, size)
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:

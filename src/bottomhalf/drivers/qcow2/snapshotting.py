@@ -202,8 +202,10 @@ class Snapshots:
             metadata.free_all(before)
             header.size = size
             metadata.header_changed()
-            await metadata.settle()
-        node.refresh_size()
+            try:
+                await metadata.settle()
+            finally:  # in memory it is so, and the next commit goes on
+                node.refresh_size()
 
     async def _share(self, l1: Iterable[int], counted: array[int]) -> None:
         """Count everything below an L1 table once more; no entry says that it is its own."""
