@@ -4,7 +4,7 @@
 Who has a disk to himself knows every byte. Several users at once do not: of two writes to the same place that are under
 way at the same time either may be the last. What is certain: a write that began after another one's end replaces what
 that left; a reader finds something that was there, or was being written, between his begin and his end; and once nobody
-writes, what one reader found is what the next one finds. That is all that a disk promises, and all that is allowed here.
+writes, what one reader found is what the next one finds. That is all that a disk promises, and all that is allowed.
 
 Every change is an interval on a clock of its own, from begin() to end(). A cell is a few bytes that no change divides;
 each write has values that no other has, so that a read tells whose it found.

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One seed, one schedule: several users and an administrator at one image at the same time, on the simulated host.
 
-The seed decides the image, the cache, what everybody does, how long each of them thinks, how long the disk takes for each
-request, and which of two requests it finishes first. ``run(seed)`` returns quietly, or raises ``Wrong`` (a read that
-cannot be, tables that are not whole, a cluster that nobody uses) or whatever the driver itself noticed.
+The seed decides the image, the cache, what everybody does, how long each of them thinks, how long the disk takes for
+each request, and which of two requests it finishes first. ``run(seed)`` returns quietly, or raises ``Wrong`` (a read
+that cannot be, tables that are not whole, a cluster that nobody uses) or whatever the driver itself noticed.
 
 * Users write whole clusters and parts of them, compressed, zeroes, with FUA and in batches; discard; flush; read. They
   prefer the same few clusters.
 * The administrator makes, applies and deletes snapshots, changes the size, changes the runtime options, forgets what is
   cached, and checks. What QEMU does in a drained section is done in one.
 
-What the disk should contain is in ``history``; snapshots contain what the disk did at their moment. In the end, and after
-the image was closed and opened again, disk, snapshots and (if it is raw) data file are compared with that, and the image
-has neither damage nor leaks.
+What the disk should contain is in ``history``; snapshots contain what the disk did at their moment. In the end, and
+after the image was closed and opened again, disk, snapshots and (if it is raw) data file are compared with that, and
+the image has neither damage nor leaks.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Schedule:
         size = self.image["size"] // self.cell
         content = [bytes(self.cell)] * size
         if self.backed:  # shorter than the disk, or longer
-            base = random.Random(f"base {seed}").randbytes(self.image["size"] + chance.choice((-1, 1)) * 5 * self.cluster)
+            length = self.image["size"] + chance.choice((-1, 1)) * 5 * self.cluster
+            base = random.Random(f"base {seed}").randbytes(length)
             base = base[: len(base) // self.cell * self.cell]
             self.host.add_file("base.raw", base)
             found = [base[at : at + self.cell] for at in range(0, len(base), self.cell)]
@@ -98,7 +99,8 @@ class Schedule:
         self.kept: dict[str, tuple[Snapshot, list[bytes], bytes | None]] = {}
         self.passes_discards = chance.random() < 0.5
         self.numbers = 0
-        self.targets = [chance.randrange(size * self.cell // self.cluster) for _ in range(3 if self.crowded else TARGETS)]
+        targets = 3 if self.crowded else TARGETS
+        self.targets = [chance.randrange(size * self.cell // self.cluster) for _ in range(targets)]
         self.disk = Disk(self.host, "disk.qcow2", **self.options())
         self.thread: IOThread | None = None
 
@@ -132,7 +134,8 @@ class Schedule:
         if chance.random() < 0.3:
             options["pass-discard-other"] = True
         if self.backed:
-            options["backing"] = {"driver": "raw", "file": {"driver": "file", "filename": "base.raw"}, "read-only": True}
+            base = {"driver": "file", "filename": "base.raw"}
+            options["backing"] = {"driver": "raw", "file": base, "read-only": True}
         return options
 
     # -- what is written ----------------------------------------------------------------------------------------
@@ -528,7 +531,7 @@ class Schedule:
             self.host.end_threads()
 
 
-class suppress_too_many(suppress):  # noqa: N801  # it is used as contextlib's
+class suppress_too_many(suppress):  # it is used as contextlib's
     """Counters that are too small for one reference more."""
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Another size of the disk.
 
-A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header, which is the last thing that
-is done: until then nobody can write to the new part, and whatever fails leaves the old size. Where a backing file is
-longer than the disk was, its content must not come to light: the new part is zeroed. So is the rest of the last cluster,
-and what may lie behind the disk's end is forgotten, since a request that was on its way when the disk became smaller may
-have arrived there afterwards.
+A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header, which comes last: until
+then nobody can write to the new part, and whatever fails leaves the old size. Where a backing file is longer than the
+disk was, its content must not come to light: the new part is zeroed. So is the rest of the last cluster, and what may
+lie behind the disk's end is forgotten, since a request that was on its way when the disk became smaller may have
+arrived there afterwards.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
 one entry by entry. What is left of the last cluster behind the end is zeroed before, or it would come back when the
