@@ -321,6 +321,19 @@ def reopens(scene: Scene, **options: Any) -> None:
     reopen(disk.graph, {disk.node: from_json(BlockdevOptions, given)})
 
 
+def checks(scene: Scene, repair: str | None = None) -> None:
+    """A check says in its result what it could not read; its users tell theirs."""
+    found = check(scene.host, IMAGE, repair)
+    if found.failure:
+        raise OSError(None, found.failure)
+
+
+async def checks_itself(disk: Disk, scene: Scene) -> None:
+    found = await disk.node.co_check()
+    if found.failure:
+        raise OSError(None, found.failure)
+
+
 async def inactivate(disk: Disk) -> None:
     await disk.node.co_inactivate()
     await disk.node.co_activate()
@@ -426,10 +439,10 @@ OPERATIONS: Final = [
     creates("preallocated, full", preallocation="full"),
     creates("with a data file", data_file="data.raw"),
     creates("with a raw data file", data_file="data.raw", data_file_raw=True),
-    Operation("check", lambda scene: check(scene.host, IMAGE), before=closed, alive=False),
-    does("check while it is used", lambda disk, scene: disk.node.co_check(), before=dirty),
-    Operation("repair leaks", lambda scene: check(scene.host, IMAGE, "leaks"), before=damaged, alive=False,
+    Operation("check", checks, before=closed, alive=False),
+    does("check while it is used", checks_itself, before=dirty),
+    Operation("repair leaks", lambda scene: checks(scene, "leaks"), before=damaged, alive=False,
               repairs=True, everywhere=False),
-    Operation("repair all", lambda scene: check(scene.host, IMAGE, "all"), before=damaged, alive=False, repairs=True,
+    Operation("repair all", lambda scene: checks(scene, "all"), before=damaged, alive=False, repairs=True,
               everywhere=False),
 ]

@@ -40,12 +40,11 @@ from bottomhalf.drivers.qcow2.layout import (
     COPIED,
     CORRUPT,
     DIRTY,
-    L1_RESERVED,
     OFFSET_MASK,
     SECTOR_BYTES,
 )
 from bottomhalf.drivers.qcow2.overlap import co_find_places
-from bottomhalf.drivers.qcow2.together import co_submit_all
+from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
 from bottomhalf.host.request import WRITE, Request
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ class Metadata(Counters):
         self.lock = CoMutex(f"the tables of {file().name}")
         self.tick = 0  # grows with each table that is loaded, and each time the unused ones are dropped
         self.on_load: Callable[[], object] | None = None
+        self.passage: Passage | None = None  # of those that are on their way; the latest
         self.broken = False  # the image was marked corrupt: nothing is written any more
         self._places_known = 0  # what was protected when ``places`` was filled
         self._marked_dirty = False  # by us, because counters are written late
@@ -123,9 +123,6 @@ class Metadata(Counters):
         """Read what is always in memory: L1 and the refcount table. OSError, ImageError."""
         header = self.header
         self.l1 = tables.unpack(await self.read(header.l1_offset, header.l1_size * 8))
-        for index, entry in enumerate(self.l1):
-            if entry & L1_RESERVED or entry & OFFSET_MASK & self.mapping.cluster_mask:
-                raise ImageError(f"L2 table offset {entry & OFFSET_MASK:#x} unaligned (L1 index: {index:#x})")
         size = header.refcount_table_clusters << header.cluster_bits
         self.refcount_table = tables.unpack(await self.read(header.refcount_table_offset, size))
         self.virgin = (self.file.size + self.mapping.cluster_mask) >> header.cluster_bits
@@ -162,6 +159,8 @@ class Metadata(Counters):
         offset = self.l1[index] & OFFSET_MASK
         if not offset:
             return None
+        if offset & self.mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
         queue = self._loading[index] = CoQueue(f"L2 table {index} of {self.file.name}")
         try:
             data = await self.read(offset, self.mapping.cluster_size)
@@ -230,6 +229,7 @@ class Metadata(Counters):
         """Nobody in this program gets any more clusters: those that readers still hold (see Node.hold_bytes) can be
         counted down. Nothing is on its way."""
         self._active.clear()
+        self.passage = None
         self._epoch += 1
         self._held_from = self._epoch
 
@@ -241,6 +241,7 @@ class Metadata(Counters):
             self._active[epoch] = left
         else:
             del self._active[epoch]
+            self.passage = None
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -470,7 +471,7 @@ class Metadata(Counters):
         for table in changed:
             self.places.table(table.offset, overlap.ACTIVE_L2, size)
         for index in self._dirty_blocks:
-            self.places.table(self.refcount_table[index], overlap.REFCOUNT_BLOCK, size)
+            self.places.table(self.block_offset(index), overlap.REFCOUNT_BLOCK, size)
         if self._dirty_l1 or self._l1_moved:
             self.places.table(self.header.l1_offset, overlap.ACTIVE_L1, size)
         if self._dirty_table or self._table_moved:

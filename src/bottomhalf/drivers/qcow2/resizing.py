@@ -3,7 +3,7 @@
 
 A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header, which comes last: until
 then nobody can write to the new part, and whatever fails leaves the old size. Where a backing file is longer than the
-disk was, its content must not come to light: the new part is zeroed. So is the rest of the last cluster, and what may
+disk was, its content must not come to light, not even by a power cut: the new part is zeroed before. So is the rest of the last cluster, and what may
 lie behind the disk's end is forgotten, since a request that was on its way when the disk became smaller may have
 arrived there afterwards.
 
@@ -77,7 +77,7 @@ async def _shrink(node: Qcow2Node, size: int) -> None:
 
 async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
     metadata, mapping, header = node.metadata, node.mapping, node.header
-    old, backing = header.size, node.backing
+    old = header.size
     if mapping.external:
         if header.raw_data:  # here, too, something may have arrived late
             refresh_sizes(node.data)
@@ -94,16 +94,24 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
         await metadata.commit()
-    # Who made it smaller before may have left something in the last cluster (QEMU does).
-    await node.co_write_zeroes(old, min(-old & mapping.cluster_mask, size - old))
-    if backing is not None and old < min(size, backing.size):
-        await node.co_write_zeroes(old, min(size, backing.size) - old)
+    await _zero_behind(node, old, size)
     if header.raw_data and preallocation == "off":
         preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
     await co_preallocate(node, old, size, preallocation)
     async with metadata.lock:
         await metadata.commit()  # a commit writes the header before entries, and here they have to be there first
         await _publish(node, size)
+
+
+async def _zero_behind(node: Qcow2Node, old: int, size: int) -> None:
+    """Zero what would come to light behind the end of the disk. OSError, ImageError."""
+    backing = node.backing
+    # Who made it smaller before may have left something in the last cluster (QEMU does).
+    end = min(size, old + (-old & node.mapping.cluster_mask))
+    if backing is not None:
+        end = max(end, min(size, backing.size))
+    if end > old:
+        await node.writer.co_zero(old, end - old, unmap=False, discard=False, behind=True)
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:

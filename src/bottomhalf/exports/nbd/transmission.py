@@ -8,7 +8,8 @@ what is done when the call returns is answered with one send. Nothing on this wa
 * replies of reads are laid out in an arena, header and room for the data side by side, before the reads are
   submitted; bytes are read straight into their place;
 * payloads of writes are slices of the receive buffer;
-* large reads whose bytes are in the page cache go from the file to the socket inside the kernel (sendfile);
+* large reads whose bytes are in the page cache go from the file to the socket inside the kernel (sendfile), unless
+  they have to be encrypted;
 * requests that have to wait keep their place in the arena and are answered when they complete.
 
 What a client can make us hold is bounded: so many requests in flight, so many bytes in flight and unsent, so much
@@ -69,6 +70,7 @@ class Transmission:
         self._filled = 0  # of the arena, while anybody but us uses it
         self._structured = negotiated.structured_replies
         self._contexts = negotiated.contexts
+        self._direct = connection.secure is None  # bytes of the file may go to the socket as they are
         self._header_size = OFFSET_DATA_SIZE if self._structured else SIMPLE_REPLY_SIZE
         self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
         self._parser = RequestParser(negotiated, owner=self._queue)
@@ -236,17 +238,19 @@ class Transmission:
         statistics = self._statistics
         statistics.reads += len(reads)
         statistics.read_bytes += total
-        if reads[0].length >= SEND_FILE_MIN:
-            reads = self._send_from_file(reads)
-            if not reads:
-                return 0
-            total = sum(request.length for request in reads)
-        if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
-            return 0
         alignment = self._backend.memory_alignment
-        if alignment == 1:
-            return self._read_into_memory(reads, total, 1, began_ns)
-        # None of them is done at once: the device begins with the first while we lay out the others.
+        if alignment == 1 and self._direct:
+            if reads[0].length >= SEND_FILE_MIN:
+                reads = self._send_from_file(reads)
+                if not reads:
+                    return 0
+                total = sum(request.length for request in reads)
+            if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
+                return 0
+        # Past the page cache none is done at once.
+        if alignment == 1 or self.in_flight:
+            return self._read_into_memory(reads, total, alignment, began_ns)
+        # An idle device begins with the first while we lay out the others.
         first, others = reads[:SUBMIT_AT_IDLE], reads[SUBMIT_AT_IDLE:]
         waiting = self._read_into_memory(first, sum([read.length for read in first]), alignment, began_ns)
         if others:
@@ -275,7 +279,8 @@ class Transmission:
         self._hold(pending, memory, began_ns)
         done = _without(reads, pending) if pending else reads
         try:
-            self._answer_reads(done, memory)
+            if done:
+                self._answer_reads(done, memory)
         finally:
             memory.release()
         return len(pending)
@@ -327,7 +332,7 @@ class Transmission:
         """Send the replies of finished reads that lie in one arena; neighbours travel as one piece."""
         header = self._header_size
         aligned = len(done) > 1 and done[0].start + header + done[0].length != done[1].start
-        if aligned and not any(request.result for request in done):  # none has a neighbour
+        if aligned and not sum([request.result for request in done]):  # none has failed, none has a neighbour
             view = memory.view
             memory.users += 1
             parts = [view[request.start : request.start + header + request.length] for request in done]

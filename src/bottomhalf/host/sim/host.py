@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from bottomhalf.host.memory_file import lend_path
 from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE, Address, DeviceLimits, Host
 from bottomhalf.host.sim.arena import SimArena
 from bottomhalf.host.sim.disk import Disk, Inode
@@ -32,6 +33,7 @@ from bottomhalf.host.sim.poller import SimEvent, SimPoller, SimSignalSource
 from bottomhalf.host.sim.sockets import SimSocket
 from bottomhalf.host.sim.store import Store
 from bottomhalf.host.sim.streams import SimPty, Streams
+from bottomhalf.host.sim.survivors import REORDER_DEFAULT, CrashState, survivors
 from bottomhalf.host.sim.threads import SimThread, Threads
 from bottomhalf.host.sim.world import Odds, Scheduled, World, failure
 
@@ -194,6 +196,8 @@ class SimHost:
     def remove(self, path: str) -> None:
         self.streams.remove(path)
 
+    lend_path = staticmethod(lend_path)  # what a library opens is this machine's, not the simulated one's
+
     # Time, threads, signals
 
     @property
@@ -316,6 +320,24 @@ class SimHost:
     def survivor(self, path: str) -> bytes:
         """One of the contents that a power cut now could leave; another one at every call."""
         return self.disk.files[path].survivor(self._survival).content()
+
+    def survivors(self, *paths: str, reorder: int = REORDER_DEFAULT) -> Iterator[CrashState]:
+        """All contents of these files that a power cut now could leave, within a bound: see ``sim.survivors``."""
+        unfinished = [
+            (file.inode, file.inode.unfinished(request.offset, bytes(request.buffer)))
+            for engine in self._engines()
+            for file, request in engine.unfinished()
+        ]
+        return survivors([self.disk.files[path] for path in paths], unfinished, reorder)
+
+    @property
+    def before_durable(self) -> Callable[[], object] | None:
+        """Called before a flush or a write with FUA makes something durable; what it does may still be lost then."""
+        return self.disk.before_durable
+
+    @before_durable.setter
+    def before_durable(self, hook: Callable[[], object] | None) -> None:
+        self.disk.before_durable = hook
 
     @property
     def disk_free_bytes(self) -> int | None:
