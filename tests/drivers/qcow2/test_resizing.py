@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from bottomhalf.aio import gather, sleep_ns
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.host.request import FLUSH, READ, WRITE
@@ -81,6 +83,72 @@ def test_a_longer_backing_file_does_not_come_to_light(seed: int) -> None:
         for size in (50, 5, 200):
             resized(opened, model, size * 512)
             assert opened.content() == model
+
+
+def test_what_arrived_behind_the_end_does_not_come_to_light(seed: int) -> None:
+    """A write waits for the tables while the disk becomes smaller; where it was to go is no disk any more."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=60 * 512, cluster_size=512)
+    with disk(host, "disk.qcow2") as opened:
+        backend = opened.backend
+
+        async def late() -> None:
+            await sleep_ns(1000)
+            with suppress(OSError):
+                await backend.co_pwrite(50 * 512, b"x" * 512)
+
+        async def play() -> None:
+            await gather(backend.co_pwrite(30 * 512, b"c" * 512), backend.co_truncate(20 * 512), late())
+            await backend.co_truncate(60 * 512)
+
+        opened.run(play())
+        assert not any(opened.content())
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_a_power_cut_brings_no_backing_file_to_light(seed: int) -> None:
+    """The size is on the disk after the entries that hide what a longer backing file has."""
+    base = b"b" * 100 * 512
+    backing = {"driver": "raw", "file": {"driver": "file", "filename": "base.raw"}, "read-only": True}
+    for position in range(100):
+        host = SimHost(seed)
+        make(host, "disk.qcow2", size=10 * 512, cluster_size=512)
+        host.add_file("base.raw", base)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        fault = host.fault(path="disk.qcow2", op=FLUSH, errno=errno.EIO, after=position)
+        with suppress(OSError):
+            opened.run(co_resize(opened.node, 50 * 512))
+        after = SimHost(seed)
+        for path in host.disk.files:
+            after.add_file(path, host.survivor(path))
+        with disk(after, "disk.qcow2", backing=backing) as reopened:
+            assert reopened.content() in (base[: 10 * 512], base[: 10 * 512] + bytes(40 * 512))
+        opened.abandon()
+        if not fault.hits:
+            return
+    raise AssertionError("there is no end of flushes")
+
+
+@pytest.mark.parametrize("to", [7, 300])
+def test_a_size_that_failed_is_the_old_one_and_can_be_asked_for_again(to: int) -> None:
+    for position in range(POSITIONS_MAX):
+        host = SimHost(position)
+        make(host, "disk.qcow2", size=100 * 512, cluster_size=512)
+        with disk(host, "disk.qcow2") as opened:
+            opened.run(opened.backend.co_pwrite(0, b"a" * 512))
+            fault = host.fault(errno=errno.EIO, after=position)
+            try:
+                opened.run(co_resize(opened.node, to * 512))
+            except OSError:
+                assert opened.size == opened.node.header.size == 100 * 512
+            hits = fault.hits
+            fault.remove()
+            opened.run(co_resize(opened.node, to * 512))
+            assert opened.size == opened.node.header.size == to * 512
+        if not hits:
+            return
+    raise AssertionError("there is no end of I/O")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

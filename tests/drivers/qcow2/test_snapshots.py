@@ -270,6 +270,51 @@ def test_counters_that_are_too_narrow(bits: int, most: int) -> None:
     assert not found.corruptions and not found.leaks, found.findings
 
 
+@pytest.mark.parametrize("applies", [False, True])
+def test_counters_that_are_too_narrow_for_compressed_clusters(applies: bool) -> None:
+    """Two of them in one cluster of the file are two references more: 2 + 2 is more than two bits can say, and a
+    counter that wraps around gives the cluster away."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512, refcount_bits=2)
+    player = Player(host)
+    if applies:  # one that only the snapshot has may become the disk's
+        player.write(0, b"1" * 512, COMPRESSED)
+        player.run(player.disk.node.snapshots.create("s", date_ns=0))
+        made = player.run(player.disk.node.snapshots.read())[0]
+        player.known[made.id] = made, bytes(player.now), bytes(MACHINE)
+        player.write(512, b"2" * 512, COMPRESSED)
+        with pytest.raises(OSError, match="more cannot be counted"):
+            player.run(player.disk.node.snapshots.apply(made))
+    else:
+        player.write(0, b"1" * 512 + b"2" * 512, COMPRESSED)
+        assert "more cannot be counted" in refused(player, errno.EINVAL)
+    player.see()
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_a_deleted_snapshots_tables_are_the_disks_own(seed: int) -> None:
+    """Also where ``overlap-check=all`` protects those of snapshots."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=200 * 512, cluster_size=512)
+    first = Player(host)
+    first.write(0, b"kept" * 5000)
+    first.create()
+    first.write(0, b"later" * 1000)
+    first.disk.close()
+    player = Player(host, **{"overlap-check": "all"})
+    player.known, player.now = first.known, bytearray(first.known["1"][1])
+    player.apply("1")
+    player.delete("1")
+    player.write(700, b"mine" * 1000)
+    player.run(player.disk.backend.co_flush())
+    player.see()
+    player.disk.close()
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
 def test_external_data_files_have_none() -> None:
     host = SimHost(0)
     make(host, "disk.qcow2", size=64 * 512, cluster_size=512, data_file="data.raw")

@@ -110,11 +110,14 @@ class Counters:
         return found
 
     async def refer(self, cluster: int) -> None:
-        """One reference more to a cluster that has some. With the lock held. ImageError if it has none, as it must."""
+        """One reference more to a cluster that has some. With the lock held. ImageError if it has none, or as many as
+        can be counted, which who asks has made sure of, unless the image is damaged."""
         index, at = divmod(cluster, self._per_block)
         block = await self._block(index)
         if block is None or not block[at]:
             raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
+        if block[at] >= refcounts.refcount_max(self.header.refcount_order):
+            raise ImageError(f"cluster {cluster} is referred to more often than its counter can say")
         self._set(index, block, at, block[at] + 1)
 
     async def set_refcount(self, cluster: int, count: int) -> None:

@@ -465,7 +465,7 @@ class Qcow2Node(DirectReads):
     async def co_check(self) -> CheckResult:
         """As check.co_check(): what is written, after what was only in memory is."""
         async with self.metadata.lock:
-            await self.metadata.commit()
+            await self.metadata.commit(counters=True)
             return await co_check(self.file, self.header)
 
     async def co_save_vmstate(self, offset: int, buffer: memoryview) -> None:

@@ -263,8 +263,11 @@ class Writer:
 
     # -- zeroes and discards ------------------------------------------------------------------------------------
 
-    async def co_zero(self, offset: int, length: int, *, unmap: bool, discard: bool) -> None:
-        """Make a range read as zeroes; what of it is less than a cluster is written, or for a discard left alone."""
+    async def co_zero(
+        self, offset: int, length: int, *, unmap: bool, discard: bool, behind: bool = False
+    ) -> None:
+        """Make a range read as zeroes; what of it is less than a cluster is written, or for a discard left alone.
+        ``behind``: it lies behind the disk's end."""
         bits = self._mapping.cluster_bits
         end = offset + length
         first = -(-offset >> bits)
@@ -280,6 +283,9 @@ class Writer:
             await self._write_zeroes(offset, (first << bits) - offset)
             await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
         async with self._metadata.lock:
+            if not behind:  # the disk may have become smaller meanwhile
+                end = min(end, self._node.size)
+                stop = min(stop, -(-end >> bits))
             outside = min(stop << bits, max(end, self._node.size)) if self._mapping.external else 0
             if outside and not await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
                 return
@@ -288,12 +294,14 @@ class Writer:
 
     async def _zero_outside(self, start: int, end: int, *, unmap: bool, discard: bool) -> bool:
         """Zero a range in the external data file, before the entries say so: whoever reads that file by itself has to
-        find the zeroes, and space can be given back there. Whether the entries may follow.
+        find the zeroes, and space can be given back there. Whether the entries are to follow.
 
-        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes."""
+        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes. In a raw
+        data file that is all: a write to the same place may be on its way without the lock, and of the two the file and
+        the guest have to see the same one as the last."""
         node, metadata = self._node, self._metadata
         raw, passes = node.header.raw_data, metadata.settings.passes[FREED_REQUEST]
-        if discard and raw and not passes:
+        if start >= end or (discard and raw and not passes):
             return False
         if raw or (unmap and passes):
             flags = (MAY_UNMAP if unmap and passes else 0) | (0 if raw else NO_FALLBACK)
@@ -302,7 +310,7 @@ class Writer:
             except OSError as error:
                 if raw or error.errno != errno.ENOTSUP:
                     raise
-        return True
+        return not raw
 
     async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
         metadata, mapping, node = self._metadata, self._mapping, self._node
