@@ -130,7 +130,10 @@ class Snapshots:
         for entry in l1:
             if entry & OFFSET_MASK:
                 for cluster in self._of_table(await self._read_table(entry & OFFSET_MASK)):
-                    if await self._metadata.refcount(cluster) >= most:
+                    count = await self._metadata.refcount(cluster)
+                    if not count:
+                        raise ImageError(f"cluster {cluster} is in use and not counted; check and repair the image")
+                    if count >= most:
                         text = f"a cluster is used {most} times, more cannot be counted"
                         raise OSError(errno.EINVAL, text, self._node.name)
                     found.add(cluster // per_block)
@@ -329,7 +332,9 @@ class Snapshots:
                     yield cluster
 
     async def _read_table(self, offset: int) -> array[int]:
-        """An L2 table as it is written."""
+        """An L2 table as it is written. OSError, ImageError."""
+        if offset & self._mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned")
         return tables.unpack(await self._metadata.read(offset, self._mapping.cluster_size))
 
     async def _write_table(self, entries: list[Snapshot], switch: Switch) -> int:
