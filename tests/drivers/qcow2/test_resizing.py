@@ -212,3 +212,58 @@ def test_refusals() -> None:
         with pytest.raises(OSError, match="Can't resize a v2 image which has snapshots"):
             opened.run(co_resize(opened.node, 512))
         assert opened.size == 100 * 512
+
+
+def test_a_power_cut_while_it_grows_over_a_longer_backing_file(seed: int) -> None:
+    """The backing file behind the old end is never seen: the header tells the new size after the zeroes are there."""
+    host = SimHost(seed)
+    host.add_file("backing.raw", b"B" * 200 * 512)
+    make(host, "disk.qcow2", size=80 * 512 + 512, cluster_size=1024)
+    backing = {"driver": "file", "filename": "backing.raw", "read-only": True}
+    states: dict[bytes, bytes] = {}
+
+    def note() -> None:
+        states.update((state.digest, state.files["disk.qcow2"]) for state in host.survivors("disk.qcow2"))
+
+    with disk(host, "disk.qcow2", backing=backing) as opened:
+        host.before_durable = note
+        opened.run(opened.backend.co_truncate(190 * 512))
+        note()
+        host.before_durable = None
+    sizes = set()
+    for content in states.values():
+        after = SimHost(seed)
+        after.add_file("disk.qcow2", content)
+        after.add_file("backing.raw", b"B" * 200 * 512)
+        with disk(after, "disk.qcow2", backing=backing) as reopened:
+            sizes.add(reopened.size)
+            assert reopened.content() == (b"B" * 81 * 512).ljust(reopened.size, b"\0")
+    assert sizes == {81 * 512, 190 * 512}
+
+
+@pytest.mark.parametrize("size", [20 * 512, 300 * 512])
+@pytest.mark.parametrize("op", [WRITE, FLUSH])
+def test_a_change_that_failed_does_not_happen_with_the_next_flush(op: int, size: int) -> None:
+    """Whoever was told that it failed goes on with the old size, and finds tomorrow what he wrote up to there."""
+    old = 100 * 512
+    for position in range(100):
+        host = SimHost(position)
+        make(host, "disk.qcow2", size=old, cluster_size=512)
+        with disk(host, "disk.qcow2") as opened:
+            opened.run(opened.backend.co_pwrite(0, b"x" * old))
+            opened.run(opened.backend.co_flush())
+            fault = host.fault(path="disk.qcow2", op=op, errno=errno.EIO, after=position, times=1)
+            try:
+                opened.run(opened.backend.co_truncate(size))
+            except OSError as error:
+                assert error.errno == errno.EIO
+            else:
+                assert opened.size == size
+                fault.remove()
+                break
+            assert fault.hits == 1 and opened.size == old
+            opened.run(opened.backend.co_pwrite(0, b"y" * old))
+            opened.run(opened.backend.co_flush())
+        with disk(host, "disk.qcow2") as opened:
+            assert opened.content() == b"y" * old
+    assert position

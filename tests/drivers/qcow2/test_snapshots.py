@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from bottomhalf.block import ImageError
 from bottomhalf.drivers.qcow2 import snapshots
 from bottomhalf.drivers.qcow2.layout import SNAPSHOTS_MAX
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
 from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE
 from bottomhalf.host.sim import SimHost
 from tests.drivers.qcow2.bench import Disk, check, disk, make, squeezable
+from tests.drivers.qcow2.bench import replace as replace_file
 
 SHAPES: list[dict[str, Any]] = [
     {"cluster_size": 512, "size": 300 * 512},
@@ -346,3 +348,21 @@ def test_the_table_is_packed_as_it_was_read() -> None:
     assert snapshots.parse(data, 20, 512) == (entries, len(data))
     old = replace(entries[0], disk_bytes=None)
     assert snapshots.parse(snapshots.pack([old], 4096), 1, 512)[0] == [replace(old, disk_bytes=4096)]
+
+
+def test_a_cluster_that_is_not_counted() -> None:
+    """It cannot be shared: whoever finds its counter zero may use it."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512)
+    with disk(host, "disk.qcow2") as opened:
+        opened.run(opened.backend.co_pwrite(0, b"counted"))
+        opened.run(opened.backend.co_flush())
+        cluster = opened.node.metadata.l2[0].entries[0] // 512 & 0xFFFF
+    image = bytearray(host.content("disk.qcow2"))
+    assert image[2 * 512 + 2 * cluster + 1] == 1
+    image[2 * 512 + 2 * cluster + 1] = 0
+    replace_file(host, "disk.qcow2", image)
+    opened = Disk(host, "disk.qcow2")
+    with pytest.raises(ImageError, match=f"cluster {cluster} is in use and not counted"):
+        opened.run(opened.node.snapshots.create("s", date_ns=0))
+    opened.abandon()

@@ -101,12 +101,13 @@ class Snapshots:
             )
             # VM state lies behind the disk's end: the snapshot has it from now on, and the disk has not.
             disk = metadata.l1[: -(-header.size >> mapping.l1_shift)]
+            blocks = await self._blocks_of(disk)
             switch = Switch(metadata)
             try:
                 where = await self._write_table([*known, made], switch)
                 first_l1 = await switch.take(self._clusters(len(metadata.l1) * 8))
                 places = [await switch.take(1) if entry & OFFSET_MASK else 0 for entry in disk]
-                await switch.reserve(await self._blocks_of(disk))
+                await switch.reserve(blocks)
                 l1 = array("Q", [0]) * len(metadata.l1)
                 for index, place in enumerate(places):
                     if place:
@@ -350,7 +351,9 @@ class Snapshots:
                     yield cluster
 
     async def _read_table(self, offset: int) -> array[int]:
-        """An L2 table as it is written."""
+        """An L2 table as it is written. OSError, ImageError."""
+        if offset & self._mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned")
         return tables.unpack(await self._metadata.read(offset, self._mapping.cluster_size))
 
     async def _write_table(self, entries: list[Snapshot], switch: Switch) -> int:
