@@ -47,8 +47,10 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
         await metadata.find_places()
         await node.snapshots.forget_tables(-(-min(size, old) >> mapping.l1_shift))
         if size < old:
+            await metadata.at("l1_shrink_free_l2_clusters")
             await _unlink(node, -(-size >> mapping.cluster_bits))
         elif entries > header.l1_size:
+            await metadata.at("l1_grow_alloc_table")
             clusters = -(-entries * 8 // mapping.cluster_size)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
