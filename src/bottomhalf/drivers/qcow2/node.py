@@ -279,6 +279,8 @@ class Qcow2Node(DirectReads):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
+        if self.graph.debugged:
+            self.file.debug_event("read_aio" if mapped[0].op == READ else "write_aio")
         pending = (self.crypt or self._data.node).submit_batch(mapped)
         if pending:
             metadata = self.metadata
@@ -385,8 +387,10 @@ class Qcow2Node(DirectReads):
                         fill_zeroes(part)
                     at += run.length
             if reads:
+                await self.metadata.at("read_aio")
                 await co_submit_all(data, reads)
             if below and self.backing is not None:
+                await self.metadata.at("read_backing_aio")
                 await co_submit_all(self.backing, below)
         finally:
             self.metadata.end(epoch, 1)
@@ -405,6 +409,7 @@ class Qcow2Node(DirectReads):
             return self._unpacked[1]
         offset, length = self.mapping.squeezed(entry)
         forgotten = self._forgotten
+        await self.metadata.at("read_compressed")
         data = await self.metadata.read(offset, length)
         content: bytes = await self.context.thread_pool.call(
             decompress, bytes(data), self.mapping.cluster_size, self.header.compression_type

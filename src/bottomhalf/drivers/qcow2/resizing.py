@@ -72,6 +72,7 @@ async def _shrink(node: Qcow2Node, size: int) -> None:
     async with metadata.lock:
         await metadata.find_places()
         await node.snapshots.forget_tables(-(-size >> mapping.l1_shift))
+        await metadata.at("l1_shrink_free_l2_clusters")
         await _unlink(node, -(-size >> mapping.cluster_bits))
         await _publish(node, size)
     if mapping.external:
@@ -93,6 +94,7 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
         await _unlink(node, -(-old >> mapping.cluster_bits))
         entries = -(-size >> mapping.l1_shift)
         if entries > header.l1_size:
+            await metadata.at("l1_grow_alloc_table")
             clusters = -(-entries * 8 // mapping.cluster_size)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)

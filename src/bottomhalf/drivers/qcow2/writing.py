@@ -29,11 +29,12 @@ _ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
 class _Batch:
     """Data that are ready to be written, and the entries to be set when they are."""
 
-    __slots__ = ("clusters", "links", "pieces")
+    __slots__ = ("clusters", "links", "padded", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Any]] = []
         self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
+        self.padded = False  # some have around them what was there before
         self.clusters: set[int] = set()  # guest clusters among the links
 
 
@@ -126,6 +127,7 @@ class Writer:
         touched = self._bits(start, end)
         if not mapping.extended or bitmap & touched != touched:
             whole = await self._filled(cluster, start, end, inside, data, zeroes=True)
+            batch.padded = batch.padded or whole is not data
         else:
             start = inside
         batch.pieces.append((host + start, whole))
@@ -169,6 +171,7 @@ class Writer:
                 end = unit_end
         fill = not virgin or self._node.crypt is not None  # zeroes of the file, decrypted, are noise
         whole = await self._filled(cluster, start, end, inside, data, zeroes=fill)
+        batch.padded = batch.padded or whole is not data
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
 
@@ -185,6 +188,7 @@ class Writer:
         around = [(start, inside), (stop, min(end, max(limit - base, stop)))]
         if not zeroes and all([await self._reads_as_zeroes(base + a, b - a) for a, b in around]):
             return data
+        await self._metadata.at("cow_read")
         buffer = bytearray(end - start)
         with memoryview(buffer) as view:
             for a, b in around:
@@ -220,7 +224,11 @@ class Writer:
         crypt = self._node.crypt
         if crypt is not None:
             batch.pieces = [(offset, crypt.encrypted(offset, data)) for offset, data in batch.pieces]
+        if batch.padded:
+            await self._metadata.at("cow_write")
+        await self._metadata.at("write_aio")
         await self._metadata.write_data(batch.pieces)
+        batch.padded = False
         batch.pieces = []
         while batch.links:
             cluster, entry, bitmap = batch.links[0]
