@@ -14,6 +14,7 @@ import pytest
 from bottomhalf.block import ImageError
 from bottomhalf.drivers.qcow2 import snapshots
 from bottomhalf.drivers.qcow2.layout import SNAPSHOTS_MAX
+from bottomhalf.drivers.qcow2.overlap import Places
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
 from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE
 from bottomhalf.host.sim import SimHost
@@ -296,12 +297,12 @@ def test_counters_that_are_too_narrow_for_compressed_clusters(applies: bool) -> 
     assert not found.corruptions and not found.leaks, found.findings
 
 
-def test_a_deleted_snapshots_tables_are_the_disks_own(seed: int) -> None:
-    """Also where ``overlap-check=all`` protects those of snapshots."""
+def after_a_deleted_snapshot(seed: int, flags: int) -> None:
+    """A disk gets a snapshot's tables by applying it; it is deleted, and the disk is written."""
     host = SimHost(seed)
     make(host, "disk.qcow2", size=200 * 512, cluster_size=512)
     first = Player(host)
-    first.write(0, b"kept" * 5000)
+    first.write(0, b"kept" * 128 * 40, flags)
     first.create()
     first.write(0, b"later" * 1000)
     first.disk.close()
@@ -315,6 +316,19 @@ def test_a_deleted_snapshots_tables_are_the_disks_own(seed: int) -> None:
     player.disk.close()
     found = check(host, "disk.qcow2")
     assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_a_deleted_snapshots_tables_are_the_disks_own(seed: int) -> None:
+    """Also where ``overlap-check=all`` protects those of snapshots."""
+    after_a_deleted_snapshot(seed, 0)
+    after_a_deleted_snapshot(seed, COMPRESSED)  # no entry gets a flag, so the table stays where it is
+
+
+def test_a_deleted_snapshots_tables_would_be_protected_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nobody said that they are the disk's own now."""
+    monkeypatch.setattr(Places, "own", lambda self, offset: None)
+    with pytest.raises(OSError, match="Input/output error"):
+        after_a_deleted_snapshot(0, COMPRESSED)
 
 
 def test_external_data_files_have_none() -> None:
