@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bottomhalf
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.host.request import FLUSH, READ, WRITE
@@ -24,6 +26,7 @@ SHAPES: list[dict[str, Any]] = [
     {"cluster_size": 512, "data_file": "data.raw", "data_file_raw": True},
 ]
 POSITIONS_MAX = 400
+MIB = 1 << 20
 
 
 def resized(opened: Disk, model: bytearray, size: int, mode: str = "off") -> None:
@@ -144,3 +147,23 @@ def test_refusals() -> None:
         with pytest.raises(OSError, match="Can't resize a v2 image which has snapshots"):
             opened.run(co_resize(opened.node, 512))
         assert opened.size == 100 * 512
+
+
+def test_a_resize_by_name_hides_what_a_longer_backing_file_has(tmp_path: Path) -> None:
+    """bottomhalf.resize() and amend() have to look at that file, and so they need to be allowed to."""
+    base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"
+    base.write_bytes(b"b" * 3 * MIB)
+    for version, grow in ((2, bottomhalf.resize), (3, bottomhalf.resize), (3, _amend_size)):
+        bottomhalf.create(
+            path, format="qcow2", size=3 * MIB, version=version, backing_file=str(base), backing_fmt="raw"
+        )
+        bottomhalf.resize(path, MIB, shrink=True)
+        with pytest.raises(BlockError, match="names a backing file"):
+            grow(path, 3 * MIB)
+        grow(path, 3 * MIB, follow_names=True)
+        with bottomhalf.open(path, backing_files=True) as disk:
+            assert disk.pread(3 * MIB, 0) == b"b" * MIB + bytes(2 * MIB)
+
+
+def _amend_size(path: Path, size: int, **more: Any) -> None:
+    bottomhalf.amend(path, size=size, **more)

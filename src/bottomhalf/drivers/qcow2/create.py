@@ -29,6 +29,7 @@ from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQco
 if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CreateOptions:
     preallocation: str = "off"
     data_file: str | None = None  # the name by which the image knows it
     data_file_raw: bool = False
-    encrypt: LuksOptions | None = None
+    encrypt: LuksOptions | OldEncryption | None = None
 
     @classmethod
     def of(cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None) -> CreateOptions:

@@ -194,7 +194,7 @@ class Snapshots:
                 metadata.free_all(counted)
                 raise
             metadata.l2.clear()
-            node.forget_unpacked()
+            node.reader.forget_unpacked()
             metadata.replace_l1([entry & OFFSET_MASK for entry in wanted], length, first)
             metadata.free_all(before)
             header.size = size

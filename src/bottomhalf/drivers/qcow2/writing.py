@@ -29,10 +29,11 @@ _ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
 class _Batch:
     """Data that are ready to be written, and the entries to be set when they are."""
 
-    __slots__ = ("clusters", "links", "pieces")
+    __slots__ = ("clusters", "guests", "links", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Any]] = []
+        self.guests: list[int] = []  # where the guest has them
         self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
         self.clusters: set[int] = set()  # guest clusters among the links
 
@@ -120,6 +121,7 @@ class Writer:
         host = entry & OFFSET_MASK
         if not mapping.extended and not entry & ZERO:
             batch.pieces.append((host + inside, data))
+            batch.guests.append((cluster << mapping.cluster_bits) + inside)
             return
         start, end = self._units(inside, len(data))
         whole = data
@@ -129,6 +131,7 @@ class Writer:
         else:
             start = inside
         batch.pieces.append((host + start, whole))
+        batch.guests.append((cluster << mapping.cluster_bits) + start)
         if mapping.extended:
             link = entry, (bitmap | touched) & ~(touched << SUBCLUSTERS)
         else:
@@ -171,6 +174,7 @@ class Writer:
         whole = await self._filled(cluster, start, end, inside, data, zeroes=fill)
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
+        batch.guests.append((cluster << bits) + at)
 
     async def _filled(
         self, cluster: int, start: int, end: int, inside: int, data: memoryview, *, zeroes: bool
@@ -219,9 +223,12 @@ class Writer:
         """Write the data, then set the entries."""
         crypt = self._node.crypt
         if crypt is not None:
-            batch.pieces = [(offset, crypt.encrypted(offset, data)) for offset, data in batch.pieces]
+            pairs = zip(batch.pieces, batch.guests, strict=True)
+            batch.pieces = [
+                (place, crypt.encrypted(guest if crypt.by_guest else place, data)) for (place, data), guest in pairs
+            ]
         await self._metadata.write_data(batch.pieces)
-        batch.pieces = []
+        batch.pieces, batch.guests = [], []
         while batch.links:
             cluster, entry, bitmap = batch.links[0]
             await self.link(cluster, entry, bitmap)
@@ -246,7 +253,7 @@ class Writer:
             offset, length = mapping.squeezed(old)
             last = (offset + length - 1) >> mapping.cluster_bits
             metadata.free_all(range(offset >> mapping.cluster_bits, last + 1), why)
-            self._node.forget_unpacked()
+            self._node.reader.forget_unpacked()
         elif old & OFFSET_MASK and not mapping.external:
             metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits, why)
 
