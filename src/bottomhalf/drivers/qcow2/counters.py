@@ -106,6 +106,7 @@ class Counters:
         index, at = divmod(cluster, self._per_block)
         block = await self._block(index)
         assert block is not None and block[at], "a cluster without references has no place for more"
+        assert block[at] < refcounts.refcount_max(self.header.refcount_order), "somebody looked whether there is room"
         self._set(index, block, at, block[at] + 1)
 
     async def set_refcount(self, cluster: int, count: int) -> None:
