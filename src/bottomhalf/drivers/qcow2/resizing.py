@@ -73,8 +73,11 @@ async def _unlink(node: Qcow2Node, cluster: int) -> None:
     index = cluster << mapping.cluster_bits >> mapping.l1_shift
     if not cluster & (mapping.entries - 1) or not metadata.l1[index] & OFFSET_MASK:
         return
-    for each in range(cluster, (index + 1) * mapping.entries):
-        entry, bitmap = await writer.entry(each)
-        if entry or bitmap:
-            await metadata.make_room_for_changes()
-            await writer.link(each, 0, 0, FREED_REQUEST)
+    table = await metadata.l2_table(index)
+    assert table is not None
+    first = index * mapping.entries
+    used = {at // mapping.words for at, word in enumerate(table.entries) if word}
+    for each in sorted(first + at for at in used if first + at >= cluster):
+        await writer.entry(each)  # checks it
+        await metadata.make_room_for_changes()
+        await writer.link(each, 0, 0, FREED_REQUEST)

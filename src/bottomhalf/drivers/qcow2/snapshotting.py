@@ -120,7 +120,7 @@ class Snapshots:
             return made
 
     async def _check_room(self, l1: Iterable[int]) -> None:
-        """OSError if what an L1 table leads to cannot be counted once more. To a cluster with several compressed ones it
+        """OSError if what an L1 table leads to cannot be counted once more. To a cluster of several compressed ones it
         leads as often."""
         most = refcounts.refcount_max(self._node.header.refcount_order)
         more: dict[int, int] = {}
