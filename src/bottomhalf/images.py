@@ -12,7 +12,7 @@ and ``OSError``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
@@ -257,17 +257,62 @@ def rebase(
     backing_format: str | None = None,
     *,
     unsafe: bool = False,
+    compress: bool = False,
+    progress: Callable[[int, int], object] | None = None,
     follow_names: bool = False,
     secret: str | bytes | None = None,
 ) -> None:
-    """Let an image name another backing file, or none (None). Only ``unsafe``: what is read through the image changes
-    unless both files have the same content, and neither is opened. BlockError."""
-    if not unsafe:
-        raise BlockError("copying what the old backing file has is not supported yet; unsafe=True only renames")
-    from bottomhalf.drivers.qcow2.amend import co_rebase
+    """Let an image have another backing file, or none (None), and keep its content: what differs is copied into it,
+    compressed if you like. The image has its old backing file until that is done. ``backing`` is a path, a relative one
+    beside the image; ``progress`` is called with the bytes that were looked at and those that there are.
+    ``follow_names``: the files that the images name may be opened. Internal snapshots see the new file.
 
-    with _opened_image(fspath(path), follow_names, secret) as (context, node):
-        context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+    With ``unsafe`` the name is changed and nothing else: no file is opened, and the content changes unless both have
+    the same. BlockError, OSError."""
+    what = f"the rebase of {fspath(path)}"
+    if backing and backing_format is None:
+        raise BlockError(f"Could not change the backing file to '{backing}': backing format must be specified")
+    if unsafe:
+        from bottomhalf.drivers.qcow2.amend import co_rebase
+
+        with _opened_image(fspath(path), follow_names, secret) as (context, node):
+            context.run(co_rebase(node, backing, backing_format), what=what)
+        return
+    from bottomhalf.drivers.qcow2.rebasing import co_rebase_safely
+
+    with (
+        _opened_image(fspath(path), follow_names, secret, backing=True) as (context, node),
+        _opened_backing(node, backing, backing_format, follow_names) as new,
+    ):
+        body = co_rebase_safely(node, new, backing, backing_format, compress=compress, progress=progress)
+        context.run(body, what=what)
+
+
+@contextmanager
+def _opened_backing(
+    image: Qcow2Node, name: str | None, format: str | None, follow_names: bool
+) -> Iterator[Node | None]:
+    """The backing file that an image is to have, for reading."""
+    from bottomhalf.drivers.registry import backing_options, open_node
+    from bottomhalf.qapi.errors import OptionError
+
+    if not name:
+        yield None
+        return
+    try:
+        options = backing_options(image.graph, name, format, image.file)
+        node = open_node(image.graph, options, follow_names=follow_names)
+    except OptionError as error:
+        raise BlockError(f"Invalid format name: '{format}'") from error
+    except BlockError as error:
+        raise BlockError(f"Could not open new backing file '{name}': {error}") from error
+    node.monitor_owned = True
+    backend = BlockBackend(image.graph, held=PERM_CONSISTENT_READ, shared=PERM_ALL)
+    try:
+        backend.insert(node)
+        yield node
+    finally:
+        backend.close()
 
 
 def resize(

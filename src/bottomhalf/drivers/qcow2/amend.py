@@ -21,6 +21,7 @@ from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
+    from bottomhalf.drivers.qcow2.header import Header
     from bottomhalf.drivers.qcow2.metadata import Metadata
     from bottomhalf.drivers.qcow2.node import Qcow2Node
 
@@ -126,16 +127,26 @@ def _set_names(node: Qcow2Node, options: AmendOptions) -> None:
 
 async def co_rebase(node: Qcow2Node, backing: str | None, format: str | None) -> None:
     """Name another backing file, or none; nothing is read from either. BlockError, OSError."""
-    header = node.header
-    if backing is not None and header.raw_data:
-        raise BlockError("Cannot set a backing file for an image with a raw data file")
+    check_backing(node, backing, format)
     async with node.metadata.lock:
-        header.backing_file = backing or None
-        kept = None if format is None or not backing else format.encode("utf-8", "surrogateescape")
-        header.set_extension(layout.EXTENSION_BACKING_FORMAT, kept)
-        header.to_bytes()  # whether it fits
+        _set_backing(node.header, backing, format)
         node.metadata.header_changed()
         await node.metadata.commit()
+
+
+def check_backing(node: Qcow2Node, backing: str | None, format: str | None) -> None:
+    """BlockError, ImageError if the image cannot name that backing file."""
+    if backing is not None and node.header.raw_data:
+        raise BlockError("Cannot set a backing file for an image with a raw data file")
+    header = replace(node.header, extensions=list(node.header.extensions))
+    _set_backing(header, backing, format)
+    header.to_bytes()  # whether it fits
+
+
+def _set_backing(header: Header, backing: str | None, format: str | None) -> None:
+    header.backing_file = backing or None
+    kept = None if format is None or not backing else format.encode("utf-8", "surrogateescape")
+    header.set_extension(layout.EXTENSION_BACKING_FORMAT, kept)
 
 
 # -- version --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Writer:
         self._node = node
         self._metadata = node.metadata
         self._mapping = node.mapping
+        self.hides = 0  # bytes of a backing file that is yet to come, and must not be seen through zeroes
 
     # -- writes -------------------------------------------------------------------------------------------------
 
@@ -315,7 +316,8 @@ class Writer:
         metadata, mapping, node = self._metadata, self._mapping, self._node
         entry, bitmap = await self.entry(cluster)
         has_content = mapping.has_place(entry) or entry & COMPRESSED
-        needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
+        below = max(node.backing.size if node.backing is not None else 0, self.hides)
+        needs_hiding = cluster << mapping.cluster_bits < below
         if not has_content and not needs_hiding:
             return
         await metadata.make_room_for_changes()
