@@ -436,7 +436,7 @@ class AioContext(Entering):
             handlers.start(started_ns)
         while True:
             events = wait(0)
-            if events or ask() or self.notified or queue or scheduled:
+            if ask() or events or self.notified or queue or scheduled:  # both at once, if both are there
                 return events
             if now_ns() >= end_ns:
                 return None

@@ -99,6 +99,11 @@ class FileNode(Node):
         self._can_discard = True
         self._generations = Generations()
 
+    def describe(self) -> str:
+        """Made-up names tell nobody which file it is."""
+        told = super().describe()
+        return f"{told} ({self.filename})" if self.name.startswith("#") else told
+
     @property
     def engine(self) -> ContextEngine:
         """What carries out the requests that cannot be served where they stand."""
@@ -196,7 +201,7 @@ class FileNode(Node):
         else:
             return [request for request in requests if self.start(request, self._co_zero(request))]
         if pending:
-            if op != FLUSH and not all(request.length for request in pending):
+            if op != FLUSH and 0 in [request.length for request in pending]:
                 self.finish([request for request in pending if not request.length], 0)
                 pending = [request for request in pending if request.length]
             self.engine.submit(self.file, pending, self._batch_max)

@@ -45,7 +45,7 @@ from bottomhalf.drivers.qcow2.layout import (
     SECTOR_BYTES,
 )
 from bottomhalf.drivers.qcow2.overlap import co_find_places
-from bottomhalf.drivers.qcow2.together import co_submit_all
+from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
 from bottomhalf.host.request import WRITE, Request
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Metadata(Counters):
         self.lock = CoMutex(f"the tables of {file().name}")
         self.tick = 0  # grows with each table that is loaded, and each time the unused ones are dropped
         self.on_load: Callable[[], object] | None = None
+        self.passage: Passage | None = None  # of those that are on their way; the latest
         self.broken = False  # the image was marked corrupt: nothing is written any more
         self._places_known = 0  # what was protected when ``places`` was filled
         self._marked_dirty = False  # by us, because counters are written late
@@ -230,6 +231,7 @@ class Metadata(Counters):
         """Nobody in this program gets any more clusters: those that readers still hold (see Node.hold_bytes) can be
         counted down. Nothing is on its way."""
         self._active.clear()
+        self.passage = None
         self._epoch += 1
         self._held_from = self._epoch
 
@@ -241,6 +243,7 @@ class Metadata(Counters):
             self._active[epoch] = left
         else:
             del self._active[epoch]
+            self.passage = None
 
     # -- changing -----------------------------------------------------------------------------------------------
 

@@ -282,13 +282,12 @@ class Qcow2Node(DirectReads):
         """Send requests with the host's offsets to the file."""
         pending = (self.crypt or self._data.node).submit_batch(mapped)
         if pending:
-            epoch = self.metadata.begin(len(pending))
-            passages: dict[int, Passage] = {}
+            metadata = self.metadata
+            epoch = metadata.begin(len(pending))
+            passage = metadata.passage
             for request in pending:
-                owner = request.owner
-                passage = passages.get(id(owner))
-                if passage is None:
-                    passage = passages[id(owner)] = Passage(self.metadata, epoch, owner)
+                if passage is None or request.owner is not passage.owner or passage.epoch != epoch:
+                    passage = metadata.passage = Passage(metadata, epoch, request.owner)
                 request.owner = passage
         return pending
 

@@ -2,7 +2,8 @@
 """Another size of the disk.
 
 A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header. Where a backing file is
-longer than the disk was, its content must not come to light: the new part is zeroed.
+longer than the disk was, its content must not come to light, not even by a power cut in between: the new part is zeroed
+before the header says that it is there.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
 one entry by entry. What is left of the last cluster behind the end is zeroed before, or it would come back when the
@@ -51,20 +52,31 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
             clusters = -(-entries * 8 // mapping.cluster_size)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
+    if size > old and await _zero_behind(node, old, size):
+        async with metadata.lock:
+            await metadata.commit()
+    async with metadata.lock:
         header.size = size
         metadata.header_changed()
         await metadata.commit()
     if size < old and mapping.external:
         await node.data.co_truncate(size)
     node.refresh_size()
-    if size > old:  # who made it smaller before may have left something in the last cluster (QEMU does)
-        await node.co_write_zeroes(old, min(-old & mapping.cluster_mask, size - old))
-    backing = node.backing
-    if backing is not None and old < min(size, backing.size):
-        await node.co_write_zeroes(old, min(size, backing.size) - old)
     if header.raw_data and preallocation == "off":
         preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
     await co_preallocate(node, old, size, preallocation)
+
+
+async def _zero_behind(node: Qcow2Node, old: int, size: int) -> bool:
+    """Zero what would come to light behind the end of the disk; whether something did. OSError, ImageError."""
+    backing = node.backing
+    # Who made it smaller before may have left something in the last cluster (QEMU does).
+    end = min(size, old + (-old & node.mapping.cluster_mask))
+    if backing is not None:
+        end = max(end, min(size, backing.size))
+    if end > old:
+        await node.writer.co_zero(old, end - old, unmap=False, discard=False)
+    return end > old
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:

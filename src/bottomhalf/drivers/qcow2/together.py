@@ -56,18 +56,21 @@ async def co_submit_all(node: Node | CryptFile, requests: list[Request]) -> None
 
 
 class Passage:
-    """The owner of mapped requests that are on their way: counts them out of their epoch, then tells the real one."""
+    """The owner of mapped requests that are on their way: counts them out of their epoch, then tells the real one.
 
-    __slots__ = ("_epoch", "_metadata", "_owner")
+    Batches of one owner share it as long as the epoch lasts, so that what ends together is told together."""
+
+    __slots__ = ("_metadata", "epoch", "owner")
 
     def __init__(self, metadata: Metadata, epoch: int, owner: Any) -> None:
         self._metadata = metadata
-        self._epoch = epoch
-        self._owner = owner
+        self.epoch = epoch
+        self.owner = owner
 
     def complete(self, requests: list[Request]) -> None:
+        owner = self.owner
         for request in requests:
-            request.owner = self._owner
-        self._metadata.end(self._epoch, len(requests))
-        if self._owner is not None:
-            self._owner.complete(requests)
+            request.owner = owner
+        self._metadata.end(self.epoch, len(requests))
+        if owner is not None:
+            owner.complete(requests)

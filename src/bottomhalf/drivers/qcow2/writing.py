@@ -288,21 +288,21 @@ class Writer:
             await self._write_zeroes(offset, (first << bits) - offset)
             await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
         async with self._metadata.lock:
-            if self._mapping.external and not await self._zero_outside(first, stop, unmap=unmap, discard=discard):
+            outside = min(stop << bits, max(end, self._node.size)) if self._mapping.external else 0
+            if outside and not await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
                 return
             for cluster in range(first, stop):
                 await self._zero_cluster(cluster, unmap)
 
-    async def _zero_outside(self, first: int, stop: int, *, unmap: bool, discard: bool) -> bool:
-        """Zero clusters in the external data file, before the entries say so: whoever reads that file by itself has to
+    async def _zero_outside(self, start: int, end: int, *, unmap: bool, discard: bool) -> bool:
+        """Zero a range in the external data file, before the entries say so: whoever reads that file by itself has to
         find the zeroes, and space can be given back there. Whether the entries may follow.
 
         Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes."""
-        node, metadata, bits = self._node, self._metadata, self._mapping.cluster_bits
+        node, metadata = self._node, self._metadata
         raw, passes = node.header.raw_data, metadata.settings.passes[FREED_REQUEST]
         if discard and raw and not passes:
             return False
-        start, end = first << bits, min(stop << bits, node.size)
         if raw or (unmap and passes):
             flags = (MAY_UNMAP if unmap and passes else 0) | (0 if raw else NO_FALLBACK)
             try:

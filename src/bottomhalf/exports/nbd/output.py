@@ -154,12 +154,12 @@ class Output:
                 memory.release()
                 raise
             self.sent_bytes += sent
-            while at < len(parts) and sent >= len(parts[at]):
-                sent -= len(parts[at])
-                at += 1
-            if at == len(parts):
+            if sent == sum(map(len, parts)):
                 memory.release()
                 return
+            while sent >= len(parts[at]):
+                sent -= len(parts[at])
+                at += 1
         left: list[Any] = parts[at:]
         left[0] = left[0][sent:]
         self._pieces.extend((part, None) for part in left[:-1])

@@ -236,17 +236,19 @@ class Transmission:
         statistics = self._statistics
         statistics.reads += len(reads)
         statistics.read_bytes += total
-        if reads[0].length >= SEND_FILE_MIN:
-            reads = self._send_from_file(reads)
-            if not reads:
-                return 0
-            total = sum(request.length for request in reads)
-        if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
-            return 0
         alignment = self._backend.memory_alignment
         if alignment == 1:
-            return self._read_into_memory(reads, total, 1, began_ns)
-        # None of them is done at once: the device begins with the first while we lay out the others.
+            if reads[0].length >= SEND_FILE_MIN:
+                reads = self._send_from_file(reads)
+                if not reads:
+                    return 0
+                total = sum(request.length for request in reads)
+            if len(reads) <= MAPPED_READS_MAX and self._send_mapped(reads, total):
+                return 0
+        # Past the page cache none is done at once.
+        if alignment == 1 or self.in_flight:
+            return self._read_into_memory(reads, total, alignment, began_ns)
+        # An idle device begins with the first while we lay out the others.
         first, others = reads[:SUBMIT_AT_IDLE], reads[SUBMIT_AT_IDLE:]
         waiting = self._read_into_memory(first, sum([read.length for read in first]), alignment, began_ns)
         if others:
@@ -275,7 +277,8 @@ class Transmission:
         self._hold(pending, memory, began_ns)
         done = _without(reads, pending) if pending else reads
         try:
-            self._answer_reads(done, memory)
+            if done:
+                self._answer_reads(done, memory)
         finally:
             memory.release()
         return len(pending)
@@ -327,7 +330,7 @@ class Transmission:
         """Send the replies of finished reads that lie in one arena; neighbours travel as one piece."""
         header = self._header_size
         aligned = len(done) > 1 and done[0].start + header + done[0].length != done[1].start
-        if aligned and not any(request.result for request in done):  # none has a neighbour
+        if aligned and not sum([request.result for request in done]):  # none has failed, none has a neighbour
             view = memory.view
             memory.users += 1
             parts = [view[request.start : request.start + header + request.length] for request in done]

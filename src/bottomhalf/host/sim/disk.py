@@ -5,7 +5,7 @@ A write that has completed lies in a volatile cache until a flush. After a power
 up to the last flush and, of the writes since then, any of them, whole or in part, whichever sectors the cache
 happened to write back. Therefore a file here is three things: ``current``, what reads see; ``durable``, what
 is certain; and the journal of changes between the two. ``survivor()`` plays the journal over the durable
-content with a seeded fate for every change.
+content with a seeded fate for every change, and ``survivors`` enumerates the fates.
 
 What a disk here promises, and the code above may rely on:
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import random
+from collections.abc import Callable
 from typing import Any, Final
 
 from bottomhalf.host.protocol import DeviceLimits
@@ -40,7 +41,7 @@ _RESIZE: Final = 2
 class Change:
     """One change that may not be durable yet."""
 
-    __slots__ = ("data", "doomed", "durable", "grow", "kind", "length", "offset", "unmap")
+    __slots__ = ("data", "doomed", "durable", "grow", "kind", "length", "number", "offset", "unmap")
 
     def __init__(
         self,
@@ -57,8 +58,15 @@ class Change:
         self.data = data
         self.unmap = unmap
         self.grow = grow
+        self.number = 0  # among the changes of all files
         self.durable = False
         self.doomed = False  # a flush that covered it failed
+
+    def __repr__(self) -> str:
+        if self.kind == _RESIZE:
+            return f"{self.offset:#x} bytes large"
+        what = ("write", "zero, unmap" if self.unmap else "zero")[self.kind]
+        return f"{what} {self.offset:#x} to {self.offset + self.length:#x}"
 
     def apply(self, store: Store, start: int, end: int) -> None:
         """Apply the part between two offsets."""
@@ -97,6 +105,8 @@ class Disk:
         self.free_bytes: int | None = None  # None: as much as anybody wants
         self.files: dict[str, Inode] = {}
         self.directories: set[str] = set()
+        self.changes = 0  # so many there were
+        self.before_durable: Callable[[], object] | None = None  # something is about to become so
 
     def take(self, pages: int) -> int:
         """Take space for as many of the pages as there is; how many that is."""
@@ -224,13 +234,21 @@ class Inode:
 
     # Durability
 
+    @property
+    def journal(self) -> list[Change]:
+        """What has happened since the content that is certain, in order."""
+        return self._journal
+
     def mark(self) -> int:
         """The point up to which a flush that begins now makes durable."""
         return self._journal_start + len(self._journal)
 
     def make_durable(self, mark: int) -> None:
         """A flush that began at the mark has succeeded."""
-        for change in self._journal[: max(0, mark - self._journal_start)]:
+        covered = self._journal[: max(0, mark - self._journal_start)]
+        if self.disk.before_durable is not None and not all(change.durable for change in covered):
+            self.disk.before_durable()
+        for change in covered:
             change.durable = True
         self._fold()
 
@@ -239,9 +257,13 @@ class Inode:
         for change in self._journal[: max(0, mark - self._journal_start)]:
             change.doomed = not change.durable
 
+    def unfinished(self, offset: int, data: bytes) -> Change:
+        """What a write that is under way may do."""
+        return Change(_WRITE, offset, len(data), data)
+
     def add_unfinished(self, offset: int, data: bytes) -> None:
         """A write that was under way when the power went: it may be on the disk, nobody was told."""
-        self._journal.append(Change(_WRITE, offset, len(data), data))
+        self._journal.append(self.unfinished(offset, data))
 
     def survivor(self, chance: random.Random) -> Store:
         """One of the contents that a power cut now could leave."""
@@ -270,8 +292,12 @@ class Inode:
         return sum(1 for change in self._journal if not change.durable or change.doomed)
 
     def _log(self, change: Change, durable: bool) -> None:
-        change.durable = durable
+        self.disk.changes += 1
+        change.number = self.disk.changes
         self._journal.append(change)
+        if durable and self.disk.before_durable is not None:
+            self.disk.before_durable()
+        change.durable = durable
         self._journal_bytes += len(change.data)
         if self._journal_bytes > WRITEBACK_BYTES:
             for old in self._journal[: len(self._journal) // 2 + 1]:

@@ -140,10 +140,16 @@ class SimEngine(Descriptor):
 
     def power_lost(self) -> None:
         """What is being written now may reach the disk, in part, and nobody will be told."""
-        for job in self._working.values():
-            request = job.request
-            if request.op == WRITE and not job.early and not job.file.read_only and request.offset >= 0:
-                job.file.inode.add_unfinished(request.offset, bytes(request.buffer))
+        for file, request in self.unfinished():
+            file.inode.add_unfinished(request.offset, bytes(request.buffer))
+
+    def unfinished(self) -> list[tuple[SimFile, Request]]:
+        """Writes that are under way and have not taken effect."""
+        return [
+            (job.file, job.request)
+            for job in self._working.values()
+            if job.request.op == WRITE and not job.early and not job.file.read_only and job.request.offset >= 0
+        ]
 
     def abandon(self) -> None:
         """The program died: the kernel finishes some of what it was working on."""

@@ -32,6 +32,7 @@ from bottomhalf.host.sim.poller import SimEvent, SimPoller, SimSignalSource
 from bottomhalf.host.sim.sockets import SimSocket
 from bottomhalf.host.sim.store import Store
 from bottomhalf.host.sim.streams import SimPty, Streams
+from bottomhalf.host.sim.survivors import REORDER_DEFAULT, CrashState, survivors
 from bottomhalf.host.sim.threads import SimThread, Threads
 from bottomhalf.host.sim.world import Odds, Scheduled, World, failure
 
@@ -316,6 +317,24 @@ class SimHost:
     def survivor(self, path: str) -> bytes:
         """One of the contents that a power cut now could leave; another one at every call."""
         return self.disk.files[path].survivor(self._survival).content()
+
+    def survivors(self, *paths: str, reorder: int = REORDER_DEFAULT) -> Iterator[CrashState]:
+        """All contents of these files that a power cut now could leave, within a bound: see ``sim.survivors``."""
+        unfinished = [
+            (file.inode, file.inode.unfinished(request.offset, bytes(request.buffer)))
+            for engine in self._engines()
+            for file, request in engine.unfinished()
+        ]
+        return survivors([self.disk.files[path] for path in paths], unfinished, reorder)
+
+    @property
+    def before_durable(self) -> Callable[[], object] | None:
+        """Called before a flush or a write with FUA makes something durable; what it does may still be lost then."""
+        return self.disk.before_durable
+
+    @before_durable.setter
+    def before_durable(self, hook: Callable[[], object] | None) -> None:
+        self.disk.before_durable = hook
 
     @property
     def disk_free_bytes(self) -> int | None:

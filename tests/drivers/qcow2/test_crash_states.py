@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crash enumeration: after every operation, and between any two writes of it, every state that a power cut may leave.
+
+Every prefix of the writes since the last flush, reordered within a bound and torn at 512 bytes (see ``sim.survivors``),
+is opened: check finds leaks at most, everything flushed is there, the image can be written and is clean then. All
+sequences of one operation and of two, and a sample of longer ones; what runs by default is a part of that, ``--soak``
+all of it. The number of states, equal ones counted once, is printed at the end of the run.
+
+To repeat one sequence: ``python -m tests.drivers.qcow2.test_crash_states GEOMETRY SEED OPERATION...``."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from bottomhalf.drivers.qcow2.header import Header
+from tests.drivers.qcow2.crash_operations import OPERATIONS, PREPARATIONS
+from tests.drivers.qcow2.crash_states import EXPLORED, Explorer, Geometry
+
+K: Final = 512
+SNAPSHOTS: Final = frozenset(("snapshot", "revert", "forget"))
+LONGEST: Final = 8  # operations of a sampled sequence
+
+# Each has another size or header, so that states of one are none of another.
+GEOMETRIES: Final[dict[str, Geometry]] = {
+    "small": Geometry({"cluster_size": K, "size": 80 * K}, prepare=("fill",)),
+    "snapshot": Geometry({"cluster_size": K, "size": 76 * K}, prepare=("fill", "snapshot")),
+    "one bit": Geometry({"cluster_size": K, "size": 80 * K, "refcount_bits": 1}, prepare=("fill",), without=SNAPSHOTS),
+    "block full": Geometry({"cluster_size": K, "size": 127 * K, "refcount_bits": 64}, prepare=("fill", "most")),
+    "backing": Geometry({"cluster_size": K, "size": 72 * K}, prepare=("fill",), backing=bytes(range(1, 251)) * 200),
+    "lazy": Geometry({"cluster_size": K, "size": 80 * K, "lazy_refcounts": True}, prepare=("fill",)),
+    "small cache": Geometry({"cluster_size": K, "size": 260 * K}, {"l2-cache-size": 1024}, prepare=("fill",)),
+    "keeps discarded": Geometry({"cluster_size": K, "size": 84 * K}, {"discard-no-unref": True}, prepare=("fill",)),
+    "data file": Geometry(
+        {"cluster_size": K, "size": 80 * K, "data_file": "data.raw"},
+        prepare=("fill",),
+        without=SNAPSHOTS | {"squeeze"},
+    ),
+    "raw data file": Geometry(
+        {"cluster_size": K, "size": 80 * K, "data_file": "data.raw", "data_file_raw": True},
+        prepare=("fill",),
+        without=SNAPSHOTS | {"squeeze"},
+    ),
+    "version 2": Geometry({"cluster_size": 4096, "size": 20 * 4096, "version": 2}, prepare=("fill",)),
+    "extended": Geometry({"cluster_size": 16384, "size": 8 * 16384, "extended_l2": True}, prepare=("fill",)),
+}
+# The refcount table is full as well, which takes 4,096 clusters: a file of two megabytes in each state.
+TABLE_FULL: Final = Geometry(
+    {"cluster_size": K, "size": 4036 * K, "refcount_bits": 64},
+    {"l2-cache-size": 1 << 20, "refcount-cache-size": 1 << 20},
+    prepare=("fill", "most"),
+)
+GROWING: Final = ("allocate", "far", "touch", "grow", "squeeze")
+
+# While a snapshot is made or deleted, flags and counts of what it shares with the disk may disagree: docs/qcow2.md.
+FLAGS_DIFFER_IN: Final = frozenset(("snapshot", "forget"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of a geometry is explored."""
+
+    samples: int  # sequences of 3 to LONGEST operations
+    least: int  # states, or the test fails
+    reorder: int = 3
+
+
+SHORT: Final[dict[str, Form]] = {
+    **dict.fromkeys(GEOMETRIES, Form(5, 200)),
+    **dict.fromkeys(("one bit", "data file", "raw data file"), Form(5, 120)),
+    "version 2": Form(0, 200, reorder=2),
+    "extended": Form(0, 250, reorder=2),
+}
+LONG: Final[dict[str, Form]] = {
+    **dict.fromkeys(GEOMETRIES, Form(300, 8_000)),
+    "version 2": Form(30, 12_000, reorder=2),
+    "extended": Form(10, 12_000, reorder=2),
+}
+
+
+def explorer_of(geometry: Geometry, reorder: int = 3) -> Explorer:
+    return Explorer(geometry, OPERATIONS, PREPARATIONS, reorder=reorder, flags_differ_in=FLAGS_DIFFER_IN)
+
+
+def operations_of(geometry: Geometry) -> list[str]:
+    return [name for name in OPERATIONS if name not in geometry.without]
+
+
+def explore(name: str, form: Form, depth: int) -> None:
+    """All sequences up to a length, and a sample of longer ones; each on a host with a seed of its own."""
+    geometry = GEOMETRIES[name]
+    explorer = explorer_of(geometry, form.reorder)
+    operations = operations_of(geometry)
+    sequences = [each for n in range(1, depth + 1) for each in itertools.product(operations, repeat=n)]
+    chance = random.Random(name)
+    sequences += [tuple(chance.choices(operations, k=chance.randint(3, LONGEST))) for _ in range(form.samples)]
+    for seed, sequence in enumerate(sequences):
+        explorer.run(sequence, seed)
+    EXPLORED.setdefault(name, set()).update(explorer.states)
+    assert len(explorer.states) >= form.least
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_short_sequences(name: str) -> None:
+    explore(name, SHORT[name], 1)
+
+
+@pytest.mark.soak
+@pytest.mark.hang_seconds(360)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_all_pairs_and_longer_sequences(name: str) -> None:
+    explore(name, LONG[name], 2)
+
+
+@pytest.mark.soak
+def test_the_refcount_table_grows() -> None:
+    """And blocks and L1 with it; and then something more is done."""
+    explorer = explorer_of(TABLE_FULL, 2)
+    for seed, sequence in enumerate(itertools.product(GROWING, GROWING)):
+        explorer.run(sequence, seed)
+    EXPLORED.setdefault("table full", set()).update(explorer.states)
+    assert len(explorer.states) > 200
+    assert Header.parse(explorer.last_image).refcount_table_clusters > 1
+
+
+def test_so_many_states() -> None:
+    """What the tests above may not fall below is what was promised."""
+    assert sum(form.least for form in SHORT.values()) >= 2_000
+    assert sum(form.least for form in LONG.values()) >= 100_000
+
+
+if __name__ == "__main__":
+    explorer = explorer_of(GEOMETRIES[sys.argv[1]])
+    explorer.run(sys.argv[3:], int(sys.argv[2]))
+    print(f"{len(explorer.states)} states, {dict(explorer.counts)}")
