@@ -394,6 +394,54 @@ def test_what_cannot_be_opened(require: Require, tmp_path: Path, method: str, gi
     assert said[0] == said[1]
 
 
+def _number(value: int) -> bytes:
+    return value.to_bytes(4, "big")
+
+
+SLOT, NEXT_SLOT = 208, 256
+DAMAGE: dict[str, tuple[int, bytes]] = {
+    "magic": (0, b"LUKX"),
+    "version": (6, b"\0\2"),
+    "cipher": (8, b"rot13\0"),
+    "cipher without an end": (8, b"a" * 32),
+    "mode without a generator": (40, b"xts\0"),
+    "mode without an end": (40, b"a" * 32),
+    "generator": (40, b"xts-plain99\0"),
+    "hash": (72, b"md99\0"),
+    "hash without an end": (72, b"a" * 32),
+    "payload": (104, _number(8)),
+    "no key": (108, _number(0)),
+    "odd key": (108, _number(33)),
+    "iterations of the digest": (164, _number(0)),
+    "state": (SLOT, _number(5)),
+    "no slot": (SLOT, _number(0xDEAD)),
+    "iterations": (SLOT + 4, _number(0)),
+    "slot in the header": (SLOT + 40, _number(0)),
+    "slot in the payload": (SLOT + 40, _number(0x7FFFFFFF)),
+    "stripes": (SLOT + 44, _number(3999)),
+    "slots in one place": (NEXT_SLOT + 40, _number(8)),
+    "material": (4096, b"other bytes"),
+}
+
+
+def test_damaged_headers(require: Require, tmp_path: Path) -> None:
+    """The same words for each."""
+    daemon, path = require("qemu-storage-daemon"), tmp_path / "disk.luks"
+    bottomhalf.create(path, format="luks", size=MIB, secret=PASSWORD, iter_time=1)
+    whole, said = path.read_bytes(), {}
+    assert whole[SLOT + 40 : SLOT + 44] == _number(8)
+    for what, (at, data) in DAMAGE.items():
+        path.write_bytes(whole[:at] + data + whole[at + len(data) :])
+        given = f"driver=luks,node-name=n,key-secret=s,file.driver=file,file.filename={path}"
+        theirs = subprocess.run(
+            [daemon, *OBJECTS, "--blockdev", given], capture_output=True, text=True, timeout=60, check=False
+        )
+        with pytest.raises(BlockError) as failed:
+            bottomhalf.open(path, format="luks", secret=PASSWORD)
+        said[what] = str(failed.value), theirs.stderr.strip().rpartition(f"{path}: ")[2]
+    assert {what: ours for what, (ours, _) in said.items()} == {what: theirs for what, (_, theirs) in said.items()}
+
+
 def daemon_of_ours() -> str:
     import sys
 

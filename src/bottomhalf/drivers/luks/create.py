@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.luks import keys
-from bottomhalf.drivers.luks.ciphers import key_sizes, load_cryptography
+from bottomhalf.drivers.luks.ciphers import check_key, load_cryptography
 from bottomhalf.drivers.luks.header import (
     DIGEST_BYTES,
     HASHES,
@@ -54,7 +54,7 @@ class LuksOptions:
             ivgen = f"essiv:{self.ivgen_hash_alg or 'sha256'}"
         mode = f"{self.cipher_mode}-{ivgen}"
         key_bytes = 2 * size if self.cipher_mode == "xts" else size
-        key_sizes("aes", mode)
+        check_key("aes", mode, key_bytes)
         header = Header("aes", mode, self.hash_alg, 0, key_bytes)
         place = MATERIAL_ALIGN
         for slot in header.slots:
