@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from benchmarks import engine, interpreters, system
+from benchmarks import engine, interpreters, rows, servers, system, tls
 from benchmarks.load import choose
 from benchmarks.report import Line, lines, table
-from benchmarks.rows import ROWS, LoadRow, Row, Sample, ServerRow, Settings
-from benchmarks.servers import OURS, SERVERS, Unavailable
+from benchmarks.rows import LoadRow, Row, Sample, ServerRow, Settings
+from benchmarks.servers import OURS, Unavailable
 
+ROWS: Final = (*rows.ROWS, *tls.ROWS)
+SERVERS: Final = {**servers.SERVERS, **tls.SERVERS}
 EVENT_CORE_ROUNDS: Final = 8  # rounds of the event core, which are short, for one of the servers
 CACHE_DEFAULT: Final = Path(os.environ.get("TMPDIR") or "/var/tmp") / "bottomhalf-bench"
 
@@ -54,15 +56,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Measure the chosen rows and print the table."""
     options = parse(arguments)
-    rows = chosen(ROWS, options.only)
+    server_rows = chosen(ROWS, options.only)
     file_rows = chosen(engine.ROWS, options.only)
     wanted = options.only or [interpreters.PREFIX]
     loop_rows = [name for name in interpreters.names() if any(word in name for word in wanted)]
-    if not rows and not file_rows and not loop_rows:
+    if not server_rows and not file_rows and not loop_rows:
         say(f"no row's name contains {' or '.join(options.only)}; --list names them")
         return 2
     if options.list:
-        for row in [*rows, *file_rows]:
+        for row in [*server_rows, *file_rows]:
             goals = ", ".join(f"{peer} {goal or '-'}" for peer, goal in row.peers.items())
             print(f"{row.name:28} {row.about}\n{'':28} beside (goal): {goals}")
         for paragraph in interpreters.describe():
@@ -82,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
             result += engine.measure(row, settings, options.rounds, say)
             if options.json:
                 write_json(options.json, result)
-    if rows:
-        result += measure_servers(rows, options, result)
+    if server_rows:
+        result += measure_servers(server_rows, options, result)
     if result:
         print(table(result, options.ours))
     return 0 if result else 1
@@ -92,9 +94,9 @@ def main(arguments: Sequence[str]) -> int:
 RowKind = TypeVar("RowKind", bound=Row)
 
 
-def chosen(rows: Sequence[RowKind], only: Sequence[str] | None) -> list[RowKind]:
+def chosen(among: Sequence[RowKind], only: Sequence[str] | None) -> list[RowKind]:
     """Return the rows whose names contain one of the words, all of them if there is none."""
-    return [row for row in rows if not only or any(word in row.name for word in only)]
+    return [row for row in among if not only or any(word in row.name for word in only)]
 
 
 def prepare(options: argparse.Namespace) -> Settings:
@@ -109,7 +111,9 @@ def prepare(options: argparse.Namespace) -> Settings:
     )
 
 
-def measure_servers(rows: Sequence[ServerRow], options: argparse.Namespace, before: Sequence[Line]) -> list[Line]:
+def measure_servers(
+    wanted: Sequence[ServerRow], options: argparse.Namespace, before: Sequence[Line]
+) -> list[Line]:
     """Run the rows of servers."""
     try:
         SERVERS[options.ours].find()
@@ -118,7 +122,7 @@ def measure_servers(rows: Sequence[ServerRow], options: argparse.Namespace, befo
         return []
     settings = prepare(options)
     result: list[Line] = []
-    for row in rows:
+    for row in wanted:
         result += measure(row, options.ours, settings, options.rounds)
         if options.json:
             write_json(options.json, [*before, *result])

@@ -58,7 +58,7 @@ class Server:
         return (answer.stdout.splitlines() or ["unknown"])[0]
 
 
-def _storage_daemon(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
+def storage_daemon(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
     file = f"driver=file,node-name=f,filename={image}" + (",cache.direct=on" if direct else "")
     return [
         *(program, "--blockdev", file, "--blockdev", "driver=raw,node-name=d,file=f"),
@@ -68,7 +68,7 @@ def _storage_daemon(program: str, sock: Path, image: Path, direct: bool) -> list
 
 
 def _qemu_storage_daemon(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
-    command = _storage_daemon(program, sock, image, direct)
+    command = storage_daemon(program, sock, image, direct)
     command[2] += ",aio=io_uring"
     command[-1] += ",iothread=t"
     return [program, "--object", "iothread,id=t", *command[1:]]
@@ -113,7 +113,7 @@ def _above_null(filter_options: str = "") -> Command:
     return command
 
 
-def _qemu_nbd(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
+def qemu_nbd(program: str, sock: Path, image: Path, direct: bool) -> list[str]:
     cache = ["--cache=none"] if direct else []
     return [
         program,
@@ -140,12 +140,12 @@ OURS: Final = "bottomhalf"
 SERVERS: Final = {
     server.name: server
     for server in (
-        Server(OURS, "bh-storage-daemon", "make install", _storage_daemon),
-        Server("qemu-nbd", "qemu-nbd", "apt package qemu-utils", _qemu_nbd),
-        Server(f"{OURS}+qcow2", "bh-storage-daemon", "make install", _qcow2(_storage_daemon)),
-        Server("qemu-nbd+qcow2", "qemu-nbd", "apt package qemu-utils", _qcow2(_qemu_nbd)),
+        Server(OURS, "bh-storage-daemon", "make install", storage_daemon),
+        Server("qemu-nbd", "qemu-nbd", "apt package qemu-utils", qemu_nbd),
+        Server(f"{OURS}+qcow2", "bh-storage-daemon", "make install", _qcow2(storage_daemon)),
+        Server("qemu-nbd+qcow2", "qemu-nbd", "apt package qemu-utils", _qcow2(qemu_nbd)),
         Server("qemu-storage-daemon", "qemu-storage-daemon", "apt package qemu-utils", _qemu_storage_daemon),
-        Server("bottomhalf+throttle", "bh-storage-daemon", "make install", _throttled(_storage_daemon)),
+        Server("bottomhalf+throttle", "bh-storage-daemon", "make install", _throttled(storage_daemon)),
         Server("qsd+throttle", "qemu-storage-daemon", "apt package qemu-utils", _throttled(_qemu_storage_daemon)),
         Server("null-co", "bh-storage-daemon", "make install", _above_null()),
         Server(

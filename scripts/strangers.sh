@@ -25,6 +25,7 @@ programs=(
     mkfs.ext4:e2fsprogs
     nbdsh:python3-libnbd # its module is for the system's own python3
     fio:fio
+    openssl:openssl
     cc:gcc # optional: the batching load generator of the benchmarks
 )
 # The tools promise to behave like those of this QEMU; an older one is replaced where a backport is offered.

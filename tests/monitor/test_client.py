@@ -12,6 +12,7 @@ from bottomhalf.aio import Coroutine, TimedOut, gather, sleep_ns
 from bottomhalf.host.protocol import UnixAddress
 from bottomhalf.host.sim import Odds
 from bottomhalf.monitor.client import QmpClient
+from bottomhalf.monitor.qmp import QmpMonitor
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.qmp import Event, Failure
 from tests.monitor.qmp_bench import NBD, QmpBench
@@ -136,3 +137,37 @@ def test_somebody_else_is_there() -> None:
         with pytest.raises(ProtocolError, match="not JSON"):
             talk(bench, body)
         listener.close()
+
+
+def test_over_tls(seed: int) -> None:
+    """The same conversation behind TLS, and a server that is not the one that was meant."""
+    from tests.monitor.test_chardev_tls import WHERE, TlsBench
+
+    with TlsBench(seed) as bench:
+        QmpMonitor(bench.storage, bench.server())
+
+        def ask(hostname: str) -> list[Any]:
+            said: list[Any] = []
+
+            async def run() -> None:
+                security = bench.storage.client_security("c", hostname)
+                try:
+                    client = await QmpClient.connect(bench.context, WHERE, oob=True, security=security)
+                    await serve_null(client)
+                    said.append(await client.execute("query-qmp-schema"))
+                    said.append(await client.execute("x-explain", oob=True))
+                    client.close()
+                except OSError as error:
+                    said.append(str(error))
+
+            running: Coroutine = bench.context.enter(run())
+            bench.until(lambda: running.done, "the end of the conversation")
+            return said
+
+        assert ask("example.com") == ["Certificate does not match the hostname example.com"]
+        bench.settle()  # the server hears of it in its own thread
+        assert len(bench.log) == 1 and "TLS handshake failed" in bench.log.pop()
+        schema, text = ask("localhost")
+        assert len(schema) > 100 and isinstance(text, str)
+        bench.settle()
+        assert not bench.storage.chardevs["server"].connected

@@ -194,7 +194,7 @@ def test_blockdev_del_of_an_implicit_node(client: QmpClient) -> None:
             "Parameter 'to' is not supported yet",
         ),
         ({"addr": {"type": "fd", "data": {"str": "3"}}}, "Socket address type 'fd' is not supported yet"),
-        ({**NBD_START, "tls-creds": "t"}, "TLS is not supported yet; remove 'tls-creds'"),
+        ({**NBD_START, "tls-creds": "t"}, "No TLS credentials with id 't'"),
         (
             {**NBD_START, "max-connections": -1},
             "Parameter 'max-connections' expects uint32_t",

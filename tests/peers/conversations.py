@@ -254,6 +254,32 @@ CONTROL = r"""
 {"execute": "qom-set", "arguments": {"path": "a0", "property": "rules", "value": [{"match": "f", "policy": "allow"}]}}
 {"execute": "qom-get", "arguments": {"path": "a0", "property": "rules"}}
 {"execute": "qom-set", "arguments": {"path": "a0", "property": "policy", "value": "zz"}}
+{"execute": "object-add", "arguments": {"qom-type": "authz-simple", "id": "as"}}
+{"execute": "object-add", "arguments": {"qom-type": "authz-simple", "id": "as", "identity": "CN=x"}}
+{"execute": "qom-list", "arguments": {"path": "as"}}
+{"execute": "qom-get", "arguments": {"path": "as", "property": "identity"}}
+{"execute": "qom-set", "arguments": {"path": "as", "property": "identity", "value": 1}}
+{"execute": "qom-list-types", "arguments": {"implements": "tls-creds", "abstract": true}}
+{"execute": "qom-list-properties", "arguments": {"typename": "tls-creds-anon"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "tls-creds-psk"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "tls-creds-x509"}}
+{"execute": "qom-list-properties", "arguments": {"typename": "authz-simple"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-x509", "id": "ta"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-x509", "id": "ta", "dir": "/nope"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-psk", "id": "ta", "dir": "/nope"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-psk", "id": "ta"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-anon", "id": "ta", "endpoint": "x"}}
+{"execute": "object-add", "arguments": {"qom-type": "tls-creds-anon", "id": "ta"}}
+{"execute": "qom-list", "arguments": {"path": "ta"}}
+{"execute": "qom-get", "arguments": {"path": "ta", "property": "endpoint"}}
+{"execute": "qom-get", "arguments": {"path": "ta", "property": "verify-peer"}}
+{"execute": "qom-get", "arguments": {"path": "ta", "property": "priority"}}
+{"execute": "qom-set", "arguments": {"path": "ta", "property": "endpoint", "value": "x"}}
+{"execute": "qom-set", "arguments": {"path": "ta", "property": "verify-peer", "value": "x"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"nix"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"as"}}
+{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"{dir}/t"}},"tls-creds":"ta"}}
+{"execute": "object-del", "arguments": {"id": "ta"}}
 {"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml"}}
 {"execute": "object-add", "arguments": {"qom-type": "main-loop", "id": "ml2"}}
 {"execute": "qom-list", "arguments": {"path": "ml"}}

@@ -41,6 +41,7 @@ PACKAGES: Final = {
     "mkfs.ext4": "e2fsprogs",
     "fsck.ext4": "e2fsprogs",
     "fio": "fio",
+    "openssl": "openssl",
     "cc": "gcc",
     # Not a program but the interpreter that can `import nbd`: the system's, seldom the one that runs us.
     "python3-libnbd": "python3-libnbd",

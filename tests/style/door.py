@@ -16,9 +16,9 @@ from tests.style.imports import Problem, Source, aliases, dotted, imports, sourc
 
 # Modules that reach outside by themselves.
 _MODULES = """
-    _socket _thread asyncio concurrent ctypes fcntl ftplib getpass glob http mmap multiprocessing poplib posix
+    _socket _ssl _thread asyncio concurrent ctypes fcntl ftplib getpass glob http mmap multiprocessing poplib posix
     pty queue random resource sched secrets select selectors shutil signal smtplib socket socketserver
-    subprocess syslog tempfile termios threading time tty urllib.request xmlrpc
+    ssl subprocess syslog tempfile termios threading time tty urllib.request xmlrpc
 """
 MODULES: Final = frozenset(_MODULES.split())
 
@@ -55,6 +55,8 @@ BRIDGES: Final = {
     "aio/asyncio_loop.py": {"asyncio", "selectors"},
     "aio/asyncio_thread.py": {"asyncio"},
     "library.py": {"asyncio", "threading"},
+    "tls/contexts.py": {"ssl"},  # OpenSSL, over memory: it is given bytes and asked for bytes
+    "tls/session.py": {"ssl"},
     "tools/console.py": {"asyncio"},  # prompt_toolkit lives there; the loop is one of ours, AioEventLoop
     "tools/console_link.py": {"asyncio"},
     "tools/console_terminal.py": {"asyncio"},

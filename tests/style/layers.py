@@ -19,6 +19,7 @@ FLOORS: Final = {
     "wire": 2,
     "qapi": 2,
     "qom": 2,
+    "tls": 2,
     "block": 3,
     "drivers": 4,
     "devices": 5,
@@ -31,6 +32,7 @@ FLOORS: Final = {
 # Neighbours on one floor of which the first may know the second, each with its reason.
 BESIDE: Final = {
     ("monitor", "chardev"),  # a monitor speaks through a character device
+    ("tls", "qom"),  # credentials are objects that users make
 }
 # Modules beside the packages: what a library user imports. They may import any floor; those that every tool
 # loads, only lazily.

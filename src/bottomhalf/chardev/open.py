@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import AioContext
 from bottomhalf.chardev.addresses import host_address, why_not_connected
@@ -25,20 +25,30 @@ from bottomhalf.qapi.char import (
 )
 from bottomhalf.qapi.errors import OptionError
 
+if TYPE_CHECKING:
+    from bottomhalf.tls.policy import Security
+
 RECONNECT_MS_MAX: Final = 1 << 32  # seven weeks
 
-_MISSING: Final = ("tls_creds", "tls_authz", "tn3270", "websocket")
+_MISSING: Final = ("tn3270", "websocket")
 
 
 class Surroundings:
     """What a new device may need of the program."""
 
     def __init__(
-        self, find: Callable[[str], Chardev | None], log: Callable[[str], object], on_exit: Callable[[], object]
+        self,
+        find: Callable[[str], Chardev | None],
+        log: Callable[[str], object],
+        on_exit: Callable[[], object],
+        server_security: Callable[[str | None, str | None], Security | None],
+        client_security: Callable[[str | None, str | None], Security | None],
     ) -> None:
         self.find = find
         self.log = log
         self.on_exit = on_exit
+        self.server_security = server_security
+        self.client_security = client_security
 
 
 def open_chardev(
@@ -127,15 +137,37 @@ def _open_socket(
         if getattr(data, name, None):
             key = name.replace("_", "-")
             raise OptionError(f"Parameter '{key}' is not supported yet", key=key)
-    check_chardev_socket(data)
-    address = host_address(data.addr.flatten())
     is_server = data.server is not False
+    flat = data.addr.flatten()
+    host_name = getattr(flat.branch, "host", None)
+    security = None
+    if data.tls_creds is not None:
+        if is_server:
+            security = surroundings.server_security(data.tls_creds, data.tls_authz)
+        else:
+            security = surroundings.client_security(data.tls_creds, host_name)
+    check_chardev_socket(data)
+    address = host_address(flat)
     telnet = bool(data.telnet)
     try:
         if is_server:
-            return SocketServerChardev(chardev_id, context, address, wait=bool(data.wait), telnet=telnet)
+            return SocketServerChardev(
+                chardev_id,
+                context,
+                address,
+                wait=bool(data.wait),
+                telnet=telnet,
+                security=security,
+                log=surroundings.log,
+            )
         return SocketClientChardev(
-            chardev_id, context, address, reconnect_ns=_reconnect_ns(data), telnet=telnet, log=surroundings.log
+            chardev_id,
+            context,
+            address,
+            reconnect_ns=_reconnect_ns(data),
+            telnet=telnet,
+            security=security,
+            log=surroundings.log,
         )
     except OSError as error:
         why = why_not_listening if is_server else why_not_connected

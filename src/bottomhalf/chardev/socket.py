@@ -4,18 +4,26 @@ to, connects again.
 
 Making a connection can take as long as the network likes. The first one is made while the caller waits, who wants to
 know whether it works; later ones in a worker thread, for then the loop has others to serve.
+
+With TLS a peer counts as connected when the handshake is done and it may come in; until then nobody else is served. Of
+what it says, some may lie decrypted in the stream where the loop does not see it, so we look there too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.chardev.addresses import why_not_connected
 from bottomhalf.chardev.base import Chardev
 from bottomhalf.chardev.telnet import GREETING, TelnetDecoder, escape
 from bottomhalf.host.protocol import Address, InetAddress, Listener, Socket, UnixAddress
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.handshaking import Handshaking
+    from bottomhalf.tls.policy import Security
+    from bottomhalf.tls.stream import TlsStream
 
 ACCEPT_PAUSE_NS: Final = 100_000_000  # after running out of descriptors
 
@@ -26,11 +34,25 @@ class SocketChardev(Chardev):
     kind = "socket"
     server = False
 
-    def __init__(self, chardev_id: str, context: AioContext, address: Address, *, telnet: bool = False) -> None:
+    def __init__(
+        self,
+        chardev_id: str,
+        context: AioContext,
+        address: Address,
+        *,
+        telnet: bool = False,
+        security: Security | None = None,
+        log: Callable[[str], object] | None = None,
+    ) -> None:
         super().__init__(chardev_id, context)
         self.address = address
         self.telnet = telnet
+        self.security = security
         self._decoder = TelnetDecoder()
+        self._log_line = log or (lambda line: None)
+        self._securing: Handshaking | None = None
+        self._secure: TlsStream | None = None
+        self._again_in: AioContext | None = None  # where a look at what is decrypted is scheduled
 
     def describe(self) -> str:
         prefix = "" if isinstance(self.address, UnixAddress) else "telnet:" if self.telnet else "tcp:"
@@ -48,6 +70,89 @@ class SocketChardev(Chardev):
 
     def write(self, data: bytes) -> None:
         super().write(escape(data) if self.telnet else data)
+
+    # -- TLS ----------------------------------------------------------------------------------------------------
+
+    def _take(self, stream: Socket) -> None:
+        """A connection is made: it begins now, or after the TLS handshake."""
+        if self.security is None:
+            self._begin(stream)
+            return
+        from bottomhalf.tls.handshaking import Handshaking
+
+        try:
+            secure = self.security.wrap(stream)
+        except OSError as error:
+            self._refuse(stream, error)
+            return
+        self._securing = Handshaking(self.context, secure, self._secured)
+
+    def _secured(self, error: OSError | None) -> None:
+        assert self._securing is not None and self.security is not None
+        stream, self._securing = self._securing.stream, None
+        try:
+            if error is not None:
+                raise error
+            self.security.admit(stream)
+        except OSError as refusal:
+            self._refuse(stream, refusal)
+            return
+        self._secure = stream
+        self._begin(stream)
+
+    def _refuse(self, stream: Socket, error: OSError) -> None:
+        self._log_line(f"chardev {self.id}: {stream.peer_name()}: {error}")
+        stream.shutdown()
+        stream.close()
+        self._missed()
+
+    def _missed(self) -> None:
+        """A connection has not come about."""
+
+    def _watch(self) -> None:
+        super()._watch()
+        self._look_at_decrypted()
+
+    def _readable(self) -> None:
+        super()._readable()
+        self._look_at_decrypted()
+
+    def _look_at_decrypted(self) -> None:
+        stream, context = self._secure, self.context
+        if stream is None or not stream.buffered or stream is not self._stream or self._watched[0] is None:
+            return
+
+        def again() -> None:
+            if self._again_in is context:
+                self._again_in = None
+            if self.context is context and self._watched[0] is not None:
+                self._watched[0]()
+
+        if self._again_in is not context:
+            self._again_in = context
+            context.schedule_oneshot(again)
+
+    def _leave(self) -> None:
+        super()._leave()
+        if self._securing is not None:
+            self._securing.leave()
+
+    def _arrive(self) -> None:
+        if self._securing is not None:
+            self._securing.enter(self.context)
+        super()._arrive()
+
+    def _end(self) -> None:
+        self._secure = None
+        super()._end()
+
+    def close(self) -> None:
+        if self._securing is not None:
+            self._securing.close()
+            self._securing = None
+        super().close()
+
+    # -- telnet -------------------------------------------------------------------------------------------------
 
     def _begin(self, stream: Socket) -> None:
         if self.telnet and self._stream is not stream:
@@ -71,17 +176,28 @@ class SocketServerChardev(SocketChardev):
     server = True
 
     def __init__(
-        self, chardev_id: str, context: AioContext, address: Address, *, wait: bool, telnet: bool = False
+        self,
+        chardev_id: str,
+        context: AioContext,
+        address: Address,
+        *,
+        wait: bool,
+        telnet: bool = False,
+        security: Security | None = None,
+        log: Callable[[str], object] | None = None,
     ) -> None:
         listener = context.host.listen(address)
-        super().__init__(chardev_id, context, listener.address, telnet=telnet)
+        super().__init__(chardev_id, context, listener.address, telnet=telnet, security=security, log=log)
         self.wait = wait
         self._listener: Listener | None = listener
         self._pause = context.timer(self.start, name=f"accept pause of chardev {chardev_id}")
 
     def start(self) -> None:
-        if self._listener is not None and self._stream is None:
+        if self._listener is not None and self._stream is None and self._securing is None:
             self.context.set_fd_handler(self._listener.fileno(), self._accept)
+
+    def _missed(self) -> None:
+        self.start()
 
     def _leave(self) -> None:
         super()._leave()
@@ -104,7 +220,7 @@ class SocketServerChardev(SocketChardev):
             self._pause.arm_ns(self.context.now_ns() + ACCEPT_PAUSE_NS)
             return
         self.context.set_fd_handler(self._listener.fileno())
-        self._begin(stream)
+        self._take(stream)
 
     def _end(self) -> None:
         super()._end()
@@ -131,11 +247,11 @@ class SocketClientChardev(SocketChardev):
         *,
         reconnect_ns: int = 0,
         telnet: bool = False,
+        security: Security | None = None,
         log: Callable[[str], object] | None = None,
     ) -> None:
-        super().__init__(chardev_id, context, address, telnet=telnet)
+        super().__init__(chardev_id, context, address, telnet=telnet, security=security, log=log)
         self.reconnect_ns = reconnect_ns
-        self._log_line = log or (lambda line: None)
         self._told = False  # why it does not connect; once per silence
         self._closing = False
         self._waiting: Socket | None = None if reconnect_ns else context.host.connect(address)
@@ -145,13 +261,13 @@ class SocketClientChardev(SocketChardev):
     def start(self) -> None:
         if self._waiting is not None:
             stream, self._waiting = self._waiting, None
-            self._begin(stream)
-        elif self._stream is None and self.reconnect_ns:
+            self._take(stream)
+        elif self._stream is None and self._securing is None and self.reconnect_ns:
             self._connect()
 
     def _connect(self) -> None:
         """Try once more, in a worker thread."""
-        if self._stream is not None or self._closing or self._connecting:
+        if self._stream is not None or self._securing is not None or self._closing or self._connecting:
             return
         host, address = self.context.host, self.address
         self._connecting = True
@@ -172,7 +288,10 @@ class SocketClientChardev(SocketChardev):
             stream.close()
             return
         self._told = False
-        self._begin(stream)
+        self._take(stream)
+
+    def _missed(self) -> None:
+        self._again()
 
     def _again(self) -> None:
         if self.reconnect_ns and not self._closing:

@@ -314,6 +314,8 @@ def _open_qcow2(opening: Opening) -> Node:
         node = Qcow2Node(opening.graph, **common, file=file, header=header, backing=backing, data_file=data_file)
         try:
             node.configure(branch)
+            node.active = opening.options.active is not False
+            permissions.refresh(node)  # what was not closed properly is repaired, which is a write
             file.context.run(node.open(), what=what)
         except BaseException:
             opening.graph.forget(node)

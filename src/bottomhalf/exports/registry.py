@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.block import BlockError, Graph
@@ -19,6 +20,9 @@ from bottomhalf.qapi.export import (
     BlockExportRemoveMode,
     BlockExportType,
 )
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.policy import Security
 
 
 class ExportRegistry:
@@ -42,13 +46,21 @@ class ExportRegistry:
 
     # -- the NBD server -----------------------------------------------------------------------------------------
 
-    def start_nbd_server(self, address: Address, *, connections_max: int, handshake_seconds_max: int) -> NbdServer:
+    def start_nbd_server(
+        self,
+        address: Address,
+        *,
+        connections_max: int,
+        handshake_seconds_max: int,
+        security: Security | None = None,
+    ) -> NbdServer:
         if self.nbd_server is not None:
             raise BlockError("NBD server already running")
         server = NbdServer(
             self._graph.context,
             connections_max=connections_max,
             handshake_seconds_max=handshake_seconds_max,
+            security=security,
             log=self._log,
         )
         try:

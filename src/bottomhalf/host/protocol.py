@@ -15,6 +15,7 @@ in integer nanoseconds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -428,3 +429,7 @@ class Host(Protocol):
 
     def remove(self, path: str) -> None:
         """Remove a file or a link. OSError."""
+
+    def lend_path(self, data: bytes) -> AbstractContextManager[str]:
+        """A path that leads to these bytes while the block lasts, for a library of this process that takes nothing but
+        names. No other process can open it. OSError."""

@@ -9,6 +9,8 @@
     print(await client.execute("x-explain", oob=True))
     client.close()
 
+With ``security`` (``Storage.client_security``, or ``tls.policy``) the same over TLS.
+
 Many commands only start something, and an event tells of its end. It may come before the answer does, so whoever waits
 for it has to listen before he asks: ``until`` does. Events that nobody waits for are kept, up to a bound, for
 ``next_event``. Any number of coroutines may use one client at a time.
@@ -18,12 +20,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import AioContext, Coroutine, Waitable, cancel_after, current, suspend
 from bottomhalf.host.protocol import Address, Socket
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.qmp import ClientSession, Event, Greeting, Response
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.policy import Security
+    from bottomhalf.tls.stream import TlsStream
 
 EVENTS_MAX: Final = 4096  # kept for next_event(); the oldest go
 RECEIVE_BYTES: Final = 65536
@@ -70,8 +76,10 @@ class _Wish(Waitable):
 class QmpClient:
     """One connection. Home thread of its context."""
 
-    def __init__(self, context: AioContext, socket: Socket) -> None:
+    def __init__(self, context: AioContext, socket: Socket, secure: TlsStream | None = None) -> None:
+        """``secure`` is the socket if that is a TLS stream, whose handshake is done."""
         self.context = context
+        self._secure = secure
         self.greeting: Greeting | None = None
         self._socket: Socket | None = socket
         self._session = ClientSession()
@@ -85,10 +93,17 @@ class QmpClient:
         self._watch()
 
     @classmethod
-    async def connect(cls, context: AioContext, address: Address, *, oob: bool = False) -> QmpClient:
-        """Connect and negotiate. OSError; ProtocolError if nobody there speaks QMP; Failure if the server refuses,
-        as one does that is asked for ``oob`` and cannot."""
-        client = cls(context, context.host.connect(address))
+    async def connect(
+        cls, context: AioContext, address: Address, *, oob: bool = False, security: Security | None = None
+    ) -> QmpClient:
+        """Connect and negotiate, over TLS with ``security``. OSError (TlsError among them); ProtocolError if nobody
+        there speaks QMP; Failure if the server refuses, as one does that is asked for ``oob`` and cannot."""
+        socket = context.host.connect(address)
+        if security is None:
+            client = cls(context, socket)
+        else:
+            stream = await _secured(context, socket, security)
+            client = cls(context, stream, stream)
         try:
             client.greeting = await client._greeted.come()
             await client.execute("qmp_capabilities", {"enable": ["oob"]} if oob else None)
@@ -153,6 +168,13 @@ class QmpClient:
     def _watch(self) -> None:
         if self._socket is not None:
             self.context.set_fd_handler(self._socket.fileno(), self._readable, self._flush if self._unsent else None)
+            if self._secure is not None and self._secure.buffered:
+                self.context.schedule_oneshot(self._read_decrypted)
+
+    def _read_decrypted(self) -> None:
+        """Bytes lie in the stream of which the poller does not know."""
+        if self._socket is not None and self._secure is not None and self._secure.buffered:
+            self._readable()
 
     def _flush(self) -> None:
         if self._socket is None:
@@ -179,6 +201,8 @@ class QmpClient:
             pass
         except (OSError, ProtocolError) as error:
             self._fail(error)
+        if self._secure is not None and self._secure.buffered:
+            self.context.schedule_oneshot(self._read_decrypted)
 
     def _take(self, item: Greeting | Response | Event) -> None:
         if isinstance(item, Greeting):
@@ -213,6 +237,8 @@ class QmpClient:
         if socket is not None:
             self._end = self._end or ConnectionAbortedError("the QMP client was closed")
             self.context.set_fd_handler(socket.fileno())
+            if self._secure is not None:
+                socket.shutdown()  # with a goodbye
             socket.close()
 
 
@@ -220,3 +246,22 @@ def _accepts(until: Until) -> Callable[[Any], bool]:
     if isinstance(until, str):
         return lambda event: bool(event.name == until)
     return until
+
+
+async def _secured(context: AioContext, socket: Socket, security: Security) -> TlsStream:
+    """The socket behind TLS, after the handshake. OSError; then it is closed."""
+    from bottomhalf.tls.handshaking import Handshaking
+
+    try:
+        stream = security.wrap(socket)
+    except OSError:
+        socket.close()
+        raise
+    wish = _Wish("a TLS handshake with a QMP server")
+    handshaking = Handshaking(context, stream, lambda error: wish.fulfil(stream if error is None else error))
+    try:
+        await wish.come()
+    except BaseException:
+        handshaking.close()
+        raise
+    return stream

@@ -22,7 +22,6 @@ from bottomhalf.qapi.block_info import BlockDeviceInfo
 from bottomhalf.qapi.block_transaction import NbdServerAddOptions, NbdServerRemove
 from bottomhalf.qapi.commands import COMMANDS
 from bottomhalf.qapi.control import CommandInfo, HumanMonitorCommand, VersionInfo
-from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.export import (
     BlockExportDel,
     BlockExportInfo,
@@ -119,12 +118,11 @@ def block_export_del(storage: Storage, arguments: BlockExportDel) -> None:
 
 def start_nbd_server(storage: Storage, options: NbdServerOptions) -> None:
     """nbd-server-start and --nbd-server."""
-    if options.tls_creds is not None or options.tls_authz is not None:
-        raise OptionError("TLS is not supported yet; remove 'tls-creds'", key="tls-creds")
     storage.exports.start_nbd_server(
         host_address(options.addr),
         connections_max=options.max_connections,
         handshake_seconds_max=options.handshake_max_seconds,
+        security=storage.server_security(options.tls_creds, options.tls_authz),
     )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bottomhalf.monitor.qmp import QmpMonitor
     from bottomhalf.qapi.char import ChardevBackend
     from bottomhalf.qom import QomObject, Tree
+    from bottomhalf.tls.policy import Security
 
 # How long the main context looks for the next request before it sleeps. It must be longer than a local client needs
 # to answer, and in a virtual machine waking the client's idle processor takes some 45 us of that. The time adapts
@@ -101,6 +102,7 @@ class Storage:
             from bottomhalf.monitor import throttle_object  # noqa: F401  # its type
             from bottomhalf.qom import authz, event_loop, secret  # noqa: F401  # their types
             from bottomhalf.qom.tree import Tree
+            from bottomhalf.tls import objects  # noqa: F401  # their types
 
             self._tree = Tree(self.host, self.loop.main, self._callback_failed)
             self._tree.in_use = self._is_needed
@@ -143,6 +145,32 @@ class Storage:
             raise BlockError(f'iothread "{name}" not found')
         return found.thread.context
 
+    def server_security(self, creds_id: str | None, authz_id: str | None) -> Security | None:
+        """What ``tls-creds`` and ``tls-authz`` of something that listens ask for; None for plain bytes. OptionError."""
+        if creds_id is None:
+            if authz_id is not None:
+                raise OptionError("'tls-authz' requires 'tls-creds'", key="tls-authz")
+            return None
+        from bottomhalf.qom import QomError
+        from bottomhalf.tls.policy import server_security
+
+        try:
+            return server_security(self.tree, creds_id, authz_id)
+        except QomError as error:
+            raise OptionError(error.desc, key="tls-creds") from None
+
+    def client_security(self, creds_id: str | None, hostname: str | None) -> Security | None:
+        """The same for something that connects."""
+        if creds_id is None:
+            return None
+        from bottomhalf.qom import QomError
+        from bottomhalf.tls.policy import client_security
+
+        try:
+            return client_security(self.tree, creds_id, hostname)
+        except QomError as error:
+            raise OptionError(error.desc, key="tls-creds") from None
+
     # -- character devices --------------------------------------------------------------------------------------
 
     def add_chardev(
@@ -157,7 +185,9 @@ class Storage:
             raise OptionError(
                 f"attempt to add duplicate property '{chardev_id}' to object (type 'container')", key="id"
             )
-        surroundings = Surroundings(self.chardevs.get, self.log, self.quit)
+        surroundings = Surroundings(
+            self.chardevs.get, self.log, self.quit, self.server_security, self.client_security
+        )
         chardev = open_chardev(chardev_id, backend, self.loop.iohandler, surroundings)
         if instead_of is not None:
             self.remove_chardev(instead_of)

@@ -423,5 +423,11 @@ def check_chardev_socket(options: ChardevSocket) -> None:
         )
     if not server and options.wait is not None:
         raise OptionError("'wait' option is incompatible with socket in client connect mode", key="wait")
+    if options.tls_creds is not None and options.addr.type == SocketAddressType.UNIX:
+        raise OptionError("'tls_creds' option is incompatible with 'unix' address type", key="tls-creds")
+    if options.tls_authz is not None and options.tls_creds is None:
+        raise OptionError("'tls_authz' option requires 'tls_creds' option", key="tls-authz")
+    if options.tls_authz is not None and not server:
+        raise OptionError("'tls_authz' option is for sockets that listen", key="tls-authz")
     if not server and options.websocket:
         raise OptionError("Websocket client is not implemented", key="websocket")

@@ -99,11 +99,56 @@ class AuthZListProperties(Struct):
     rules: Annotated[list[QAuthZListRule] | None, Doc("the rules; the first that matches decides")] = None
 
 
+class AuthZSimpleProperties(Struct):
+    """One name that may come in."""
+
+    identity: Annotated[str, Doc("name of the client, as it is in its certificate")]
+
+
+class QCryptoTLSCredsEndpoint(StrEnum):
+    """Which end of a TLS connection."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class TlsCredsProperties(Struct):
+    """Properties of all kinds of TLS credentials."""
+
+    verify_peer: Annotated[bool | None, Doc("the other end has to show a certificate", default="on")] = None
+    dir: Annotated[str | None, Doc("directory that holds the files of the credentials")] = None
+    endpoint: Annotated[QCryptoTLSCredsEndpoint | None, Doc("which end they are for", default="client")] = None
+    priority: Annotated[
+        str | None, Doc("versions and ciphers, as GnuTLS writes them", default="NORMAL")
+    ] = None
+
+
+class TlsCredsAnonProperties(TlsCredsProperties):
+    """TLS credentials that prove nothing: only who listens in is kept out."""
+
+
+class TlsCredsPskProperties(TlsCredsProperties):
+    """TLS credentials that are a key which both ends know."""
+
+    username: Annotated[str | None, Doc("whose key it is (clients)", default="qemu")] = None
+
+
+class TlsCredsX509Properties(TlsCredsProperties):
+    """TLS credentials that are certificates."""
+
+    sanity_check: Annotated[bool | None, Doc("look whether the certificates can work", default="on")] = None
+    passwordid: Annotated[str | None, Doc("secret that the key's file is encrypted with")] = None
+
+
 ObjectOptions.register_branch("authz-list", AuthZListProperties)
+ObjectOptions.register_branch("authz-simple", AuthZSimpleProperties)
 ObjectOptions.register_branch("iothread", IothreadProperties)
 ObjectOptions.register_branch("main-loop", MainLoopProperties)
 ObjectOptions.register_branch("secret", SecretProperties)
 ObjectOptions.register_branch("throttle-group", ThrottleGroupProperties)
+ObjectOptions.register_branch("tls-creds-anon", TlsCredsAnonProperties)
+ObjectOptions.register_branch("tls-creds-psk", TlsCredsPskProperties)
+ObjectOptions.register_branch("tls-creds-x509", TlsCredsX509Properties)
 
 
 class ObjectAdd(Command, name="object-add", boxed=ObjectOptions):

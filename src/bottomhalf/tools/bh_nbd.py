@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bottomhalf.host.linux.process import PidFile
     from bottomhalf.host.protocol import Address
     from bottomhalf.monitor.storage import Storage
+    from bottomhalf.tls.policy import Security
 
 PROGRAM: Final = "bh-nbd"
 PORT_DEFAULT: Final = "10809"  # IANA's for NBD
@@ -53,6 +54,9 @@ OPTIONS: Final = (
     Option("pid-file", takes=VALUE),
     Option("object", takes=VALUE),
     Option("list", "L"),
+    Option("tls-creds", takes=VALUE),
+    Option("tls-hostname", takes=VALUE),
+    Option("tls-authz", takes=VALUE),
 )
 # What qemu-nbd has beyond that, so that the answer can say "not yet" instead of "unknown".
 LATER: Final = (
@@ -62,9 +66,6 @@ LATER: Final = (
     Option("disconnect", "d"),
     Option("allocation-depth", "A"),
     Option("bitmap", "B", VALUE),
-    Option("tls-creds", takes=VALUE),
-    Option("tls-hostname", takes=VALUE),
-    Option("tls-authz", takes=VALUE),
     Option("selinux-label", takes=VALUE),
     Option("trace", "T", VALUE),
 )
@@ -112,7 +113,12 @@ Export:
 Process:
       --fork                go to the background once the server is ready
       --pid-file=PATH       write the process id to a file
-      --object TYPE,id=ID   create an object (iothread)
+      --object TYPE,id=ID   create an object (iothread, secret, tls-creds-x509, authz-list, ...)
+
+Security:
+      --tls-creds=ID        object with TLS credentials; clients must use TLS
+      --tls-authz=ID        object that says which clients may come in
+      --tls-hostname=NAME   with --list: the name that the server's certificate must have
 
 Example:
   {program} -t -f raw -k /tmp/nbd.sock disk.raw
@@ -196,12 +202,23 @@ class Settings:
             raise UsageError("Invalid number of arguments")
         elif {"image-opts", "format"} <= self.given.keys():
             raise UsageError("--image-opts and -f are mutually exclusive", "")
+        self._check_tls()
         if not self.given.get("socket", "/").startswith("/"):
             raise UsageError("socket path must be absolute", "")
         if self.given.get("detect-zeroes", "off") == "unmap" and not self.discard:
             raise UsageError(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap", ""
             )
+
+    def _check_tls(self) -> None:
+        listing = "list" in self.given
+        for name in ("tls-hostname", "tls-authz"):
+            if name in self.given and "tls-creds" not in self.given:
+                raise UsageError(f"--{name} is not permitted without --tls-creds", "")
+        if "tls-hostname" in self.given and not listing:
+            raise UsageError("TLS hostname is only supported with export list", "")
+        if "tls-authz" in self.given and listing:
+            raise UsageError("TLS authorization is incompatible with export list", "")
 
     def address(self) -> Address:
         """Where to listen, or with --list to connect to. OptionError if it cannot be one."""
@@ -241,8 +258,35 @@ def main(arguments: list[str] | None = None) -> int:
         from bottomhalf.tools.nbd_list import list_exports
 
         with _errors(program):
-            return list_exports(program, settings.address())
+            return list_exports(program, settings.address(), _client_security(settings))
     return _serve(program, settings)
+
+
+def _client_security(settings: Settings) -> Security | None:
+    """For --list. OptionError."""
+    if "tls-creds" not in settings.given and not settings.objects:
+        return None
+    from bottomhalf.monitor.storage import Storage
+
+    storage = Storage()
+    try:
+        for value in settings.objects:
+            _add_object(storage, value)
+        host = settings.given.get("tls-hostname") or settings.given.get("bind")
+        with _failing_to_get_creds():
+            return storage.client_security(settings.given.get("tls-creds"), host)
+    finally:
+        storage.close()
+
+
+@contextmanager
+def _failing_to_get_creds() -> Iterator[None]:
+    from bottomhalf.qapi.errors import OptionError
+
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(f"Failed to get TLS creds: {error}", key="tls-creds") from None
 
 
 @contextmanager
@@ -329,8 +373,11 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     from bottomhalf.qapi.export import BlockExportOptions
     from bottomhalf.qapi.visit import from_json
 
+    with _failing_to_get_creds():
+        security = storage.server_security(settings.given.get("tls-creds"), settings.given.get("tls-authz"))
     server = storage.exports.start_nbd_server(
         settings.address(),
+        security=security,
         connections_max=settings.shared,
         handshake_seconds_max=settings.handshake_limit,
     )

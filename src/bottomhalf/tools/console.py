@@ -14,10 +14,10 @@ import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from os.path import expanduser
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio.asyncio_loop import AioEventLoop
-from bottomhalf.host.protocol import Address, Host, InetAddress, Terminal, UnixAddress
+from bottomhalf.host.protocol import Address, Host, InetAddress, Socket, Terminal, UnixAddress
 from bottomhalf.monitor.shell_line import LINE_LENGTH_MAX, Call, parse
 from bottomhalf.monitor.shell_schema import Schema
 from bottomhalf.qapi.errors import OptionError
@@ -26,6 +26,9 @@ from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail
 from bottomhalf.tools.getopt import parse as parse_options
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.qmp import Event, Failure
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.stream import TlsStream
 
 PROGRAM: Final = "bottomhalf console"
 HISTORY: Final = "~/.bottomhalf_console_history"
@@ -44,6 +47,9 @@ Talk to a QMP or HMP monitor. SOCKET is the path of a Unix socket, or HOST:PORT.
   -k, --keep-going     go on after a command that failed
       --json           print each answer on one line
       --events         print events as well when input is no terminal
+      --tls DIR        over TLS; DIR has ca-cert.pem and, if the server wants to know who we are, client-cert.pem and
+                       client-key.pem
+      --tls-hostname NAME  the name that the server's certificate must have (default: the host)
       --history FILE   remember lines in FILE (default: {HISTORY})
       --no-history     remember nothing
   -h, --help           display this help and exit
@@ -66,6 +72,8 @@ OPTIONS: Final = (
     Option("keep-going", "k"),
     Option("json"),
     Option("events"),
+    Option("tls", takes=VALUE),
+    Option("tls-hostname", takes=VALUE),
     Option("history", takes=VALUE),
     Option("no-history"),
     Option("help", "h"),
@@ -83,6 +91,8 @@ class Wishes:
         self.as_line = False
         self.events = False
         self.history: str | None = HISTORY
+        self.tls: str | None = None
+        self.tls_hostname: str | None = None
 
 
 def main(arguments: list[str]) -> int:
@@ -124,11 +134,17 @@ def _read(arguments: list[str]) -> Wishes | None:
             wishes.history = value
         elif name == "no-history":
             wishes.history = None
+        elif name in ("tls", "tls-hostname"):
+            setattr(wishes, name.replace("-", "_"), value)
         else:
             operands.append(value)
     if len(operands) != 1:
         raise UsageError("give one socket" if operands else "no socket given")
     wishes.address = address_of(operands[0])
+    if wishes.tls_hostname is not None and wishes.tls is None:
+        raise UsageError("--tls-hostname goes with --tls")
+    if wishes.tls_hostname is None and isinstance(wishes.address, InetAddress):
+        wishes.tls_hostname = wishes.address.host
     return wishes
 
 
@@ -162,12 +178,16 @@ async def _talk(wishes: Wishes, by_hand: bool) -> int:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, AioEventLoop)
     try:
-        socket = loop.context.host.connect(wishes.address)
+        socket: Socket = loop.context.host.connect(wishes.address)
+        secure = await _secured(wishes, loop, socket) if wishes.tls is not None else None
     except OSError as error:
         complain(f"cannot connect to {wishes.address}: {error.strerror or error}")
         return LOST
+    except OptionError as error:
+        complain(str(error))
+        return LOST
     sink = Sink()
-    link = Link(socket, lambda event: sink.event(event), lambda data: sink.text(data))
+    link = Link(secure or socket, lambda event: sink.event(event), lambda data: sink.text(data), secure)
     patience = loop.call_later(
         SILENCE_S, complain, "connected, but nothing is said: another client may hold this monitor"
     )
@@ -189,6 +209,35 @@ async def _talk(wishes: Wishes, by_hand: bool) -> int:
     finally:
         patience.cancel()
         link.close()
+
+
+async def _secured(wishes: Wishes, loop: AioEventLoop, socket: Socket) -> TlsStream:
+    """The socket behind TLS. OSError; OptionError if the credentials are no good."""
+    from bottomhalf.qom import QomError
+    from bottomhalf.qom.tree import Tree
+    from bottomhalf.tls import objects  # noqa: F401  # its types
+    from bottomhalf.tls.handshaking import Handshaking
+    from bottomhalf.tls.policy import client_security
+
+    done: asyncio.Future[OSError | None] = loop.create_future()
+    try:
+        tree = Tree(loop.context.host)
+        tree.create("tls-creds-x509", "tls", {"dir": wishes.tls, "endpoint": "client"})
+        stream = client_security(tree, "tls", wishes.tls_hostname).wrap(socket)
+        handshaking = Handshaking(loop.context, stream, done.set_result)
+        try:
+            error = await done
+        finally:
+            handshaking.cancel()
+        if error is not None:
+            raise error
+    except QomError as error:
+        socket.close()
+        raise OptionError(error.desc) from None
+    except BaseException:
+        socket.close()
+        raise
+    return stream
 
 
 def complain(text: str) -> None:

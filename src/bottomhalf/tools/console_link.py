@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.host.protocol import Socket
 from bottomhalf.monitor.shell_line import Call
 from bottomhalf.wire.errors import ProtocolError
 from bottomhalf.wire.qmp import ClientSession, Event, Greeting, Response
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.stream import TlsStream
 
 RECEIVE_BYTES: Final = 65536
 HUNG_UP: Final = "the server has hung up"
@@ -27,10 +30,16 @@ class Link:
     """One connection. In the thread of the running loop."""
 
     def __init__(
-        self, socket: Socket, on_event: Callable[[Event], object], on_text: Callable[[bytes], object]
+        self,
+        socket: Socket,
+        on_event: Callable[[Event], object],
+        on_text: Callable[[bytes], object],
+        secure: TlsStream | None = None,
     ) -> None:
+        """``secure`` is the socket if that is a TLS stream, whose handshake is done."""
         self._loop = asyncio.get_running_loop()
         self._socket = socket
+        self._secure = secure
         self._session = ClientSession()
         self._on_event, self._on_text = on_event, on_text
         self._answers: dict[int, asyncio.Future[Response]] = {}
@@ -41,6 +50,12 @@ class Link:
         self.kind: asyncio.Future[str] = self._loop.create_future()  # "qmp" or "hmp"
         self.ended: asyncio.Future[Any] = self._loop.create_future()
         self._loop.add_reader(socket.fileno(), self._readable)
+        self._look_at_decrypted()
+
+    def _look_at_decrypted(self) -> None:
+        """Bytes may lie in the stream of which the loop does not know."""
+        if self._secure is not None and self._secure.buffered:
+            self._loop.call_soon(self._readable)
 
     async def negotiate(self) -> None:
         """Begin a QMP session, with everything that the server offers. Failure, ConnectionError."""
@@ -79,6 +94,8 @@ class Link:
         self._loop.remove_writer(self._socket.fileno())
 
     def _readable(self) -> None:
+        if self.ended.done():
+            return
         try:
             count = self._socket.recv_into(self._buffer)
             if count == 0:
@@ -88,6 +105,7 @@ class Link:
             pass
         except (OSError, ProtocolError) as error:
             self._end(error)
+        self._look_at_decrypted()
 
     def _take(self, data: bytes) -> None:
         if self.greeting is None and not self.kind.done():
@@ -136,4 +154,6 @@ class Link:
         if not self.ended.done() and self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
+            if self._secure is not None:
+                self._socket.shutdown()  # with a goodbye
             self._socket.close()

@@ -11,7 +11,7 @@ import errno
 import shlex
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from bottomhalf.host.linux import paths
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bottomhalf.exports.nbd.server import NbdServer
     from bottomhalf.host.protocol import Address
     from bottomhalf.monitor.storage import Storage
+    from bottomhalf.tls.policy import Security
 
 PROGRAM: Final = "bottomhalf serve"
 REFRESH_NS: Final = 500_000_000
@@ -38,6 +39,9 @@ OPTIONS: Final = (
     Option("backing-files"),
     Option("read-only", "r"),
     Option("direct", "n"),
+    Option("tls", takes=VALUE),
+    Option("tls-anyone"),
+    Option("tls-allow", takes=VALUE),
     Option("qmp", takes=VALUE),
     Option("quiet", "q"),
 )
@@ -54,6 +58,9 @@ Serve a disk image over NBD until Ctrl-C.
       --backing-files open the backing and data files that the image names
   -r, --read-only     refuse writes
   -n, --direct        bypass the page cache (O_DIRECT)
+      --tls DIR       clients must use TLS, and show a certificate; DIR has ca-cert.pem, server-cert.pem, server-key.pem
+      --tls-anyone    with --tls: clients need no certificate
+      --tls-allow DN  with --tls: only clients with this name in their certificate; may be given several times
       --qmp PATH      also take QMP commands on this Unix socket
   -q, --quiet         print only the URI
   -h, --help          display this help and exit
@@ -75,11 +82,14 @@ class Settings:
     backing_files = False
     read_only = False
     direct = False
+    tls: str | None = None
+    tls_anyone = False
     qmp: str | None = None
     quiet = False
 
     def __init__(self, arguments: list[str]) -> None:
         images = []
+        self.tls_allow: list[str] = []
         for name, value, _ in parse(arguments, OPTIONS):
             if name == "":
                 images.append(value)
@@ -90,7 +100,9 @@ class Settings:
             elif name == "help":
                 self.help = True
                 return
-            elif name in ("backing-files", "read-only", "direct", "quiet"):
+            elif name == "tls-allow":
+                self.tls_allow.append(value)
+            elif name in ("backing-files", "read-only", "direct", "quiet", "tls-anyone"):
                 setattr(self, name.replace("-", "_"), True)
             else:
                 setattr(self, name, value)
@@ -100,6 +112,10 @@ class Settings:
             raise UsageError("--socket and --port exclude each other")
         if self.bind is not None and self.port is None:
             raise UsageError("--bind goes with --port")
+        if self.tls is None and (self.tls_anyone or self.tls_allow):
+            raise UsageError("--tls-anyone and --tls-allow go with --tls")
+        if self.tls_anyone and self.tls_allow:
+            raise UsageError("--tls-anyone and --tls-allow exclude each other")
         self.image = images[0]
         if self.name is None:
             base = paths.absolute(self.image).rpartition("/")[2]
@@ -135,7 +151,7 @@ def _serve(settings: Settings) -> int:
             where = f"{error.filename}: " if error.filename else ""
             fail(PROGRAM, f"{where}{error.strerror or error}")
         assert server.address is not None
-        _introduce(settings, export, uri(server.address, export.name))
+        _introduce(settings, export, uri(server.address, export.name, tls=settings.tls is not None))
         screen.watch(storage, export, server)
         storage.run_forever()
         screen.end()
@@ -230,9 +246,10 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
     from bottomhalf.exports.nbd.server import CONNECTIONS_MAX_DEFAULT, HANDSHAKE_SECONDS_MAX_DEFAULT
     from bottomhalf.host.protocol import InetAddress, UnixAddress
 
-    limits = {
+    limits: dict[str, Any] = {
         "connections_max": CONNECTIONS_MAX_DEFAULT,
         "handshake_seconds_max": HANDSHAKE_SECONDS_MAX_DEFAULT,
+        "security": _security(storage, settings),
     }
     if settings.port is not None:
         return storage.exports.start_nbd_server(InetAddress(settings.bind or BIND_DEFAULT, settings.port), **limits)
@@ -242,6 +259,28 @@ def _listen(storage: Storage, settings: Settings) -> NbdServer:
     return storage.exports.start_nbd_server(
         UnixAddress(paths.free_socket_path(f"bottomhalf-{stem}")), **limits
     )
+
+
+def _security(storage: Storage, settings: Settings) -> Security | None:
+    """From --tls and its kin to the objects that a storage daemon would be given."""
+    if settings.tls is None:
+        return None
+    from bottomhalf.qapi.objects import ObjectOptions
+    from bottomhalf.qapi.visit import from_json
+
+    creds = {
+        "qom-type": "tls-creds-x509",
+        "id": "tls",
+        "dir": paths.absolute(settings.tls),
+        "endpoint": "server",
+        "verify-peer": not settings.tls_anyone,
+    }
+    storage.add_object(from_json(ObjectOptions, creds))
+    if not settings.tls_allow:
+        return storage.server_security("tls", None)
+    rules = [{"match": name, "policy": "allow"} for name in settings.tls_allow]
+    storage.add_object(from_json(ObjectOptions, {"qom-type": "authz-list", "id": "allowed", "rules": rules}))
+    return storage.server_security("tls", "allowed")
 
 
 def _take_commands(storage: Storage, path: str) -> None:
@@ -255,14 +294,15 @@ def _take_commands(storage: Storage, path: str) -> None:
     chardev.start()
 
 
-def uri(address: Address, name: str) -> str:
+def uri(address: Address, name: str, *, tls: bool = False) -> str:
     """The NBD URI of an export, as the specification writes it."""
     from bottomhalf.host.protocol import UnixAddress
 
+    scheme = "nbds" if tls else "nbd"
     if isinstance(address, UnixAddress):
-        return f"nbd+unix:///{quote(name, safe='')}?socket={quote(address.path)}"
+        return f"{scheme}+unix:///{quote(name, safe='')}?socket={quote(address.path)}"
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"nbd://{host}:{address.port}/{quote(name, safe='')}"
+    return f"{scheme}://{host}:{address.port}/{quote(name, safe='')}"
 
 
 def _introduce(settings: Settings, export: NbdExport, where: str) -> None:

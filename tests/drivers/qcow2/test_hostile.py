@@ -175,11 +175,10 @@ def test_compressed_clusters(what: str) -> None:
 
 
 def test_unsupported_things_are_said() -> None:
-    """Encryption, data files, images that were not closed: a clear refusal, and nothing is written."""
+    """Encryption, data files, images marked corrupt: a clear refusal, and nothing is written."""
     cases: list[tuple[int, bytes, dict[str, Any], str]] = [
         (32, struct.pack(">I", 2), {}, "Parameter 'encrypt.key-secret' is required for cipher"),
         (72, struct.pack(">Q", 4), {}, "'data-file' is required for this image"),
-        (72, struct.pack(">Q", 1), {}, "was not closed properly"),
         (72, struct.pack(">Q", 2), {}, "Image is corrupt; cannot be opened read/write"),
     ]
     for at, value, more, text in cases:
@@ -191,7 +190,7 @@ def test_unsupported_things_are_said() -> None:
         with pytest.raises(BlockError, match=text):
             Disk(host, "damaged.qcow2", **more)
         assert host.content("damaged.qcow2") == image
-        if value in (struct.pack(">Q", 1), struct.pack(">Q", 2)):
+        if value == struct.pack(">Q", 2):
             readable = Disk(host, "damaged.qcow2", **{"read-only": True})
             assert readable.content() == bytes(1 << 20)
             readable.close()

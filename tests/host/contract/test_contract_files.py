@@ -355,3 +355,16 @@ def test_no_device(place: Place) -> None:
     file = place.open(place.file("a", 512))
     assert not file.is_device and file.device_limits() is None
     assert not place.host.is_device(file.path) and not place.host.is_device(place.path("nowhere"))
+
+
+def test_a_path_is_lent(place: Place) -> None:
+    """For libraries of this process, which read the bytes by a name while the block lasts, and not longer."""
+    data = bytes(range(256)) * 1000
+    with place.host.lend_path(data) as path, place.host.lend_path(b"") as empty:
+        for _ in range(2):
+            with open(path, "rb") as file:
+                assert file.read() == data
+        assert path != empty
+    with pytest.raises(OSError), open(path, "rb") as file:  # unless the number has been given to another
+        assert file.read() != data
+        raise OSError

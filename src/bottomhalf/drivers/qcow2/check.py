@@ -3,262 +3,310 @@
 
 A counter that is too high is a leak: space is lost, nothing else. One that is too low is corruption: the cluster may be
 given to somebody else. What QEMU prints for each, scripts match on, so the findings are worded the same.
+
+A repair goes in steps, each durable before the next: preallocated clusters at impossible places become zero clusters,
+while counting; counters are set right, or, if that is not possible because their own tables are damaged or a cluster
+that is in use has none, all of them are written anew (``rebuilding``); then the flags that say "mine alone"; then the
+snapshot table, if an entry is incomplete. If nothing is left the image is not called dirty or corrupt any more. With
+"leaks" only counters that are too high, and flags if nothing else is wrong.
+
+What cannot be read or understood is an error of the check, never an exception: a check is for damaged images.
 """
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+import errno
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import bitmaps, layout, snapshots, tables
+from bottomhalf.drivers.qcow2 import layout, overlap, rebuilding, refcounts, snapshots
+from bottomhalf.drivers.qcow2.findings import CheckResult as CheckResult
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SNAPSHOT_TABLE_BYTES_MAX
 from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.references import NONE, PAGE_ENTRIES, References, Unfinished
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
 
-FINDINGS_MAX: Final = 1000  # that are kept as text; all are counted
-
-
-@dataclass
-class CheckResult:
-    """What a check has found; clusters, unless named otherwise."""
-
-    corruptions: int = 0
-    leaks: int = 0
-    check_errors: int = 0  # tables that could not be read or understood
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    total_clusters: int = 0  # of the guest's disk
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end_offset: int = 0  # bytes
-    findings: list[str] = field(default_factory=list)
-
-    def say(self, finding: str) -> None:
-        if len(self.findings) < FINDINGS_MAX:
-            self.findings.append(finding)
-
 
 async def co_check(file: Node, header: Header, repair: str | None = None) -> CheckResult:
-    """Check the image in ``file``. ``repair`` is "leaks" or "all"; the node must be writable then. OSError; ImageError
-    for an image whose tables cannot even be found."""
+    """Check the image in ``file``. ``repair`` is "leaks" or "all"; the node must be writable then, and ``header`` is
+    changed with the image. What is wrong is in the result, I/O errors too."""
+    found = await _co_check(file, header, repair)
+    if found.failure or not (found.corruptions_fixed or found.leaks_fixed):
+        return found
+    again = await _co_check(file, header, None)
+    again.corruptions_fixed, again.leaks_fixed = found.corruptions_fixed, found.leaks_fixed
+    texts, again.findings = again.findings, found.findings
+    for text in texts:
+        again.say(text)
+    return again
+
+
+async def co_repair_dirty(file: Node, header: Header) -> None:
+    """An image that was not closed properly is opened for writing: its counters may be too low. ImageError."""
+    found = await _co_check(file, header, "all")
+    if found.check_errors:
+        raise ImageError(f"Could not repair dirty image: {found.failure or found.findings[-1]}")
+    if header.incompatible & layout.DIRTY:  # something else is wrong, but the counters are right
+        header.incompatible &= ~layout.DIRTY
+        metadata = Metadata(lambda: file, header)
+        await metadata.write_header()
+
+
+async def _co_check(file: Node, header: Header, repair: str | None) -> CheckResult:
     metadata = Metadata(lambda: file, header)
-    await metadata.open()
-    checker = _Checker(metadata)
-    await checker.count()
-    await checker.compare(repair)
-    return checker.result
+    result = CheckResult(total_clusters=-(-header.size >> header.cluster_bits))
+    try:
+        await metadata.open()
+        await _Checker(metadata, result, repair).run()
+    except Unfinished:
+        pass  # the result says why
+    except OSError as error:
+        result.give_up(os.strerror(error.errno) if error.errno else str(error))
+    except ImageError as error:
+        result.give_up(str(error))
+    return result
 
 
 class _Checker:
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, result: CheckResult, repair: str | None) -> None:
         self._metadata = metadata
-        self._header = header = metadata.header
+        self._header = metadata.header
         self._mapping = metadata.mapping
-        self._clusters = (metadata.file.size + header.cluster_size - 1) >> header.cluster_bits
-        self._counts = array("I", [0]) * self._clusters
-        self._next_host = 0
-        self.result = CheckResult(total_clusters=-(-header.size >> header.cluster_bits))
+        self._result = result
+        self._repair = repair
+        self._broken_snapshots = 0  # corruptions of the snapshot table
+        self._scan = snapshots.Scan([], 0, [], [], 0)
+        self._references = References(metadata, result, fix=repair == "all")
 
-    # -- counting -----------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        result, repair = self._result, self._repair
+        await self._read_snapshots()
+        await self._references.count(self._scan.entries, self._scan.length)
+        corruptions, leaks = result.corruptions, result.leaks
+        rebuild = await self._compare("")
+        rebuild = rebuild or self._references.rebuild
+        if rebuild and repair == "leaks":
+            result.give_up("ERROR need to rebuild refcount structures")
+            return
+        if rebuild and repair:
+            await self._rebuild()
+        elif repair and (result.corruptions or result.leaks):
+            result.corruptions, result.leaks = corruptions, leaks
+            await self._compare(repair)
+        await self._compare_copied(repair == "all" or (repair == "leaks" and not self._wrong))
+        if repair == "all" and self._broken_snapshots:
+            await self._write_snapshots()
+        if repair:
+            async with self._metadata.lock:
+                await self._metadata.settle()
+                if not self._wrong and self._header.incompatible & (layout.DIRTY | layout.CORRUPT):
+                    self._header.incompatible &= ~(layout.DIRTY | layout.CORRUPT)
+                    self._metadata.header_changed()
+                    await self._metadata.settle()
 
-    def _refer(self, offset: int, length: int, what: str) -> bool:
-        """Bytes of the file are referred to; whether that can be."""
-        header = self._header
-        if length <= 0:
-            return True
-        first, last = offset >> header.cluster_bits, (offset + length - 1) >> header.cluster_bits
-        if offset < 0 or last >= self._clusters:
-            self.result.corruptions += 1
-            self.result.say(f"ERROR: {what} at {offset:#x} lies behind the end of the image file")
-            return False
-        for cluster in range(first, last + 1):
-            self._counts[cluster] += 1
-        return True
+    @property
+    def _wrong(self) -> bool:
+        result = self._result
+        return bool(result.corruptions or result.leaks or result.check_errors)
 
-    async def count(self) -> None:
-        """Walk through everything that refers to clusters."""
-        header, metadata = self._header, self._metadata
-        size = header.cluster_size
-        self._refer(0, size, "header")
-        await self._count_l1(metadata.l1, header.l1_offset, active=True)
-        await self._count_snapshots()
-        await self._count_bitmaps()
-        crypto = header.extension(layout.EXTENSION_CRYPTO)
-        if crypto is not None and len(crypto) == 16:
-            self._refer(int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:], "big"), "encryption header")
-        self._refer(header.refcount_table_offset, header.refcount_table_clusters * size, "refcount table")
-        for index, entry in enumerate(metadata.refcount_table):
-            if entry & layout.REFCOUNT_TABLE_RESERVED or entry % size:
-                self.result.corruptions += 1
-                self.result.say(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
-            elif entry and entry >> header.cluster_bits >= self._clusters:
-                self.result.corruptions += 1
-                self.result.say(f"ERROR refcount block {index} is outside image")
-            elif entry:
-                self._refer(entry, size, f"refcount block {index}")
+    # -- snapshots ----------------------------------------------------------------------------------------------
 
-    async def _count_l1(self, l1: array[int], offset: int, *, active: bool) -> None:
-        self._refer(offset, len(l1) * 8, "L1 table")
-        for index, entry in enumerate(l1):
-            table_offset = entry & OFFSET_MASK
-            if entry & layout.L1_RESERVED or table_offset & self._mapping.cluster_mask:
-                self.result.corruptions += 1
-                self.result.say(f"ERROR l2_offset={entry:#x}: Table is not cluster aligned; L1 entry corrupted")
-            elif table_offset and self._refer(table_offset, self._header.cluster_size, f"L2 table {index}"):
-                table = tables.unpack(await self._metadata.read(table_offset, self._header.cluster_size))
-                self._count_l2(table, index, active=active)
-
-    def _count_l2(self, table: array[int], l1_index: int, *, active: bool) -> None:
-        mapping, result, size = self._mapping, self.result, self._header.cluster_size
-        for index in range(mapping.entries):
-            entry = table[index * mapping.words]
-            bitmap = table[index * mapping.words + 1] if mapping.extended else 0
-            if not entry and not bitmap:
-                continue
-            try:
-                mapping.check_entry(entry, bitmap)
-            except ImageError as error:
-                result.corruptions += 1
-                result.say(f"ERROR l1_index={l1_index} l2_index={index}: {error}")
-                continue
-            if entry & COMPRESSED:
-                if entry & COPIED:
-                    result.corruptions += 1
-                    result.say(f"ERROR: cluster {index}: copied flag must never be set for compressed clusters")
-                offset, length = mapping.squeezed(entry)
-                # The last sector may go beyond the end of the file, which nobody reads.
-                end = min(offset + length, self._clusters << mapping.cluster_bits)
-                self._refer(offset, max(end - offset, 1), "compressed cluster")
-                if active:
-                    result.compressed_clusters += 1
-                    result.allocated_clusters += 1
-                    result.fragmented_clusters += 1
-            elif mapping.has_place(entry):
-                host = entry & OFFSET_MASK
-                if not mapping.external:
-                    self._refer(host, size, "data cluster")
-                if active:
-                    result.allocated_clusters += 1
-                    if self._next_host and host != self._next_host:
-                        result.fragmented_clusters += 1
-                    self._next_host = host + size
-
-    async def _count_snapshots(self) -> None:
-        header, metadata = self._header, self._metadata
+    async def _read_snapshots(self) -> None:
+        header, metadata, result = self._header, self._metadata, self._result
         if not header.snapshot_count:
             return
         room = min(SNAPSHOT_TABLE_BYTES_MAX, max(metadata.file.size - header.snapshots_offset, 0))
-        try:
-            found, length = snapshots.parse(
-                await metadata.read(header.snapshots_offset, room), header.snapshot_count, header.cluster_size
-            )
-        except ImageError as error:
-            self.result.corruptions += 1
-            self.result.say(f"ERROR {error}")
-            return
-        self._refer(header.snapshots_offset, length, "snapshot table")
-        for snapshot in found:
-            l1 = tables.unpack(await metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
-            await self._count_l1(l1, snapshot.l1_offset, active=False)
+        data = await metadata.read(header.snapshots_offset, room)
+        self._scan = scan = snapshots.scan(data, header.snapshot_count, header.version)
+        hint = "You can force-remove {} with qemu-img check -r all"
+        failed = "ERROR failed to read the snapshot table"
+        for number, length in scan.oversized:
+            if self._repair != "all":
+                text = f"{failed}: Too much extra metadata in snapshot table entry {number}"
+                result.give_up(f"{text}\n{hint.format('this extra metadata')}")
+                raise Unfinished
+            most = snapshots.EXTRA_BYTES_MAX
+            result.say(f"Discarding too much extra metadata in snapshot table entry {number} ({length} > {most})")
+            self._broken_snapshots += 1
+        if scan.overhanging:
+            if self._repair != "all":
+                what = f"all {scan.overhanging} overhanging snapshots"
+                result.give_up(f"{failed}: Snapshot table is too big\n{hint.format(what)}")
+                raise Unfinished
+            result.say(f"Discarding {scan.overhanging} overhanging snapshots (snapshot table is too big)")
+            self._broken_snapshots += scan.overhanging
+        for number in scan.incomplete:
+            kind = "Repairing" if self._repair == "all" else "ERROR"
+            result.say(f"{kind} snapshot table entry {number} is incomplete")
+            self._broken_snapshots += 1
+        result.corruptions += self._broken_snapshots
 
-    async def _count_bitmaps(self) -> None:
-        header, metadata = self._header, self._metadata
-        extension = header.extension(layout.EXTENSION_BITMAPS)
-        if extension is None or not header.autoclear & layout.BITMAPS:
-            return
-        try:
-            count, offset, length = bitmaps.parse_extension(extension, header.cluster_size)
-            found = bitmaps.parse_directory(await metadata.read(offset, length), count, header.cluster_size)
-        except ImageError as error:
-            self.result.corruptions += 1
-            self.result.say(f"ERROR {error}")
-            return
-        self._refer(offset, length, "bitmap directory")
-        for bitmap in found:
-            if self._refer(bitmap.table_offset, bitmap.table_size * 8, "bitmap table"):
-                for entry in tables.unpack(await metadata.read(bitmap.table_offset, bitmap.table_size * 8)):
-                    if bitmaps.data_offset(entry):
-                        self._refer(bitmaps.data_offset(entry), header.cluster_size, "bitmap data")
+    async def _write_snapshots(self) -> None:
+        """A table in which every entry is what it should be. The counters are right."""
+        metadata, header, result = self._metadata, self._header, self._result
+        data = snapshots.pack(self._scan.entries, header.size)
+        async with metadata.lock:
+            where = 0
+            if data:
+                count = -(-len(data) >> header.cluster_bits)
+                where = await metadata.allocate_together(count) << header.cluster_bits
+                await metadata.write([(where, data)])
+            old, length = header.snapshots_offset, self._scan.length
+            if length and self._references.of(old >> header.cluster_bits):
+                last = (old + length - 1) >> header.cluster_bits
+                metadata.free_all(range(old >> header.cluster_bits, last + 1))
+            header.snapshots_offset, header.snapshot_count = where, len(self._scan.entries)
+            metadata.header_changed()
+            await metadata.settle()
+        result.corruptions -= self._broken_snapshots
+        result.corruptions_fixed += self._broken_snapshots
 
-    # -- comparing ----------------------------------------------------------------------------------------------
+    # -- counters -----------------------------------------------------------------------------------------------
 
-    async def compare(self, repair: str | None) -> None:
-        """Compare the counters with what was counted, then the flags that say "the only one"."""
-        metadata, result = self._metadata, self.result
-        fixes: list[tuple[int, int]] = []
-        last = 0
-        for cluster, counted in enumerate(self._counts):
-            stored = await metadata.refcount(cluster)
-            if stored or counted:
-                last = cluster + 1
-            if stored == counted:
+    async def _compare(self, repair: str) -> bool:
+        """Compare the counters with what was counted, block by block. Whether all have to be written anew."""
+        metadata, references, result = self._metadata, self._references, self._result
+        per_block = refcounts.entries_of_block(self._header.cluster_bits, self._header.refcount_order)
+        step = min(per_block, PAGE_ENTRIES)
+        clusters, rebuild, highest = references.end, False, 0
+        table = metadata.refcount_table
+        blocks = {n for n, entry in enumerate(table[: -(-clusters // per_block)]) if entry}
+        blocks.update(first // per_block for first, _ in references.counted())
+        for index in sorted(blocks):
+            start = index * per_block
+            try:
+                block = await metadata.block(index)
+            except (OSError, ImageError) as error:
+                reason = os.strerror(getattr(error, "errno", 0) or errno.EIO)
+                for cluster in range(start, min(start + per_block, clusters)):
+                    result.check_errors += 1
+                    result.say(f"Can't get refcount for cluster {cluster}: {reason}")
                 continue
-            leaked = stored > counted
-            kind = "Leaked" if leaked else "ERROR"
-            if repair == "all" or (repair == "leaks" and leaked):
-                fixes.append((cluster, counted))
-                kind = "Repairing"
-            elif leaked:
-                result.leaks += 1
-            else:
-                result.corruptions += 1
-            result.say(f"{kind} cluster {cluster} refcount={stored} reference={counted}")
-            if repair and kind == "Repairing":
-                result.leaks_fixed += leaked
-                result.corruptions_fixed += not leaked
-        result.image_end_offset = last << self._header.cluster_bits
-        if fixes:
-            async with metadata.lock:
-                for cluster, counted in fixes:
-                    await metadata.set_refcount(cluster, counted)
-        await self._compare_copied(repair)
-        if repair:
-            async with metadata.lock:
-                await metadata.commit()
-                wrong = layout.DIRTY | (layout.CORRUPT if repair == "all" and not result.corruptions else 0)
-                if self._header.incompatible & wrong:
-                    self._header.incompatible &= ~wrong
-                    metadata.header_changed()
-                    await metadata.commit()
+            for first in range(start, min(start + per_block, clusters), step):
+                counts = references.some(first, step)
+                stored = block[first - start : first - start + step] if block else NONE[:step]
+                if any(counts) or any(stored):
+                    for n in range(min(step, clusters - first)):
+                        if stored[n] or counts[n]:
+                            highest = first + n
+                            if stored[n] != counts[n]:
+                                rebuild = rebuild or not stored[n]
+                                await self._differs(first + n, stored[n], counts[n], repair)
+        if not repair:
+            result.image_end_offset = (highest + 1) << self._header.cluster_bits
+        return rebuild
 
-    async def _compare_copied(self, repair: str | None) -> None:
+    async def _differs(self, cluster: int, stored: int, count: int, repair: str) -> None:
+        result, leaked = self._result, stored > count
+        mended = repair == "all" or (repair == "leaks" and leaked)
+        if mended:
+            async with self._metadata.lock:
+                await self._metadata.set_refcount(cluster, count)
+                await self._metadata.make_room_for_changes()
+            result.leaks_fixed += leaked
+            result.corruptions_fixed += not leaked
+        else:
+            result.leaks += leaked
+            result.corruptions += not leaked
+        kind = "Repairing" if mended else ("Leaked" if leaked else "ERROR")
+        result.say(f"{kind} cluster {cluster} refcount={stored} reference={count}")
+
+    async def _rebuild(self) -> None:
+        """Write all counters anew, then count once more: what held the old ones is free."""
+        result = self._result
+        result.say("Rebuilding refcount structure")
+        async with self._metadata.lock:
+            await rebuilding.co_rebuild(self._metadata, self._references)
+        before = result.corruptions, result.leaks, result.corruptions_fixed
+        again = CheckResult()
+        self._references = References(self._metadata, again, fix=False)
+        await self._references.count(self._scan.entries, self._scan.length)
+        again.corruptions += self._broken_snapshots
+        await self._compare_into(again)
+        result.corruptions, result.leaks = again.corruptions, again.leaks
+        result.check_errors = again.check_errors
+        result.corruptions_fixed = before[2] + max(before[0] - again.corruptions, 0)
+        result.leaks_fixed += max(before[1] - again.leaks, 0)
+
+    async def _compare_into(self, again: CheckResult) -> None:
+        """Free what held the old counters, as a part of the repair that is not counted."""
+        result, self._result = self._result, again
+        try:
+            if await self._compare("all") or self._references.rebuild:
+                again.give_up("ERROR need to rebuild refcount structures")
+        finally:
+            self._result = result
+        for text in again.findings:
+            if text.startswith("Repairing"):
+                result.say(text)
+        if again.failure:
+            result.give_up(again.failure)
+            raise Unfinished
+        async with self._metadata.lock:
+            await self._metadata.commit()
+
+    # -- flags --------------------------------------------------------------------------------------------------
+
+    async def _compare_copied(self, mend: bool) -> None:
         """COPIED stands at what has exactly one reference (as it is stored), in the active tables; and only there."""
         metadata, mapping = self._metadata, self._mapping
+        if mend:
+            await metadata.find_places()
+        seen: set[int] = set()
         for l1_index, entry in enumerate(metadata.l1):
             offset = entry & OFFSET_MASK
-            if not offset or offset >> mapping.cluster_bits >= self._clusters or offset & mapping.cluster_mask:
+            if not offset:
                 continue
-            stored = await metadata.refcount(offset >> mapping.cluster_bits)
-            single = stored == 1
-            if single != bool(entry & COPIED):
-                self._copied(repair, f"L2 cluster: l1_index={l1_index} l1_entry={entry:x}", stored)
-                if repair == "all":
-                    metadata.set_l1(l1_index, entry & ~COPIED | (COPIED if single else 0))
+            stored = await self._stored(offset)
+            if stored is not None and (stored == 1) != bool(entry & COPIED):
+                text = f"L2 cluster: l1_index={l1_index} l1_entry={entry:x}"
+                if self._copied(mend, text, stored, metadata.header.l1_offset, overlap.ACTIVE_L1):
+                    metadata.set_l1(l1_index, entry ^ COPIED)
+            if offset in seen or offset & mapping.cluster_mask or offset >= metadata.file.size:
+                continue
+            seen.add(offset)
+            if mend:
+                async with metadata.lock:
+                    await metadata.make_room_for_changes()
             table = await metadata.l2_table(l1_index)
             assert table is not None
-            for index in range(mapping.entries):
-                found = table.entries[index * mapping.words]
-                host = found & OFFSET_MASK
-                if found & COMPRESSED or not host or mapping.external or host >> mapping.cluster_bits >= self._clusters:
+            if not any(table.entries):
+                continue
+            for at in range(0, len(table.entries), mapping.words):
+                found = table.entries[at]
+                if found & COMPRESSED or not found & OFFSET_MASK or mapping.external:
                     continue
-                stored = await metadata.refcount(host >> mapping.cluster_bits)
-                single = stored == 1
-                if single != bool(found & COPIED):
-                    self._copied(repair, f"data cluster: l2_entry={found:x}", stored)
-                    if repair == "all":
-                        bitmap = table.entries[index * mapping.words + 1] if mapping.extended else 0
-                        metadata.set_entry(table, index, found & ~COPIED | (COPIED if single else 0), bitmap)
+                stored = await self._stored(found & OFFSET_MASK)
+                if stored is None or (stored == 1) == bool(found & COPIED):
+                    continue
+                if self._copied(mend, f"data cluster: l2_entry={found:x}", stored, offset, overlap.ACTIVE_L2):
+                    bitmap = table.entries[at + 1] if mapping.extended else 0
+                    metadata.set_entry(table, at // mapping.words, found ^ COPIED, bitmap)
 
-    def _copied(self, repair: str | None, where: str, refcount: int) -> None:
-        if repair == "all":
-            self.result.corruptions_fixed += 1
+    async def _stored(self, offset: int) -> int | None:
+        """The counter of a cluster; None if it cannot be told, which was said before."""
+        with suppress(OSError, ImageError):
+            return await self._metadata.refcount(offset >> self._mapping.cluster_bits)
+        return None
+
+    def _copied(self, mend: bool, where: str, refcount: int, table: int, own: int) -> bool:
+        """A flag is wrong; whether it may be set right, in a table at that place."""
+        result = self._result
+        if mend:
+            try:
+                self._metadata.places.table(table, own, self._mapping.cluster_size)
+            except overlap.Corruption as error:
+                if not result.failure:
+                    result.give_up(f"ERROR: Could not write L2 table; metadata overlap check failed: {error}")
+                mend = False
+        result.say(f"{'Repairing' if mend else 'ERROR'} OFLAG_COPIED {where} refcount={refcount}")
+        if mend:
+            result.corruptions_fixed += 1
         else:
-            self.result.corruptions += 1
-        kind = "Repairing" if repair == "all" else "ERROR"
-        self.result.say(f"{kind} OFLAG_COPIED {where} refcount={refcount}")
+            result.corruptions += 1
+        return mend

@@ -65,16 +65,20 @@ class Counters:
 
     # -- refcounts ----------------------------------------------------------------------------------------------
 
+    def block_offset(self, index: int) -> int:
+        """Where a block lies; 0: there is none."""
+        return self.refcount_table[index] & ~REFCOUNT_TABLE_RESERVED
+
     async def _block(self, index: int) -> array[int] | None:
         """A refcount block; None if there is none. With the lock held."""
         block = self._blocks.pop(index, None)
         if block is not None:
             self._blocks[index] = block  # the one that was used last is the last
             return block
-        entry = self.refcount_table[index] if index < len(self.refcount_table) else 0
+        entry = self.block_offset(index) if index < len(self.refcount_table) else 0
         if not entry:
             return None
-        if entry & REFCOUNT_TABLE_RESERVED or entry & self.mapping.cluster_mask:
+        if entry & self.mapping.cluster_mask:
             raise ImageError(f"Refblock offset {entry:#x} unaligned (reftable index: {index:#x})")
         data = await self.read(entry, self.mapping.cluster_size)
         block = refcounts.unpack(data, self.header.refcount_order)
@@ -85,6 +89,10 @@ class Counters:
                 del self._blocks[other]
         self._blocks[index] = block
         return block
+
+    async def block(self, index: int) -> array[int]:
+        """The counters of a block as they are; empty if there is none. OSError, ImageError."""
+        return await self._block(index) or array("B")
 
     async def refcount(self, cluster: int) -> int:
         per_block = self._per_block
@@ -263,7 +271,7 @@ class Counters:
     def _block_pages(self) -> Iterable[tuple[int, bytes]]:
         for index, pages in self._dirty_blocks.items():
             packed = refcounts.pack(self._blocks[index], self.header.refcount_order)
-            yield from pages_of(self.refcount_table[index], packed, pages)
+            yield from pages_of(self.block_offset(index), packed, pages)
 
 
 def pages_of(offset: int, data: bytes, pages: set[int]) -> Iterable[tuple[int, bytes]]:

@@ -11,6 +11,7 @@ file is data here; nobody opens it for having read it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -168,7 +169,7 @@ class Header:
             raise ImageError("qcow2 header exceeds cluster size")
         if backing_offset > header.cluster_size:
             raise ImageError("Invalid backing file offset")
-        header._check_features()
+        header._check_features(head, min(backing_offset or header.cluster_size, len(head)))
         header._parse_extensions(head, backing_offset or header.cluster_size)
         if header.refcount_order > REFCOUNT_ORDER_MAX:
             raise ImageError("Reference count entry width too large; may not exceed 64 bits")
@@ -197,13 +198,35 @@ class Header:
         if length > HEADER_BYTES_WRITTEN:
             self.unknown = head[HEADER_BYTES_WRITTEN : min(length, self.cluster_size)]
 
-    def _check_features(self) -> None:
+    def _check_features(self, head: bytes, end: int) -> None:
         unknown = self.incompatible & ~layout.INCOMPATIBLE_KNOWN
         if unknown:
-            # The names stand in an extension, which nobody is sure to find in an image that he does not understand.
-            raise ImageError(f"Unsupported qcow2 feature(s): Unknown incompatible feature: {unknown:x}")
+            names = []
+            for bit, name in self._feature_names(head, end):
+                if unknown >> bit & 1:
+                    names.append(name)
+                    unknown &= ~(1 << bit)
+            if unknown:
+                names.append(f"Unknown incompatible feature: {unknown:x}")
+            raise ImageError(f"Unsupported qcow2 feature(s): {', '.join(names)}")
         if self.extended_l2 and self.cluster_bits < layout.EXTENDED_CLUSTER_BITS_MIN:
             raise ImageError("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
+
+    def _feature_names(self, head: bytes, end: int) -> Iterator[tuple[int, str]]:
+        """The incompatible features that the image itself names: bit, name. Of an image that is not understood, so
+        nothing here is an error."""
+        at = self.header_bytes
+        while at + _EXTENSION.size <= end:
+            kind, length = _EXTENSION.unpack_from(head, at)
+            at += _EXTENSION.size
+            if kind == layout.EXTENSION_FEATURE_NAMES:
+                for place in range(at, min(at + length, end) - _FEATURE.size + 1, _FEATURE.size):
+                    feature, bit, name = _FEATURE.unpack_from(head, place)
+                    if feature == 0 and bit < 64:
+                        yield bit, name.rstrip(b"\0").decode("utf-8", "backslashreplace")
+            if kind == layout.EXTENSION_END:
+                return
+            at += -(-length // 8) * 8
 
     def _parse_extensions(self, head: bytes, end: int) -> None:
         at = self.header_bytes

@@ -40,7 +40,6 @@ from bottomhalf.drivers.qcow2.layout import (
     COPIED,
     CORRUPT,
     DIRTY,
-    L1_RESERVED,
     OFFSET_MASK,
     SECTOR_BYTES,
 )
@@ -124,9 +123,6 @@ class Metadata(Counters):
         """Read what is always in memory: L1 and the refcount table. OSError, ImageError."""
         header = self.header
         self.l1 = tables.unpack(await self.read(header.l1_offset, header.l1_size * 8))
-        for index, entry in enumerate(self.l1):
-            if entry & L1_RESERVED or entry & OFFSET_MASK & self.mapping.cluster_mask:
-                raise ImageError(f"L2 table offset {entry & OFFSET_MASK:#x} unaligned (L1 index: {index:#x})")
         size = header.refcount_table_clusters << header.cluster_bits
         self.refcount_table = tables.unpack(await self.read(header.refcount_table_offset, size))
         self.virgin = (self.file.size + self.mapping.cluster_mask) >> header.cluster_bits
@@ -163,6 +159,8 @@ class Metadata(Counters):
         offset = self.l1[index] & OFFSET_MASK
         if not offset:
             return None
+        if offset & self.mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
         queue = self._loading[index] = CoQueue(f"L2 table {index} of {self.file.name}")
         try:
             data = await self.read(offset, self.mapping.cluster_size)
@@ -473,7 +471,7 @@ class Metadata(Counters):
         for table in changed:
             self.places.table(table.offset, overlap.ACTIVE_L2, size)
         for index in self._dirty_blocks:
-            self.places.table(self.refcount_table[index], overlap.REFCOUNT_BLOCK, size)
+            self.places.table(self.block_offset(index), overlap.REFCOUNT_BLOCK, size)
         if self._dirty_l1 or self._l1_moved:
             self.places.table(self.header.l1_offset, overlap.ACTIVE_L1, size)
         if self._dirty_table or self._table_moved:

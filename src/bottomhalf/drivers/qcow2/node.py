@@ -20,7 +20,7 @@ from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.node import co_io
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
-from bottomhalf.drivers.qcow2.check import CheckResult, co_check
+from bottomhalf.drivers.qcow2.check import CheckResult, co_check, co_repair_dirty
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
@@ -135,29 +135,32 @@ class Qcow2Node(DirectReads):
             raise BlockError("'data-file' is required for this image")
         if not header.external and self._data is not self._file:
             raise BlockError("'data-file' can only be set for images with an external data file")
-        if not self.read_only:
+        writable = self.active and not self.read_only
+        if writable:
             self._check_writable()
+            if header.incompatible & layout.DIRTY:
+                await co_repair_dirty(self.file, header)
         await self.metadata.open()
-        if not self.read_only:
-            self._clear_unknown()
+        if writable and self._clear_unknown():
+            await self._co_commit()
 
     def _check_writable(self) -> None:
         """BlockError if the image must not be written."""
         header = self.header
         if header.incompatible & layout.CORRUPT:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-        if header.incompatible & layout.DIRTY and not self.metadata.is_marked_dirty:
-            raise ImageError("the image was not closed properly; check and repair it, or open it read-only")
         if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
             raise BlockError(
                 "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
             )
 
-    def _clear_unknown(self) -> None:
-        """What we do not know is not true any more after the first write."""
-        if self.header.autoclear & ~layout.RAW_DATA:
+    def _clear_unknown(self) -> bool:
+        """What we do not know is not true any more after the first write. Whether there was such a thing."""
+        unknown = bool(self.header.autoclear & ~layout.RAW_DATA)
+        if unknown:
             self.header.autoclear &= layout.RAW_DATA
             self.metadata.header_changed()
+        return unknown
 
     # -- the shape of the node ----------------------------------------------------------------------------------
 
@@ -511,6 +514,8 @@ class Qcow2Node(DirectReads):
         metadata, old = self.metadata, self.metadata.settings
         if not self.read_only:
             self._check_writable()
+            if self.header.incompatible & layout.DIRTY and not metadata.is_marked_dirty:
+                raise BlockError("the image was not closed properly; open it anew for writing, which repairs it")
         elif metadata.is_marked_dirty:  # nothing may wait here, and later nothing can be written
             raise BlockError("Counters are written late: reopen with lazy-refcounts=off before it is made read-only")
         Settings.of(options.branch, self.header, unmap=self.unmap).apply(metadata)

@@ -60,6 +60,54 @@ async def co_read(metadata: Metadata) -> tuple[list[Snapshot], int]:
     return parse(await metadata.read(header.snapshots_offset, room), header.snapshot_count, header.cluster_size)
 
 
+@dataclass(frozen=True)
+class Scan:
+    """A table that may be damaged, as far as it can be understood."""
+
+    entries: list[Snapshot]
+    length: int  # bytes
+    incomplete: list[int]  # entries without the extra data that version 3 requires
+    oversized: list[tuple[int, int]]  # entries with more extra data than anybody has, and how much
+    overhanging: int  # entries behind the largest table that there may be
+
+
+def scan(data: bytes | bytearray, count: int, version: int) -> Scan:
+    """As parse(), but for a check, which wants to know all that is wrong and tells it. Behind ``data`` there are
+    zeroes."""
+    entries: list[Snapshot] = []
+    incomplete: list[int] = []
+    oversized: list[tuple[int, int]] = []
+    at = length = 0
+
+    def take(count: int) -> bytes:
+        return bytes(data[at : at + count]).ljust(count, b"\0")
+
+    for number in range(count):
+        at = -(-at // 8) * 8
+        fields = ENTRY.unpack(take(ENTRY.size))
+        l1_offset, l1_size, id_length, name_length, s, ns, clock_ns, state, extra_length = fields
+        at += ENTRY.size
+        disk_bytes = icount = None
+        if extra_length > EXTRA_BYTES_MAX:
+            oversized.append((number, extra_length))
+        elif extra_length < _EXTRA.size and version > 2:
+            incomplete.append(number)
+        if extra_length >= _EXTRA.size:
+            state, disk_bytes = _EXTRA.unpack(take(_EXTRA.size))
+        if extra_length >= _EXTRA.size + _ICOUNT.size:
+            icount = _ICOUNT.unpack(take(_EXTRA.size + _ICOUNT.size)[_EXTRA.size :])[0]
+        at += extra_length
+        id = take(id_length).decode("utf-8", "surrogateescape")
+        at += id_length
+        name = take(name_length).decode("utf-8", "surrogateescape")
+        at += name_length
+        if at > SNAPSHOT_TABLE_BYTES_MAX:
+            return Scan(entries, length, incomplete, oversized, count - number)
+        length = at
+        entries.append(Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state, disk_bytes, icount))
+    return Scan(entries, length, incomplete, oversized, 0)
+
+
 def parse(data: bytes | bytearray, count: int, cluster_size: int) -> tuple[list[Snapshot], int]:
     """``count`` entries from the table's bytes, which may go on behind it; and how many bytes it takes. ImageError."""
     found: list[Snapshot] = []

@@ -309,6 +309,8 @@ class Snapshots:
         metadata, mapping = self._metadata, self._mapping
         for entry in l1:
             offset = entry & OFFSET_MASK
+            if offset & mapping.cluster_mask:
+                raise ImageError(f"L2 table offset {offset:#x} unaligned")
             if offset:
                 yield offset >> mapping.cluster_bits
                 for cluster in self._of_table(tables.unpack(await metadata.read(offset, mapping.cluster_size))):

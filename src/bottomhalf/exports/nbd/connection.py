@@ -2,9 +2,13 @@
 """One client's connection: the handshake, then the transmission, then the end.
 
 The handshake runs in the server's context; once the client has chosen an export, the connection moves to the
-export's context. Whatever ends it (the client says goodbye, vanishes, breaks the protocol, stalls the handshake;
-the export or the server goes away), the socket is closed at once, requests that are still in the block layer
-finish into the void, and only then is the memory given back and the server told.
+export's context. If the server has credentials, a TLS handshake lies in the midst of the first, and from then on the
+socket is a stream of the same shape (``tls.stream``), with one difference: it may have bytes for us that the loop does
+not see (``_read_again``).
+
+Whatever ends it (the client says goodbye, vanishes, breaks the protocol, stalls the handshake; the export or the server
+goes away), the socket is closed at once, requests that are still in the block layer finish into the void, and only then
+is the memory given back and the server told.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from bottomhalf.wire.nbd.server_handshake import ServerHandshake, State
 if TYPE_CHECKING:
     from bottomhalf.exports.nbd.export import NbdExport
     from bottomhalf.exports.nbd.server import NbdServer
+    from bottomhalf.tls.handshaking import Handshaking
+    from bottomhalf.tls.stream import TlsStream
 
 HANDSHAKE_RECEIVE_BYTES: Final = 65536
 
@@ -36,7 +42,11 @@ class Connection:
         self.export: NbdExport | None = None
         self.closed = False
         self.peer = socket.peer_name()
-        self._handshake: ServerHandshake | None = ServerHandshake(server)
+        self.identity = ""  # the name in the client's certificate
+        self._handshake: ServerHandshake | None = ServerHandshake(server, tls=server.security is not None)
+        self.secure: TlsStream | None = None  # the socket, once the TLS handshake is done
+        self._securing: Handshaking | None = None
+        self._again_in: AioContext | None = None  # where _read_again() is scheduled
         self.output = Output(socket)
         self._transmission: Transmission | None = None
         self._gone = False
@@ -215,8 +225,11 @@ class Connection:
             self._finish()
             return
         assert self._handshake is not None
-        over = self._handshake.state in (State.ABORTED, State.FAILED)
-        if over and not self.output:
+        if self._handshake.state is State.STARTTLS and not self.output:
+            self._start_tls()
+            return
+        over = self._handshake.state in (State.ABORTED, State.FAILED, State.STARTTLS)
+        if over and not self.output:  # not for STARTTLS, as above
             self.close()
         else:  # who does not read our answers may not ask more
             self._watch(reading=not over and not self.output)
@@ -226,11 +239,71 @@ class Connection:
         self.context.set_fd_handler(self.socket.fileno())
 
     def _watch(self, *, reading: bool) -> None:
-        on_request = self._on_handshake if self._transmission is None else self._on_requests
+        if self._transmission is None:
+            on_request = self._on_handshake
+        else:
+            on_request = self._on_requests if self.secure is None else self._on_secure_requests
         wanted = (on_request if reading else None, self._on_writable if self.output else None)
         if wanted != self._watched:
             self._watched = wanted
             self.context.set_fd_handler(self.socket.fileno(), *wanted)
+        if reading and self.secure is not None and self.secure.buffered:
+            self._read_again()
+
+    # -- TLS ----------------------------------------------------------------------------------------------------
+
+    def _start_tls(self) -> None:
+        """The client has our word that TLS begins."""
+        from bottomhalf.tls.handshaking import Handshaking
+
+        security = self.server.security
+        if self._securing is not None or security is None:
+            return
+        self._unwatch()
+        try:
+            stream = security.wrap(self.socket)
+        except OSError as error:
+            self.lost(error)
+            return
+        # The clock that bounds the whole negotiation runs.
+        self._securing = Handshaking(self.context, stream, self._tls_ended, limit_ns=0)
+
+    def _tls_ended(self, error: OSError | None) -> None:
+        """The TLS handshake is over: ask whether the client may come in, and go on in private."""
+        assert self._securing is not None and self.server.security is not None and self._handshake is not None
+        stream, self._securing = self._securing.stream, None
+        if error is None:
+            self.socket = stream
+            try:
+                self.identity = self.server.security.admit(stream)
+            except OSError as refusal:
+                error = refusal
+        if error is not None:
+            self.lost(error)
+            return
+        self.secure = stream
+        self.output = Output(stream)
+        self._handshake.tls_started()
+        self.progress()
+
+    def _read_again(self) -> None:
+        """Decrypted bytes lie in the stream, of which the poller does not know."""
+        context = self.context
+
+        def again() -> None:
+            if self._again_in is context:
+                self._again_in = None
+            if self.context is context and not self.left and self._watched[0] is not None:
+                self._watched[0]()
+
+        if self._again_in is not context:
+            self._again_in = context
+            context.schedule_oneshot(again)
+
+    def _on_secure_requests(self) -> None:
+        self._on_requests()
+        if not self.closed:
+            self.progress()
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -284,6 +357,9 @@ class Connection:
         if not self.closed:
             self.closed = True
             self._cancel_timer()
+            if self._securing is not None:
+                self._securing.cancel()
+                self._securing = None
             if not self.left:
                 self._unwatch()
             self.socket.shutdown()

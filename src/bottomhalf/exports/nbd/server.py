@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockError
@@ -18,6 +18,9 @@ from bottomhalf.exports.nbd.connection import Connection
 from bottomhalf.exports.nbd.export import NbdExport
 from bottomhalf.host.protocol import Address, Listener
 from bottomhalf.wire.nbd.export import ExportInfo
+
+if TYPE_CHECKING:
+    from bottomhalf.tls.policy import Security
 
 CONNECTIONS_MAX_DEFAULT: Final = 100  # QEMU's max-connections
 HANDSHAKE_SECONDS_MAX_DEFAULT: Final = 10  # QEMU's handshake-max-seconds
@@ -33,11 +36,14 @@ class NbdServer:
         *,
         connections_max: int = CONNECTIONS_MAX_DEFAULT,
         handshake_seconds_max: int = HANDSHAKE_SECONDS_MAX_DEFAULT,
+        security: Security | None = None,
         log: Callable[[str], object] | None = None,
     ) -> None:
         """``connections_max`` 0 is no limit; beyond it clients wait in the backlog. ``handshake_seconds_max`` 0
-        lets a client take its time. ``log`` gets a line for each thing that an operator may want to know."""
+        lets a client take its time. ``security``: clients must use TLS, and which of them may come in. ``log`` gets a
+        line for each thing that an operator may want to know."""
         self.context = context
+        self.security = security
         self.connections: list[Connection] = []
         self.exports: dict[str, NbdExport] = {}
         self.connections_max = connections_max

@@ -8,7 +8,8 @@ what is done when the call returns is answered with one send. Nothing on this wa
 * replies of reads are laid out in an arena, header and room for the data side by side, before the reads are
   submitted; bytes are read straight into their place;
 * payloads of writes are slices of the receive buffer;
-* large reads whose bytes are in the page cache go from the file to the socket inside the kernel (sendfile);
+* large reads whose bytes are in the page cache go from the file to the socket inside the kernel (sendfile), unless
+  they have to be encrypted;
 * requests that have to wait keep their place in the arena and are answered when they complete.
 
 What a client can make us hold is bounded: so many requests in flight, so many bytes in flight and unsent, so much
@@ -69,6 +70,7 @@ class Transmission:
         self._filled = 0  # of the arena, while anybody but us uses it
         self._structured = negotiated.structured_replies
         self._contexts = negotiated.contexts
+        self._direct = connection.secure is None  # bytes of the file may go to the socket as they are
         self._header_size = OFFSET_DATA_SIZE if self._structured else SIMPLE_REPLY_SIZE
         self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
         self._parser = RequestParser(negotiated, owner=self._queue)
@@ -237,7 +239,7 @@ class Transmission:
         statistics.reads += len(reads)
         statistics.read_bytes += total
         alignment = self._backend.memory_alignment
-        if alignment == 1:
+        if alignment == 1 and self._direct:
             if reads[0].length >= SEND_FILE_MIN:
                 reads = self._send_from_file(reads)
                 if not reads:

@@ -15,6 +15,7 @@ from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import make_poller
+from bottomhalf.host.memory_file import lend_path
 from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE
 
 if TYPE_CHECKING:
@@ -162,3 +163,4 @@ class LinuxHost:
 
     symlink = staticmethod(os.symlink)
     remove = staticmethod(os.unlink)
+    lend_path = staticmethod(lend_path)

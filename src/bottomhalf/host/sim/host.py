@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from bottomhalf.host.memory_file import lend_path
 from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE, Address, DeviceLimits, Host
 from bottomhalf.host.sim.arena import SimArena
 from bottomhalf.host.sim.disk import Disk, Inode
@@ -194,6 +195,8 @@ class SimHost:
 
     def remove(self, path: str) -> None:
         self.streams.remove(path)
+
+    lend_path = staticmethod(lend_path)  # what a library opens is this machine's, not the simulated one's
 
     # Time, threads, signals
 

@@ -14,6 +14,9 @@ server sends wrongly is a ``ProtocolError``.
         sock.send(handshake.take_output())
     client = Client(handshake.negotiated)
 
+With ``tls=True`` the first option is STARTTLS. When the server has agreed, the state is STARTTLS: have the two ends do
+a TLS handshake and call ``tls_started()``. A server that does not agree ends it.
+
 With ``Goal.LIST`` the end is ``handshake.state is ClientState.CLOSED``, and ``handshake.exports`` tells
 what there is. What replies contain is read in ``client_options``; the order of things is here.
 """
@@ -56,6 +59,7 @@ from bottomhalf.wire.nbd.constants import (
     OPT_LIST,
     OPT_LIST_META_CONTEXT,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     OPTION_HEADER,
     OPTION_NAMES,
@@ -87,7 +91,7 @@ class ClientState(Enum):
     """Where a client's handshake stands; the last three are ends.
 
     MAGIC -> STYLE -> OLDSTYLE -> NEGOTIATED, or STYLE -> FLAGS -> (REPLY_HEADER -> REPLY_DATA)* ->
-    NEGOTIATED | EXPORT_REPLY -> NEGOTIATED | CLOSED; any of them -> FAILED.
+    NEGOTIATED | EXPORT_REPLY -> NEGOTIATED | CLOSED; REPLY_HEADER -> STARTTLS -> REPLY_HEADER; any of them -> FAILED.
     """
 
     MAGIC = "first magic"
@@ -96,6 +100,7 @@ class ClientState(Enum):
     FLAGS = "handshake flags"
     REPLY_HEADER = "option reply"
     REPLY_DATA = "data of an option reply"
+    STARTTLS = "TLS handshake"
     EXPORT_REPLY = "reply to NBD_OPT_EXPORT_NAME"
     NEGOTIATED = "negotiated"
     CLOSED = "closed properly"
@@ -103,6 +108,7 @@ class ClientState(Enum):
 
 
 _ENDS = (ClientState.NEGOTIATED, ClientState.CLOSED, ClientState.FAILED)
+_STOPS = (*_ENDS, ClientState.STARTTLS)
 _FIXED_SIZES = {
     ClientState.MAGIC: U64.size,
     ClientState.STYLE: U64.size,
@@ -126,6 +132,7 @@ class ClientHandshake:
         goal: Goal = Goal.TRANSMISSION,
         structured_replies: bool = True,
         contexts: tuple[str, ...] = (CONTEXT_BASE_ALLOCATION,),
+        tls: bool = False,
     ) -> None:
         if len(export.encode()) > MAX_EXPORT_NAME:
             raise ValueError(f"export name is longer than {MAX_EXPORT_NAME} bytes")
@@ -140,6 +147,9 @@ class ClientHandshake:
         self._contexts: dict[str, int] = {}
         self._no_zeroes = False
         self._plan: deque[tuple[int, ClientExport]] = deque()
+        self._tls = tls
+        if tls:
+            self._plan.append((OPT_STARTTLS, self._export))
         if structured_replies:
             self._plan.append((OPT_STRUCTURED_REPLY, self._export))
         if goal is Goal.LIST:
@@ -169,16 +179,24 @@ class ClientHandshake:
             raise self.error
         if self.state in _ENDS:
             raise ValueError(f"the NBD handshake is over: {self.state.value}")
+        if self.state is ClientState.STARTTLS:
+            raise ValueError("bytes of a TLS handshake are not for the NBD handshake")
         self._input += data
         try:
-            while self.state not in _ENDS and len(self._input) >= self._need:
+            while self.state not in _STOPS and len(self._input) >= self._need:
                 item = bytes(self._input[: self._need])
                 del self._input[: self._need]
                 self._step(item)
                 self._consumed += len(item)
+            self._refuse_plain_bytes()
         except (ProtocolError, NegotiationRefused) as error:
             self._fail(error)
             raise
+
+    def tls_started(self) -> None:
+        """The TLS handshake is done; there is output now."""
+        assert self.state is ClientState.STARTTLS
+        self._next_option()
 
     def eof(self) -> None:
         """The server closed the connection. ProtocolError if that is not how this may end."""
@@ -195,6 +213,11 @@ class ClientHandshake:
         )
         self._fail(error)
         raise error
+
+    def _refuse_plain_bytes(self) -> None:
+        """What came before the TLS handshake, and would count as said inside."""
+        if self.state is ClientState.STARTTLS and self._input:
+            raise unexpected(f"{len(self._input)} plain bytes before the TLS handshake", self._consumed)
 
     def _fail(self, error: ProtocolError | NegotiationRefused) -> None:
         self.state = ClientState.FAILED
@@ -239,6 +262,8 @@ class ClientHandshake:
         return int(magic)
 
     def _step_oldstyle(self, item: bytes) -> None:
+        if self._tls:
+            raise NegotiationRefused("an oldstyle NBD server cannot speak TLS", option=0, reply=0, text="")
         if self._goal is Goal.LIST or self._export.name:
             raise NegotiationRefused(
                 "an oldstyle NBD server has one export without a name", option=0, reply=0, text=""
@@ -255,6 +280,8 @@ class ClientHandshake:
         self._output += CLIENT_FLAGS.pack(answer)
         if fixed:
             self._next_option()
+        elif self._tls:
+            raise NegotiationRefused("this old NBD server cannot speak TLS", option=0, reply=0, text="")
         elif self._goal is Goal.LIST:
             raise NegotiationRefused("this old NBD server cannot list", option=0, reply=0, text="")
         else:
@@ -336,6 +363,9 @@ class ClientHandshake:
             raise unexpected(f"{what} of {len(data)} bytes to {OPTION_NAMES[option]}", self._consumed)
 
     def _step_acknowledged(self) -> None:
+        if self._option == OPT_STARTTLS:
+            self.state = ClientState.STARTTLS
+            return
         if self._option == OPT_STRUCTURED_REPLY:
             self._structured = True
         elif self._option == OPT_LIST:
@@ -351,7 +381,7 @@ class ClientHandshake:
 
     def _step_error(self, reply: int, text: str) -> None:
         option = self._option
-        fatal = reply in (REP_ERR_TLS_REQD, REP_ERR_SHUTDOWN) or option == OPT_LIST
+        fatal = reply in (REP_ERR_TLS_REQD, REP_ERR_SHUTDOWN) or option in (OPT_LIST, OPT_STARTTLS)
         if option == OPT_GO and reply != REP_ERR_UNSUP:
             fatal = True
         if fatal:

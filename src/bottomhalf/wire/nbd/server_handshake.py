@@ -18,8 +18,13 @@ conversation the state is one of the table below.
             return                                     # close
     negotiated = handshake.negotiated
 
-What each option means is in ``server_options``. TLS and extended headers are not offered: both are refused
-with ERR_UNSUP, which tells a client to go on without.
+With ``tls=True`` nothing but STARTTLS is answered in plain text. After it the state is STARTTLS: send the output, have
+the two ends do a TLS handshake, call ``tls_started()`` and go on with what comes decrypted. Bytes that a client sends
+behind STARTTLS without waiting for the answer are an error: whoever is between the two ends may have put them there,
+and they would count as said inside (the attack on STARTTLS of CVE-2011-0411).
+
+What each option means is in ``server_options``. Extended headers are not offered: they are refused with ERR_UNSUP,
+which tells a client to go on without.
 """
 
 from __future__ import annotations
@@ -45,8 +50,12 @@ from bottomhalf.wire.nbd.constants import (
     OPT_EXPORT_NAME,
     OPT_GO,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPTION_HEADER,
     OPTION_NAMES,
+    REP_ERR_INVALID,
+    REP_ERR_POLICY,
+    REP_ERR_TLS_REQD,
     REP_ERR_TOO_BIG,
 )
 from bottomhalf.wire.nbd.export import ExportInfo, Exports, Negotiated
@@ -54,16 +63,17 @@ from bottomhalf.wire.nbd.server_options import OptionHandlers
 
 
 class State(Enum):
-    """Where a handshake stands. From the upper three more input is wanted; the lower three are ends.
+    """Where a handshake stands. From the upper four more input is wanted; the lower three are ends.
 
     CLIENT_FLAGS -> OPTION_HEADER -> OPTION_DATA -> OPTION_HEADER ... -> NEGOTIATED | ABORTED;
-    OPTION_HEADER -> DRAINING -> OPTION_HEADER; any of them -> FAILED.
+    OPTION_HEADER -> DRAINING -> OPTION_HEADER; OPTION_DATA -> STARTTLS -> OPTION_HEADER; any of them -> FAILED.
     """
 
     CLIENT_FLAGS = "client flags"
     OPTION_HEADER = "option header"
     OPTION_DATA = "option data"
     DRAINING = "draining an option that is too long"
+    STARTTLS = "TLS handshake"
     NEGOTIATED = "negotiated"
     ABORTED = "aborted by the client"
     FAILED = "failed"
@@ -80,8 +90,10 @@ class ServerHandshake:
     before closing.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, *, tls: bool = False) -> None:
         self.state = State.CLIENT_FLAGS
+        self._tls = tls
+        self._secure = False  # the TLS handshake is done
         self.negotiated: Negotiated | None = None
         self.error: ProtocolError | None = None
         self._options = OptionHandlers(exports)
@@ -111,18 +123,38 @@ class ServerHandshake:
             raise self.error
         if self.state in _ENDS:
             raise ValueError(f"the NBD handshake is over: {self.state.value}")
+        if self.state is State.STARTTLS:
+            raise ValueError("bytes of a TLS handshake are not for the NBD handshake")
         self._input += data
         try:
             while self.state not in _ENDS and self._step():
                 pass
+            self._refuse_plain_bytes()
         except ProtocolError as error:
             self.state = State.FAILED
             self.error = error
             self._input.clear()
             raise
 
+    def _refuse_plain_bytes(self) -> None:
+        if self.state is State.STARTTLS and self._input:
+            raise ProtocolError(
+                "plain bytes between NBD_OPT_STARTTLS and the TLS handshake",
+                got=f"{len(self._input)} bytes",
+                offset=self._consumed,
+                cause="a client that does not wait for the answer, or an attack",
+            )
+
+    def tls_started(self) -> None:
+        """The TLS handshake is done, and what comes now is private. Nothing was settled before it."""
+        assert self.state is State.STARTTLS
+        self._secure = True
+        self.state = State.OPTION_HEADER
+
     def _step(self) -> bool:
         """Act on one complete item of the input; False if it is not complete yet."""
+        if self.state is State.STARTTLS:
+            return False
         if self.state is State.CLIENT_FLAGS:
             return self._step_client_flags()
         if self.state is State.OPTION_HEADER:
@@ -220,11 +252,16 @@ class ServerHandshake:
         begin = self._consumed
         data = self._take(self._length)
         chosen: ExportInfo | None = None
+        if self._option == OPT_STARTTLS:
+            self._start_tls()
+            return True
         if self._option == OPT_ABORT:
             self._options.acknowledge(OPT_ABORT)
             self._input.clear()
             self.state = State.ABORTED
             return False
+        if self._tls and not self._secure:
+            return self._not_before_tls(begin)
         if self._option == OPT_EXPORT_NAME:
             chosen = self._options.export_name(data, begin)
         elif self._option == OPT_GO:
@@ -238,3 +275,28 @@ class ServerHandshake:
         self._input.clear()
         self.state = State.NEGOTIATED
         return False
+
+    def _start_tls(self) -> None:
+        """NBD_OPT_STARTTLS, which has no data."""
+        self.state = State.OPTION_HEADER
+        if self._length:
+            self._options.refuse(OPT_STARTTLS, REP_ERR_INVALID, "option 'starttls' has unexpected length")
+        elif not self._tls:
+            self._options.refuse(OPT_STARTTLS, REP_ERR_POLICY, "TLS not configured")
+        elif self._secure:
+            self._options.refuse(OPT_STARTTLS, REP_ERR_INVALID, "TLS already enabled")
+        else:
+            self._options.acknowledge(OPT_STARTTLS)
+            self.state = State.STARTTLS
+
+    def _not_before_tls(self, begin: int) -> bool:
+        if self._option == OPT_EXPORT_NAME:
+            raise ProtocolError(
+                "the client chooses an export before it has asked for TLS",
+                expected="NBD_OPT_STARTTLS",
+                offset=begin,
+                cause="a client that was not told to use TLS",
+            )
+        self._options.refuse(self._option, REP_ERR_TLS_REQD, f"Option {self._option:#x} not permitted before TLS")
+        self.state = State.OPTION_HEADER
+        return True

@@ -198,8 +198,7 @@ class OptionHandlers:
     # --- Options that leave the haggling going ------------------------------------------------------------
 
     def handle(self, option: int, data: bytes) -> None:
-        """Any other option. What we do not know or do not offer (STARTTLS, EXTENDED_HEADERS) is
-        ERR_UNSUP."""
+        """Any other option. What we do not know or do not offer (EXTENDED_HEADERS) is ERR_UNSUP."""
         try:
             if option == OPT_LIST:
                 self._list(data)
