@@ -19,6 +19,8 @@ import bottomhalf
 from tests.drivers.qcow2.machine import Machine, settings
 from tests.peers.programs import require
 
+pytestmark = pytest.mark.hang_seconds(3600)  # a soak
+
 
 def run(*command: str | Path) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)

@@ -149,6 +149,43 @@ def test_refusals() -> None:
         assert opened.size == 100 * 512
 
 
+@pytest.mark.parametrize("shape", [{}, {"version": 2}, {"cluster_size": 16384, "extended_l2": True}], ids=str)
+def test_a_power_cut_shows_nothing_of_a_longer_backing_file(shape: dict[str, Any]) -> None:
+    """The header says that there is more only when it reads as zeroes."""
+    shape = {"cluster_size": 512, **shape}
+    old, new = 10 * shape["cluster_size"] + 512, 200 * shape["cluster_size"]
+    backing = {"driver": "file", "filename": "base.raw", "read-only": True}
+    grown = 0
+    for position in range(1000):
+        host = SimHost(position)
+        host.add_file("base.raw", b"b" * new)
+        make(host, "disk.qcow2", size=old, backing_file="base.raw", backing_fmt="raw", **shape)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        opened.run(opened.backend.co_pwrite(0, b"mine" * 100))
+        opened.run(opened.backend.co_flush())
+        fault = host.fault(op=FLUSH, errno=errno.EIO, after=position, times=None)
+        try:
+            opened.run(co_resize(opened.node, new, Preallocation.OFF))
+        except OSError:
+            pass
+        hits = fault.hits
+        fault.remove()
+        for chance in range(4):
+            after = SimHost(chance)
+            after.add_file("base.raw", b"b" * new)
+            after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+            assert not check(after, "disk.qcow2").corruptions
+            with disk(after, "disk.qcow2", backing=backing) as survivor:
+                content = survivor.content()
+                grown += survivor.size > old
+            assert content == (b"mine" * 100).ljust(old, b"b") + bytes(len(content) - old)
+        opened.abandon()
+        if not hits:
+            assert grown
+            return
+    raise AssertionError("there is no end of flushes")
+
+
 def test_a_resize_by_name_hides_what_a_longer_backing_file_has(tmp_path: Path) -> None:
     """bottomhalf.resize() and amend() have to look at that file, and so they need to be allowed to."""
     base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"

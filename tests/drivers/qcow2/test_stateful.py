@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.host.request import COMPRESSED, FUA, MAY_UNMAP
 from bottomhalf.host.sim import SimHost
 from tests.drivers.qcow2.bench import Disk, check, make
 from tests.drivers.qcow2.machine import Machine, settings
+
+pytestmark = pytest.mark.hang_seconds(3600)  # a soak
 
 
 class Driver(Machine):
