@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
-from bottomhalf.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
+from bottomhalf.drivers.qcow2.expanding import co_expand
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.header import Header
@@ -172,15 +172,7 @@ async def _upgrade(node: Qcow2Node) -> None:
 async def _downgrade(node: Qcow2Node) -> None:
     """Version 2 has no clusters that read as zeroes by their entry: they become what reads so without it."""
     header, metadata = node.header, node.metadata
-    for snapshot in await _snapshots(node):
-        l1 = tables.unpack(await metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
-        for entry in l1:
-            if offset := entry & OFFSET_MASK:
-                table = tables.unpack(await metadata.read(offset, header.cluster_size))
-                if any(found & ZERO and not found & COMPRESSED for found in table):
-                    raise BlockError(f"snapshot '{snapshot.name}' has zero clusters, which version 2 cannot have")
-    for index in range(len(metadata.l1)):
-        await _expand(node, index)
+    await co_expand(node)
     async with metadata.lock:
         await metadata.commit()
         header.version = 2
@@ -189,27 +181,6 @@ async def _downgrade(node: Qcow2Node) -> None:
         header.header_bytes = layout.HEADER_BYTES_V2
         metadata.header_changed()
         await metadata.commit()
-
-
-async def _expand(node: Qcow2Node, index: int) -> None:
-    """Let the zero clusters of an L2 table read as zeroes without saying so: unallocated, or written if there is a
-    backing file to be seen through that."""
-    metadata, mapping, size = node.metadata, node.mapping, node.mapping.cluster_size
-    for at in range(mapping.entries):
-        table = await metadata.l2_table(index)
-        if table is None:
-            return
-        entry = table.entries[at]
-        if entry & COMPRESSED or not entry & ZERO:
-            continue
-        cluster = (index << mapping.l1_shift >> mapping.cluster_bits) + at
-        start = cluster << mapping.cluster_bits
-        if node.header.backing_file is not None and start < node.size:
-            await node.co_pwrite(start, memoryview(bytes(min(size, node.size - start))))
-        else:
-            async with metadata.lock:
-                await metadata.make_room_for_changes()
-                await node.writer.link(cluster, 0, 0)
 
 
 # -- counters -------------------------------------------------------------------------------------------------------
