@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.luks import keys
@@ -22,6 +22,7 @@ from bottomhalf.drivers.luks.header import (
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
 
 ITERATION_TIME_MS_MAX = 60_000
 _ALGORITHMS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
@@ -38,6 +39,14 @@ class LuksOptions:
     ivgen_hash_alg: str | None = None
     hash_alg: str = "sha256"
     iter_time: int = keys.ITERATION_TIME_MS
+
+    @classmethod
+    def of(cls, given: QCryptoBlockCreateOptionsLUKS, password: bytes) -> LuksOptions:
+        """From the schema's options."""
+        names = {each.name for each in fields(cls)} - {"password"}
+        chosen: dict[str, Any] = {name: value for name in names if (value := getattr(given, name))}
+        words: dict[str, Any] = {name: str(value) for name, value in chosen.items() if name != "iter_time"}
+        return replace(cls(password, iter_time=chosen.get("iter_time", keys.ITERATION_TIME_MS)), **words)
 
     def header(self) -> Header:
         """The header without keys. BlockError for what cannot be."""
@@ -64,9 +73,15 @@ class LuksOptions:
         return header
 
 
-async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple[Header, bytes]:
-    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key."""
+async def co_create(
+    node: Node, options: LuksOptions, *, base: int = 0, detached: bool = False
+) -> tuple[Header, bytes]:
+    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key. With ``detached``
+    the disk is not behind it, but in a file of its own, from the first byte on."""
     host, header = node.context.host, options.header()
+    size = header.payload * SECTOR_BYTES
+    if detached:
+        header.payload = 0
     raw = bytearray(host.random_bytes(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80  # RFC 9562: version 4
     text = raw.hex()
@@ -82,7 +97,6 @@ async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple
         return keys.close_slot(header, header.slots[0], key, options.password, iterations, host.random_bytes)
 
     material = await node.context.thread_pool.call(derive)
-    size = header.payload * SECTOR_BYTES
     first = bytearray(size)
     start = header.slots[0].offset * SECTOR_BYTES
     first[start : start + len(material)] = material

@@ -31,6 +31,11 @@ class CryptFile:
         self.by_guest = by_guest
 
     @property
+    def node(self) -> Node:
+        """The file."""
+        return self._node()
+
+    @property
     def name(self) -> str:
         return self._node().name
 

@@ -54,8 +54,9 @@ class SlotChange:
         elif self.iter_time is not None:
             raise BlockError("'iter-time' must not be given when erasing keyslots")
         if self.keyslot is not None and not 0 <= self.keyslot < SLOTS:
-            raise BlockError(f"Invalid keyslot {self.keyslot} specified, must be between 0 and {SLOTS - 1}")
-        if self.iter_time is not None and not 0 < self.iter_time <= ITERATION_TIME_MS_MAX:
+            told = self.keyslot & 0xFFFFFFFF  # QEMU's number has no sign
+            raise BlockError(f"Invalid keyslot {told} specified, must be between 0 and {SLOTS - 1}")
+        if self.iter_time and not 0 < self.iter_time <= ITERATION_TIME_MS_MAX:
             raise BlockError(f"iter-time is 1 to {ITERATION_TIME_MS_MAX} milliseconds, not {self.iter_time}")
         if self.state == "inactive" and self.keyslot is None and self.old_password is None:
             raise BlockError(
@@ -95,12 +96,13 @@ async def co_amend(
     detached: bool = False,
     force: bool = False,
 ) -> list[int]:
-    """Carry the change out in the header at byte ``base`` of a node, which ``password`` opens; the slots that changed.
-    The last slots, without which nobody gets at the data, go only with ``force``. BlockError, OSError."""
+    """Carry the change out in the header at byte ``base`` of a node; the slots that changed. ``password`` opens the
+    header, to add one. The last slots, without which nobody gets at the data, go only with ``force``. In the node's
+    context. BlockError, OSError."""
     change.check()
     header, materials = await co_load(node, base=base, limit=limit, detached=detached)
-    _, key = await node.context.thread_pool.call(keys.unlock, header, materials, password)
     if change.state == "active":
+        _, key = await node.context.thread_pool.call(keys.unlock, header, materials, password)
         return [await _fill(node, header, key, change, base, force)]
     slots = await _doomed(node, header, materials, change, force)
     for slot in slots:
