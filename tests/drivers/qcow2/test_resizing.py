@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import random
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bottomhalf
 from bottomhalf.aio import gather, sleep_ns
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
@@ -26,6 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"cluster_size": 512, "data_file": "data.raw", "data_file_raw": True},
 ]
 POSITIONS_MAX = 400
+MIB = 1 << 20
 
 
 def resized(opened: Disk, model: bytearray, size: int, mode: str = "off") -> None:
@@ -267,3 +270,60 @@ def test_a_change_that_failed_does_not_happen_with_the_next_flush(op: int, size:
         with disk(host, "disk.qcow2") as opened:
             assert opened.content() == b"y" * old
     assert position
+
+
+@pytest.mark.parametrize("shape", [{}, {"version": 2}, {"cluster_size": 16384, "extended_l2": True}], ids=str)
+def test_a_power_cut_shows_nothing_of_a_longer_backing_file(shape: dict[str, Any]) -> None:
+    """The header says that there is more only when it reads as zeroes."""
+    shape = {"cluster_size": 512, **shape}
+    old, new = 10 * shape["cluster_size"] + 512, 200 * shape["cluster_size"]
+    backing = {"driver": "file", "filename": "base.raw", "read-only": True}
+    grown = 0
+    for position in range(1000):
+        host = SimHost(position)
+        host.add_file("base.raw", b"b" * new)
+        make(host, "disk.qcow2", size=old, backing_file="base.raw", backing_fmt="raw", **shape)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        opened.run(opened.backend.co_pwrite(0, b"mine" * 100))
+        opened.run(opened.backend.co_flush())
+        fault = host.fault(op=FLUSH, errno=errno.EIO, after=position, times=None)
+        try:
+            opened.run(co_resize(opened.node, new, Preallocation.OFF))
+        except OSError:
+            pass
+        hits = fault.hits
+        fault.remove()
+        for chance in range(4):
+            after = SimHost(chance)
+            after.add_file("base.raw", b"b" * new)
+            after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+            assert not check(after, "disk.qcow2").corruptions
+            with disk(after, "disk.qcow2", backing=backing) as survivor:
+                content = survivor.content()
+                grown += survivor.size > old
+            assert content == (b"mine" * 100).ljust(old, b"b") + bytes(len(content) - old)
+        opened.abandon()
+        if not hits:
+            assert grown
+            return
+    raise AssertionError("there is no end of flushes")
+
+
+def test_a_resize_by_name_hides_what_a_longer_backing_file_has(tmp_path: Path) -> None:
+    """bottomhalf.resize() and amend() have to look at that file, and so they need to be allowed to."""
+    base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"
+    base.write_bytes(b"b" * 3 * MIB)
+    for version, grow in ((2, bottomhalf.resize), (3, bottomhalf.resize), (3, _amend_size)):
+        bottomhalf.create(
+            path, format="qcow2", size=3 * MIB, version=version, backing_file=str(base), backing_fmt="raw"
+        )
+        bottomhalf.resize(path, MIB, shrink=True)
+        with pytest.raises(BlockError, match="names a backing file"):
+            grow(path, 3 * MIB)
+        grow(path, 3 * MIB, follow_names=True)
+        with bottomhalf.open(path, backing_files=True) as disk:
+            assert disk.pread(3 * MIB, 0) == b"b" * MIB + bytes(2 * MIB)
+
+
+def _amend_size(path: Path, size: int, **more: Any) -> None:
+    bottomhalf.amend(path, size=size, **more)

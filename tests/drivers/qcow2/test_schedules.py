@@ -22,6 +22,7 @@ from bottomhalf.drivers.qcow2.counters import FREED_OTHER
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED
 from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.node import Qcow2Node
+from bottomhalf.drivers.qcow2.reading import Reader
 from bottomhalf.drivers.qcow2.refcounts import entries_of_block, refcount_max
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.switching import Switch
@@ -162,7 +163,7 @@ def old_clusters_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 @mistake
 def the_unpacked_cluster_is_not_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Its place has other content by now."""
-    patch.setattr(Qcow2Node, "forget_unpacked", lambda self: None)
+    patch.setattr(Reader, "forget_unpacked", lambda self: None)
 
 
 @mistake
@@ -212,7 +213,7 @@ def a_cluster_is_not_filled_up(patch: pytest.MonkeyPatch) -> None:
 def a_snapshot_counts_shared_clusters_once_too_seldom(patch: pytest.MonkeyPatch) -> None:
     """Counters become greater than they can: so it was, with compressed clusters and counters of two bits."""
 
-    async def check_room(self: Snapshots, cluster: int, added: dict[int, int]) -> None: ...
+    async def check_room(self: Snapshots, clusters: Any, more: Any) -> None: ...
 
     async def refer(self: Metadata, cluster: int) -> None:
         index, at = divmod(cluster, self._per_block)

@@ -193,7 +193,7 @@ async def _find_snapshots(metadata: Metadata) -> None:
 
 
 def _add_all(places: Places, kind: int, entries: Iterable[int]) -> None:
-    for entry in entries:
+    for entry in filter(None, entries):  # in large clusters most are zero
         if len(places) >= PLACES_MAX:
             return
         if entry & OFFSET_MASK:

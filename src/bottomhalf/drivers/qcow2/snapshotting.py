@@ -125,31 +125,30 @@ class Snapshots:
 
     async def _blocks_of(self, l1: Iterable[int]) -> set[int]:
         """The refcount blocks of the data below an L1 table. OSError, ImageError as in _check_room()."""
-        header, found = self._node.header, set()
+        header = self._node.header
+        found: set[int] = set()
         per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
-        added: dict[int, int] = {}
+        more: Counter[int] = Counter()
         for entry in l1:
             if entry & OFFSET_MASK:
-                for cluster in self._of_table(await self._read_table(entry & OFFSET_MASK)):
-                    await self._check_room(cluster, added)
-                    found.add(cluster // per_block)
+                clusters = self._of_table(await self._read_table(entry & OFFSET_MASK))
+                await self._check_room(clusters, more)
+                found.update(cluster // per_block for cluster in clusters)
         return found
 
-    async def _check_room(self, cluster: int, added: dict[int, int]) -> None:
-        """OSError if a cluster that a table leads to cannot be counted once more; ImageError if it is not counted.
-
-        Compressed clusters share those of the file, so a table may lead to one again and again: ``added``.
-        No table leads to a cluster more often than the counter says; so only the counters that would be too great if
-        they were doubled need a closer look."""
+    async def _check_room(self, clusters: Iterable[int], more: Counter[int]) -> None:
+        """OSError if what a table leads to cannot be counted once more; ImageError if it is not counted. To a cluster
+        of several compressed ones tables lead as often: ``more`` is how often they did so far."""
         most = refcounts.refcount_max(self._node.header.refcount_order)
-        count = await self._metadata.refcount(cluster)
-        if not count:
-            raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
-        if 2 * count > most:
-            added[cluster] = added.get(cluster, 0) + 1
-            if count + added[cluster] > most:
-                text = f"a cluster is used {count} times, more cannot be counted (at most {most} by this image)"
-                raise OSError(errno.EINVAL, text, self._node.name)
+        for cluster in clusters:
+            count = await self._metadata.refcount(cluster)
+            if not count:
+                raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
+            if 2 * count > most:  # else there is room for as many as there are already
+                more[cluster] += 1
+                if count + more[cluster] > most:
+                    text = f"a cluster would be used more than {most} times, which cannot be counted"
+                    raise OSError(errno.EINVAL, text, self._node.name)
 
     async def _split(self, offset: int, place: int, switch: Switch) -> None:
         """The disk gets a copy of the L2 table, which is the snapshot's: all below belongs to both."""
@@ -187,9 +186,9 @@ class Snapshots:
             if size % layout.SECTOR_BYTES or size < 0:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
-            added: dict[int, int] = {}
+            more: Counter[int] = Counter()
             async for cluster in self._clusters_of(wanted):
-                await self._check_room(cluster, added)
+                await self._check_room([cluster], more)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
             if length * 8 > layout.L1_BYTES_MAX:
                 raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
@@ -205,7 +204,7 @@ class Snapshots:
                 metadata.free_all(counted)
                 raise
             metadata.l2.clear()
-            node.forget_unpacked()
+            node.reader.forget_unpacked()
             metadata.replace_l1([entry & OFFSET_MASK for entry in wanted], length, first)
             metadata.free_all(before)
             header.size = size
