@@ -17,6 +17,7 @@ from bottomhalf.aio import move_to
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.block.using import co_holding, co_using
+from bottomhalf.drivers.luks.secrets import find_secret
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ImageInUse
 from bottomhalf.qapi.block import BlockdevOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bottomhalf.block import Graph, Node
     from bottomhalf.drivers.luks.create import LuksOptions
     from bottomhalf.drivers.luks.node import LuksNode
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
     from bottomhalf.drivers.qcow2.node import Qcow2Node
     from bottomhalf.qapi.block_create import (
         BlockdevAmendOptionsQcow2,
@@ -84,12 +86,9 @@ async def co_create_qcow2(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
         given.header()  # whether it can be, before anything else is looked at
         encrypt = None
         if options.encrypt is not None:
-            if options.encrypt.format != "luks":
-                raise BlockError("Encryption 'qcow' is broken and not made any more; use 'luks'")
             branch: Any = options.encrypt.branch
-            encrypt = luks_options(graph, branch, "encrypt.")
-            if options.data_file is not None or given.preallocation != "off":
-                raise BlockError("encryption goes neither with a data file nor with preallocation yet")
+            luks = options.encrypt.format == "luks"
+            encrypt = luks_options(graph, branch, "encrypt.") if luks else _old_encryption(graph, branch.key_secret)
         data = name = None
         if options.data_file is not None:
             data = await stack.enter_async_context(co_holding(graph, partial(_find, graph, options.data_file)))
@@ -97,15 +96,25 @@ async def co_create_qcow2(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
         await co_create(file, CreateOptions.of(options, name, encrypt), data, asks=True)
 
 
+def _password(graph: Graph, secret: str | None, prefix: str) -> bytes:
+    password = find_secret(graph, secret)
+    if password is None:
+        raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
+    return password
+
+
+def _old_encryption(graph: Graph, secret: str | None) -> OldEncryption:
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
+
+    made = OldEncryption(_password(graph, secret, "encrypt."))
+    made.cipher()  # whether there is a package for it
+    return made
+
+
 def luks_options(graph: Graph, given: QCryptoBlockCreateOptionsLUKS, prefix: str) -> LuksOptions:
     """With the password. BlockError."""
     from bottomhalf.drivers.luks.create import LuksOptions
-    from bottomhalf.drivers.luks.secrets import find_secret
-
-    password = find_secret(graph, given.key_secret)
-    if password is None:
-        raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
-    options = LuksOptions.of(given, password)
+    options = LuksOptions.of(given, _password(graph, given.key_secret, prefix))
     options.header()
     return options
 
@@ -154,12 +163,13 @@ CREATORS: Final[dict[str, Callable[[Graph, Any], Awaitable[None]]]] = {
 async def co_amend_qcow2(node: Qcow2Node, options: BlockdevAmendOptionsQcow2, force: bool) -> None:
     """Passwords of an encrypted image. (The rest of what ``amend()`` can do changes an image under its users; QEMU's
     command has it not either.)"""
-    from bottomhalf.drivers.qcow2.encryption import LUKS, header_place
+    from bottomhalf.drivers.qcow2 import layout
+    from bottomhalf.drivers.qcow2.encryption import header_place
 
     encrypt = options.encrypt
     if encrypt is None:
         return
-    if node.header.crypt_method != LUKS:
+    if node.header.crypt_method != layout.CRYPT_LUKS:
         raise BlockError("image is not encrypted, can't amend")
     if encrypt.format != "luks":
         raise BlockError("Amend can't be used to change the qcow2 encryption format")
@@ -180,17 +190,16 @@ async def co_amend_luks(node: LuksNode, options: QCryptoBlockAmendOptionsLUKS, f
 async def _co_amend_keys(
     node: Node, holder: Node, options: QCryptoBlockAmendOptionsLUKS, force: bool, base: int, detached: bool = False
 ) -> None:
-    from bottomhalf.drivers.luks.amend import co_amend
-    from bottomhalf.drivers.luks.secrets import find_secret
-
-    secrets = [find_secret(node.graph, name) for name in (options.new_secret, options.old_secret, options.secret)]
-    await co_amend(holder, options, *secrets, opened_with=_secret_of(node), force=force, base=base, detached=detached)
+    from bottomhalf.drivers.luks.keyslots import SlotChange, co_amend
+    names = (options.new_secret, options.old_secret, options.secret)
+    new, old, opening = (find_secret(node.graph, name) for name in names)
+    change = SlotChange(str(options.state), new, old, options.keyslot, options.iter_time)
+    password = opening or _secret_of(node) or b""
+    await co_amend(holder, password, change, force=force, base=base, detached=detached)
 
 
 def _secret_of(node: Node) -> bytes | None:
     """The password with which the node was opened, as it is now."""
-    from bottomhalf.drivers.luks.secrets import find_secret
-
     branch = node.options.branch if node.options is not None else None
     encrypt = getattr(branch, "encrypt", None)
     given = getattr(branch, "key_secret", None) if encrypt is None else encrypt.branch.key_secret

@@ -34,6 +34,7 @@ from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQco
 if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
 
 SIZE_MAX: Final = (1 << 63) - 1  # an offset of a file
 
@@ -54,11 +55,14 @@ class CreateOptions:
     preallocation: str = "off"
     data_file: str | None = None  # the name by which the image knows it
     data_file_raw: bool = False
-    encrypt: LuksOptions | None = None
+    encrypt: LuksOptions | OldEncryption | None = None
 
     @classmethod
     def of(
-        cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None, encrypt: LuksOptions | None = None
+        cls,
+        given: BlockdevCreateOptionsQcow2,
+        data_file: str | None = None,
+        encrypt: LuksOptions | OldEncryption | None = None,
     ) -> CreateOptions:
         """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there, and ``encrypt``
         what its ``encrypt`` says, with the password."""
