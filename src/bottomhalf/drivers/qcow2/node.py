@@ -34,7 +34,7 @@ from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
-from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
+from bottomhalf.drivers.qcow2.together import Passage, co_submit_all, read_from
 from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
@@ -374,13 +374,13 @@ class Qcow2Node(DirectReads):
                 for run in await self.metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
-                        self._read_from(data, run.host, part, reads)
+                        read_from(data, run.host, part, reads)
                     elif run.kind == SQUEEZED:
                         content = await self._unpack(run.host)
                         start = (offset + at) & self.mapping.cluster_mask
                         part[:] = content[start : start + run.length]
                     elif run.kind == UNALLOCATED and self.backing is not None:
-                        self._read_from(self.backing, offset + at, part, below)
+                        read_from(self.backing, offset + at, part, below)
                     else:
                         fill_zeroes(part)
                     at += run.length
@@ -390,15 +390,6 @@ class Qcow2Node(DirectReads):
                 await co_submit_all(self.backing, below)
         finally:
             self.metadata.end(epoch, 1)
-
-    @staticmethod
-    def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
-        """What the node has of the range; behind its end are zeroes."""
-        count = max(min(len(part), node.size - offset), 0)
-        if count:
-            requests.append(Request(READ, offset, count, part[:count]))
-        if count < len(part):
-            fill_zeroes(part[count:])
 
     async def _unpack(self, entry: int) -> bytes:
         if self._unpacked[0] == entry:
