@@ -329,6 +329,21 @@ class Metadata(Counters):
         self.l1 = array("Q", l1)
         self.move_l1(entries, cluster)
 
+    def turn_to(self, l1: array[int], refcount_table: array[int], blocks: Iterable[int]) -> None:
+        """The header on the disk names these, and the blocks of these indexes lie elsewhere (see ``switching``). What
+        was in memory of the old ones is dropped. With the lock held."""
+        self.l1, self.refcount_table = l1, refcount_table
+        self.l2.clear()
+        for index in blocks:
+            self._blocks.pop(index, None)
+            self._dirty_blocks.pop(index, None)
+            self.places.add(overlap.REFCOUNT_BLOCK, refcount_table[index])
+        header, size = self.header, self.mapping.cluster_size
+        self.places.add(overlap.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * size)
+        self.places.add(overlap.ACTIVE_L1, header.l1_offset, header.l1_size * 8)
+        for entry in l1:
+            self.places.add(overlap.ACTIVE_L2, entry & OFFSET_MASK)
+
     async def use_counters(self, order: int, table: array[int], offset: int) -> None:
         """All counters have been written anew, with another width, below a table at ``offset``: let the header name
         that. Nothing else is waiting to be written. With the lock held. OSError, and the old ones are in use."""
