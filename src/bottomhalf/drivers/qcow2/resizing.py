@@ -3,9 +3,9 @@
 
 A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header, which comes last: until
 then nobody can write to the new part, and whatever fails leaves the old size. Where a backing file is longer than the
-disk was, its content must not come to light, not even by a power cut: the new part is zeroed before. So is the rest of
-the last cluster, and what may lie behind the disk's end is forgotten, since a request that was on its way when the disk
-became smaller may have arrived there afterwards.
+disk was, its content must not come to light, not even by a power cut in between: the new part is zeroed before the
+header says that it is there. So is the rest of the last cluster, and what may lie behind the disk's end is forgotten,
+since a request that was on its way when the disk became smaller may have arrived there afterwards.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
 one entry by entry. What is left of the last cluster behind the end is zeroed before, or it would come back when the
