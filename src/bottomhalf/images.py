@@ -46,7 +46,10 @@ __all__ = [
 class ImageInfo:
     """What an image says about itself. Sizes in bytes; None for what its format does not know."""
 
-    __slots__ = ("actual_size", "backing_file", "backing_format", "cluster_size", "format", "header", "virtual_size")
+    __slots__ = (
+        *("actual_size", "backing_file", "backing_format", "bitmaps", "cluster_size", "format", "header"),
+        "virtual_size",
+    )
 
     def __init__(self, format: str, virtual_size: int, actual_size: int) -> None:
         self.format = format
@@ -55,6 +58,8 @@ class ImageInfo:
         self.cluster_size: int | None = None
         self.backing_file: str | None = None
         self.backing_format: str | None = None
+        # Its persistent bitmaps: name, granularity, flags, and whether they are in use (drivers.qcow2.bitmaps.Bitmap).
+        self.bitmaps: list[Any] = []
         self.header: Any = None  # of a qcow2 image: drivers.qcow2.header.Header
 
     def __repr__(self) -> str:
@@ -153,7 +158,7 @@ def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:
-    """What an image is. Reads its header only."""
+    """What an image is. Reads its header, and the list of its bitmaps."""
     with _opened(fspath(path), writable=False) as (context, file):
         format = _format(file)
         found = ImageInfo(format, file.size, file.allocated_size() or 0)
@@ -166,7 +171,16 @@ def info(path: str | PathLike[str]) -> ImageInfo:
             found.backing_file = header.backing_file
             found.backing_format = header.backing_format
             found.header = header
+            found.bitmaps = context.run(_co_bitmaps(file, header), what=f"the bitmaps of {fspath(path)}")
         return found
+
+
+async def _co_bitmaps(file: Node, header: Any) -> list[Any]:
+    from bottomhalf.drivers.qcow2.keeping import co_read_directory
+    from bottomhalf.drivers.qcow2.metadata import Metadata
+
+    found = await co_read_directory(Metadata(lambda: file, header).read, header)
+    return [] if found is None else found[0]
 
 
 def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResult:

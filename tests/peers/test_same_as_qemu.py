@@ -21,6 +21,7 @@ import pytest
 import bottomhalf
 from bottomhalf.qapi.schema import differences
 from bottomhalf.tools import bh_nbd, bh_storage_daemon
+from tests.peers.bitmap_conversations import IN_MEMORY, PERSISTENT
 from tests.peers.conversations import CONTROL, GRAPH, QMP, SNAPSHOTS, spelled_out
 from tests.peers.overlay_conversations import BACKING_NAMES, OLD_EXPORTS, OVERLAYS, TRANSACTIONS, lines_of
 
@@ -121,7 +122,7 @@ def test_snapshots(require: Callable[[str], str], tmp_path: Path) -> None:
     assert_same_answers([require("qemu-storage-daemon")], conversation, [], tmp_path)
 
 
-@pytest.mark.parametrize("conversation", [OVERLAYS, TRANSACTIONS, OLD_EXPORTS, BACKING_NAMES])
+@pytest.mark.parametrize("conversation", [OVERLAYS, TRANSACTIONS, OLD_EXPORTS, BACKING_NAMES, IN_MEMORY, PERSISTENT])
 def test_overlays_and_transactions(require: Callable[[str], str], tmp_path: Path, conversation: str) -> None:
     assert_same_answers([require("qemu-storage-daemon")], lines_of(conversation), [], tmp_path)
 

@@ -39,6 +39,8 @@ ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
 # What QEMU's users call them: ``aio=``.
 AIO_ENGINES: Final = {"io_uring": "io_uring", "native": "linux-aio", "threads": "threads"}
 
+EXTENT_SIZE_HINT_BYTES: Final = 1 << 20  # for new files, as QEMU
+
 # Permissions of an opened image, bit numbers as in the lock bytes of a file (100 + n held, 200 + n not shared).
 PERM_CONSISTENT_READ: Final = 1
 PERM_WRITE: Final = 2
@@ -399,9 +401,12 @@ class Host(Protocol):
     def is_device(self, path: str) -> bool:
         """Whether the path leads to a block device. False as well if it leads nowhere."""
 
-    def create_file(self, path: str, size: int) -> None:
+    def create_file(
+        self, path: str, size: int, *, nocow: bool = False, extent_size_hint_bytes: int | None = None
+    ) -> None:
         """Make a regular file of zeroes; one that is there loses its content. ``ImageInUse`` if somebody has locked
-        it, OSError; nothing has changed then."""
+        it, OSError; nothing has changed then. The file system is asked not to copy on write, and to allocate so much at
+        a time (None: EXTENT_SIZE_HINT_BYTES, 0: as it likes); whether it listens is its affair."""
 
     def engine(self, kind: str = "auto") -> Engine:
         """Make an engine: one of ENGINE_KINDS, or "auto" for the one that works here and is best for all files (so not

@@ -332,7 +332,7 @@ class Explorer:
         return Found(size, zlib.compress(content, 1), known)
 
     def _disk_of(self, host: SimHost, **options: Any) -> Disk:
-        """A state that is opened. It unpacks where it stands: a thread would take longer than all the rest."""
+        """A state that is opened. It unpacks where it stands: a thread for that takes longer than all the rest."""
 
         async def call(function: Callable[..., Any], *given: Any) -> Any:
             return function(*given)

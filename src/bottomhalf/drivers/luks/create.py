@@ -7,8 +7,8 @@ with a password that was valid before or after."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.luks import keys
@@ -27,6 +27,7 @@ from bottomhalf.drivers.luks.node import co_load
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
 
 ITERATION_TIME_MS_MAX = 60_000
 _ALGORITHMS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
@@ -43,6 +44,14 @@ class LuksOptions:
     ivgen_hash_alg: str | None = None
     hash_alg: str = "sha256"
     iter_time: int = keys.ITERATION_TIME_MS
+
+    @classmethod
+    def of(cls, given: QCryptoBlockCreateOptionsLUKS, password: bytes) -> LuksOptions:
+        """From the schema's options."""
+        names = {each.name for each in fields(cls)} - {"password"}
+        chosen: dict[str, Any] = {name: value for name in names if (value := getattr(given, name))}
+        words: dict[str, Any] = {name: str(value) for name, value in chosen.items() if name != "iter_time"}
+        return replace(cls(password, iter_time=chosen.get("iter_time", keys.ITERATION_TIME_MS)), **words)
 
     def header(self) -> Header:
         """The header without keys. BlockError for what cannot be."""
@@ -69,9 +78,15 @@ class LuksOptions:
         return header
 
 
-async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple[Header, bytes]:
-    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key."""
+async def co_create(
+    node: Node, options: LuksOptions, *, base: int = 0, detached: bool = False
+) -> tuple[Header, bytes]:
+    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key. With ``detached``
+    the disk is not behind it, but in a file of its own, from the first byte on."""
     host, header = node.context.host, options.header()
+    size = header.payload * SECTOR_BYTES
+    if detached:
+        header.payload = 0
     raw = bytearray(host.random_bytes(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80  # RFC 9562: version 4
     text = raw.hex()
@@ -87,7 +102,6 @@ async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple
         return keys.close_slot(header, header.slots[0], key, options.password, iterations, host.random_bytes)
 
     material = await node.context.thread_pool.call(derive)
-    size = header.payload * SECTOR_BYTES
     first = bytearray(size)
     start = header.slots[0].offset * SECTOR_BYTES
     first[start : start + len(material)] = material
@@ -123,12 +137,7 @@ async def co_amend_keys(
             raise BlockError(f"Slot {place} is already inactive")
         if sum(each.active for each in header.slots) == 1 and not force:
             raise BlockError("Attempt to erase the only active keyslot which will erase all the data in the image")
-        header.slots[place] = replace(header.slots[place], active=False, iterations=0, salt=bytes(SALT_BYTES))
-        await node.co_pwrite(base, memoryview(header.to_bytes()))
-        await node.co_flush()
-        noise = host.random_bytes(header.material_bytes)
-        await node.co_pwrite(base + header.slots[place].offset * SECTOR_BYTES, memoryview(noise))
-        await node.co_flush()
+        await _co_erase(node, header, place, base)
         return place
     if state != "active":
         raise BlockError(f"state is active or inactive, not '{state}'")
@@ -151,6 +160,29 @@ async def co_amend_keys(
     await node.co_pwrite(base, memoryview(header.to_bytes()))
     await node.co_flush()
     return slot
+
+
+async def co_erase(node: Node, slot: int, *, base: int = 0, detached: bool = False, force: bool = False) -> None:
+    """Take a slot away without asking for a password. BlockError, OSError."""
+    header, _ = await co_load(node, base=base, detached=detached)
+    active = [n for n, each in enumerate(header.slots) if each.active]
+    if slot not in active:
+        raise BlockError(f"Given keyslot {slot} is already erased (inactive) ")
+    if active == [slot] and not force:
+        raise BlockError(
+            f"Attempt to erase the only active keyslot {slot} which will erase all the data in the image irreversibly "
+            "- refusing operation"
+        )
+    await _co_erase(node, header, slot, base)
+
+
+async def _co_erase(node: Node, header: Header, slot: int, base: int) -> None:
+    header.slots[slot] = replace(header.slots[slot], active=False, iterations=0, salt=bytes(SALT_BYTES))
+    await node.co_pwrite(base, memoryview(header.to_bytes()))
+    await node.co_flush()
+    noise = node.context.host.random_bytes(header.material_bytes)
+    await node.co_pwrite(base + header.slots[slot].offset * SECTOR_BYTES, memoryview(noise))
+    await node.co_flush()
 
 
 def _measured(header: Header, size: int, time_ms: int, node: Node) -> int:

@@ -29,6 +29,11 @@ class CryptFile:
         self._cipher = cipher
 
     @property
+    def node(self) -> Node:
+        """The file."""
+        return self._node()
+
+    @property
     def name(self) -> str:
         return self._node().name
 

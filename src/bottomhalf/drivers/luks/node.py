@@ -122,6 +122,9 @@ class LuksNode(Node):
     def open_size(self) -> int:
         return max(self._file.node.size - self.payload, 0)
 
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        return [(self._file.node, end + self.payload)]
+
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op
         if op == FLUSH:

@@ -110,10 +110,11 @@ class Counters:
         return found
 
     async def refer(self, cluster: int) -> None:
-        """One reference more to a cluster that has some. With the lock held."""
+        """One reference more to a cluster that has some. With the lock held. ImageError if it has none, as it must."""
         index, at = divmod(cluster, self._per_block)
         block = await self._block(index)
-        assert block is not None and block[at], "a cluster without references has no place for more"
+        if block is None or not block[at]:
+            raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
         self._set(index, block, at, block[at] + 1)
 
     async def set_refcount(self, cluster: int, count: int) -> None:

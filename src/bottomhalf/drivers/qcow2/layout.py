@@ -40,6 +40,7 @@ LAZY_REFCOUNTS: Final = 1
 # Autoclear: who does not know one of them clears it before the first write.
 BITMAPS: Final = 1
 RAW_DATA: Final = 2
+AUTOCLEAR_KNOWN: Final = BITMAPS | RAW_DATA
 
 FEATURE_NAMES: Final = (  # kind (0 incompatible, 1 compatible, 2 autoclear), bit, name
     (0, 0, "dirty bit"),

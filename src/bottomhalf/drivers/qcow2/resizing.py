@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from bottomhalf.block.watching import unwatched
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX, OFFSET_MASK
 from bottomhalf.drivers.qcow2.preallocation import co_preallocate
@@ -37,10 +38,12 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
     entries = -(-size >> mapping.l1_shift)
     if entries * 8 > L1_BYTES_MAX:
         raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
+    node.bitmap_keeper.check_resize()
     if size < old:
         behind = min(-size & mapping.cluster_mask, old - size)
         if behind:
-            await node.co_write_zeroes(size, behind)
+            # Nobody asked for that: not a write that a threshold or a bitmap would want to know of.
+            await unwatched(node).co_write_zeroes(node, size, behind)
     elif mapping.external:
         await node.data.co_truncate(size)
     async with metadata.lock:

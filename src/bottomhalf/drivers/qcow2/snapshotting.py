@@ -124,21 +124,24 @@ class Snapshots:
             return made
 
     async def _blocks_of(self, l1: Iterable[int]) -> set[int]:
-        """The refcount blocks of the data below an L1 table. OSError if a cluster cannot be counted once more."""
+        """The refcount blocks of the data below an L1 table. OSError, ImageError as in _check_room()."""
         header, found = self._node.header, set()
-        most = refcounts.refcount_max(header.refcount_order)
         per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
         for entry in l1:
             if entry & OFFSET_MASK:
                 for cluster in self._of_table(await self._read_table(entry & OFFSET_MASK)):
-                    count = await self._metadata.refcount(cluster)
-                    if not count:
-                        raise ImageError(f"cluster {cluster} is in use and not counted; check and repair the image")
-                    if count >= most:
-                        text = f"a cluster is used {most} times, more cannot be counted"
-                        raise OSError(errno.EINVAL, text, self._node.name)
+                    await self._check_room(cluster)
                     found.add(cluster // per_block)
         return found
+
+    async def _check_room(self, cluster: int) -> None:
+        """OSError if a cluster cannot be counted once more; ImageError if it is not counted."""
+        most = refcounts.refcount_max(self._node.header.refcount_order)
+        count = await self._metadata.refcount(cluster)
+        if count >= most:
+            raise OSError(errno.EINVAL, f"a cluster is used {most} times, more cannot be counted", self._node.name)
+        if not count:
+            raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
 
     async def _split(self, offset: int, place: int, switch: Switch) -> None:
         """The disk gets a copy of the L2 table, which is the snapshot's: all below belongs to both."""
@@ -167,6 +170,8 @@ class Snapshots:
     async def apply(self, snapshot: Snapshot) -> None:
         """Let the disk be what the snapshot is, with its size and its VM state. OSError, ImageError."""
         node, metadata, mapping, header = self._node, self._metadata, self._mapping, self._node.header
+        if node.bitmaps:  # they could not say what has changed
+            raise OSError(errno.EBUSY, "Device has active dirty bitmaps", node.name)
         async with metadata.lock:
             await metadata.find_places()
             await metadata.settle()
@@ -174,16 +179,13 @@ class Snapshots:
             if size % layout.SECTOR_BYTES or size < 0:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
-            most = refcounts.refcount_max(header.refcount_order)
             async for cluster in self._clusters_of(wanted):
-                if await metadata.refcount(cluster) >= most:
-                    text = f"a cluster is used {most} times, more cannot be counted"
-                    raise OSError(errno.EINVAL, text, node.name)
+                await self._check_room(cluster)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
-            clusters = self._clusters(length * 8)
-            length = clusters * mapping.cluster_size // 8
             if length * 8 > layout.L1_BYTES_MAX:
-                length = layout.L1_BYTES_MAX // 8
+                raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
+            clusters = self._clusters(length * 8)
+            length = min(clusters * mapping.cluster_size, layout.L1_BYTES_MAX) // 8
             counted = array("Q")
             first = await metadata.allocate_together(clusters)
             try:
