@@ -6,8 +6,9 @@ longer than the disk was, its content must not come to light, not even by a powe
 before the header says that it is there.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
-one entry by entry. What is left of the last cluster behind the end is zeroed before, or it would come back when the
-disk grows again. Snapshots keep their own size, and everything in it.
+one entry by entry. Not before the header tells the new size, or after a power cut the backing file would be seen where
+entries are gone already. If the power goes then, they are left, and given back before the disk grows again. What is
+left of the last cluster behind the end is zeroed before all that. Snapshots keep their own size, and everything in it.
 
 Behind the disk's end lies VM state that no snapshot has yet (see ``vmstate``), and where that begins depends on the
 size; it is forgotten.
@@ -44,21 +45,36 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
         if behind:
             # Nobody asked for that: not a write that a threshold or a bitmap would want to know of.
             await unwatched(node).co_write_zeroes(node, size, behind)
-    elif mapping.external:
+        await _tell(node, size)
+        async with metadata.lock:
+            await _forget_behind(node, size)
+            await metadata.commit()
+        if mapping.external:
+            await node.data.co_truncate(size)
+        return
+    if mapping.external:
         await node.data.co_truncate(size)
     async with metadata.lock:
-        await metadata.find_places()
-        await node.snapshots.forget_tables(-(-min(size, old) >> mapping.l1_shift))
-        if size < old:
-            await _unlink(node, -(-size >> mapping.cluster_bits))
-        elif entries > header.l1_size:
+        await _forget_behind(node, old)
+        if entries > header.l1_size:
             clusters = -(-entries * 8 // mapping.cluster_size)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
-    if size > old and await _zero_behind(node, old, size):
+    await _zero_behind(node, old, size)
+    if metadata.dirty:
         async with metadata.lock:
             await metadata.commit()
+    await _tell(node, size)
+    if header.raw_data and preallocation == "off":
+        preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
+    await co_preallocate(node, old, size, preallocation)
+
+
+async def _tell(node: Qcow2Node, size: int) -> None:
+    """Let the header say the new size, durably. OSError, and it is the old one."""
+    metadata, header, old = node.metadata, node.header, node.header.size
     async with metadata.lock:
+        await metadata.find_places()
         header.size = size
         metadata.header_changed()
         try:
@@ -66,18 +82,13 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
         except BaseException:  # the disk has its old size for whoever uses it; so it has to have that tomorrow
             header.size = old
             metadata.header_changed()
-            node.refresh_size()  # the file has grown, perhaps, and with it those above have looked
             raise
-    if size < old and mapping.external:
-        await node.data.co_truncate(size)
-    node.refresh_size()
-    if header.raw_data and preallocation == "off":
-        preallocation = "metadata"  # others read the data file by itself, where every cluster is in its place
-    await co_preallocate(node, old, size, preallocation)
+        finally:
+            node.refresh_size()  # also if it is the old one: the file may have grown, and those above have looked
 
 
-async def _zero_behind(node: Qcow2Node, old: int, size: int) -> bool:
-    """Zero what would come to light behind the end of the disk; whether something did. OSError, ImageError."""
+async def _zero_behind(node: Qcow2Node, old: int, size: int) -> None:
+    """Zero what would come to light behind the end of the disk. OSError, ImageError."""
     backing = node.backing
     # Who made it smaller before may have left something in the last cluster (QEMU does).
     end = min(size, old + (-old & node.mapping.cluster_mask))
@@ -85,7 +96,13 @@ async def _zero_behind(node: Qcow2Node, old: int, size: int) -> bool:
         end = max(end, min(size, backing.size))
     if end > old:
         await node.writer.co_zero(old, end - old, unmap=False, discard=False)
-    return end > old
+
+
+async def _forget_behind(node: Qcow2Node, size: int) -> None:
+    """Give back what the guest has had behind the end, and VM state that lies there. With the lock held."""
+    await node.metadata.find_places()
+    await node.snapshots.forget_tables(-(-size >> node.mapping.l1_shift))
+    await _unlink(node, -(-size >> node.mapping.cluster_bits))
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:
