@@ -78,7 +78,7 @@ SHORT: Final[dict[str, Form]] = {
     "extended": Form(0, 250, reorder=2),
 }
 LONG: Final[dict[str, Form]] = {
-    "small": Form(360, 8_500),
+    "small": Form(360, 11_000),
     "snapshot": Form(360, 13_000),
     "one bit": Form(360, 10_000),
     "block full": Form(360, 12_000),
@@ -87,7 +87,7 @@ LONG: Final[dict[str, Form]] = {
     "small cache": Form(360, 8_500),
     "keeps discarded": Form(360, 10_500),
     "data file": Form(350, 7_500),
-    "raw data file": Form(350, 7_000),
+    "raw data file": Form(350, 6_500),
     "version 2": Form(20, 11_500, reorder=2),
     "extended": Form(0, 5_000, reorder=1),
 }
