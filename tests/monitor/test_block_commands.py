@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import pytest
 
-from bottomhalf.block import Edge, Node
+from bottomhalf.block import BlockBackend, Edge, Node
 from bottomhalf.block.edge import ROLE_DATA
 from bottomhalf.drivers import registry
 from bottomhalf.drivers.registry import Opening, register_driver
+from bottomhalf.host.protocol import PERM_ALL, PERM_WRITE
 from bottomhalf.qapi.block import BlockdevDriver, BlockdevOptions, BlockdevRef
 from bottomhalf.qapi.keyval import parse_options
 from bottomhalf.qapi.objects import ObjectOptions
@@ -186,6 +187,24 @@ def test_resize(client: QmpClient, bench: QmpBench) -> None:
     assert client.fails("block_resize", {"node-name": "n", "size": 4096}) == (
         "Image format driver does not support resize"
     )
+
+
+def test_resize_is_alone(client: QmpClient, bench: QmpBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is on his way to what is cut off, and nobody new comes."""
+    add(client, "file", "a", filename="/a.raw")
+    node = bench.storage.graph.find("a")
+    user = BlockBackend(bench.storage.graph, held=PERM_WRITE, shared=PERM_ALL)
+    user.insert(node)
+    seen = []
+
+    async def co_resize(it: Node, size: int) -> None:
+        seen.append((it, user.drained))
+        await it.co_truncate(size)
+
+    monkeypatch.setattr("bottomhalf.monitor.node_commands.co_resize", co_resize)
+    client.call("block_resize", {"node-name": "a", "size": 4096})
+    assert seen == [(node, True)] and not user.drained
+    user.close()
 
 
 def test_iothreads() -> None:

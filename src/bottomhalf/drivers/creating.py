@@ -88,8 +88,6 @@ async def co_create_qcow2(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
                 raise BlockError("Encryption 'qcow' is broken and not made any more; use 'luks'")
             branch: Any = options.encrypt.branch
             encrypt = luks_options(graph, branch, "encrypt.")
-            if options.data_file is not None or given.preallocation != "off":
-                raise BlockError("encryption goes neither with a data file nor with preallocation yet")
         data = name = None
         if options.data_file is not None:
             data = await stack.enter_async_context(co_holding(graph, partial(_find, graph, options.data_file)))
@@ -154,12 +152,13 @@ CREATORS: Final[dict[str, Callable[[Graph, Any], Awaitable[None]]]] = {
 async def co_amend_qcow2(node: Qcow2Node, options: BlockdevAmendOptionsQcow2, force: bool) -> None:
     """Passwords of an encrypted image. (The rest of what ``amend()`` can do changes an image under its users; QEMU's
     command has it not either.)"""
-    from bottomhalf.drivers.qcow2.encryption import LUKS, header_place
+    from bottomhalf.drivers.qcow2 import layout
+    from bottomhalf.drivers.qcow2.encryption import header_place
 
     encrypt = options.encrypt
     if encrypt is None:
         return
-    if node.header.crypt_method != LUKS:
+    if node.header.crypt_method != layout.CRYPT_LUKS:
         raise BlockError("image is not encrypted, can't amend")
     if encrypt.format != "luks":
         raise BlockError("Amend can't be used to change the qcow2 encryption format")
@@ -180,11 +179,14 @@ async def co_amend_luks(node: LuksNode, options: QCryptoBlockAmendOptionsLUKS, f
 async def _co_amend_keys(
     node: Node, holder: Node, options: QCryptoBlockAmendOptionsLUKS, force: bool, base: int, detached: bool = False
 ) -> None:
-    from bottomhalf.drivers.luks.amend import co_amend
+    from bottomhalf.drivers.luks.keyslots import SlotChange, co_amend
     from bottomhalf.drivers.luks.secrets import find_secret
 
-    secrets = [find_secret(node.graph, name) for name in (options.new_secret, options.old_secret, options.secret)]
-    await co_amend(holder, options, *secrets, opened_with=_secret_of(node), force=force, base=base, detached=detached)
+    names = (options.new_secret, options.old_secret, options.secret)
+    new, old, opening = (find_secret(node.graph, name) for name in names)
+    change = SlotChange(str(options.state), new, old, options.keyslot, options.iter_time)
+    password = opening or _secret_of(node) or b""
+    await co_amend(holder, password, change, force=force, base=base, detached=detached)
 
 
 def _secret_of(node: Node) -> bytes | None:

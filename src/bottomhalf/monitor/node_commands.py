@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bottomhalf.aio import current, move_to, suspend
 from bottomhalf.block import BlockBackend, BlockError, Node
+from bottomhalf.block.resize import co_resize
 from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
 from bottomhalf.qapi.block import BlockResize
 
@@ -27,10 +28,13 @@ async def block_resize(storage: Storage, arguments: BlockResize) -> None:
     backend = BlockBackend(storage.graph, held=PERM_RESIZE, shared=PERM_ALL)
     try:
         backend.insert(node)
-        await move_to(node.context)
-        await backend.co_truncate(arguments.size)
+        async with storage.graph.co_drained(node):  # nobody is on his way to what is cut off
+            await move_to(node.context)
+            try:
+                await co_resize(node, arguments.size)
+            finally:
+                await move_to(main)
     finally:
-        await move_to(main)
         await _closed(storage, backend)
 
 

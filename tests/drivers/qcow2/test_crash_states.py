@@ -78,7 +78,7 @@ SHORT: Final[dict[str, Form]] = {
     "extended": Form(0, 250, reorder=2),
 }
 LONG: Final[dict[str, Form]] = {
-    **dict.fromkeys(GEOMETRIES, Form(300, 8_500)),
+    **dict.fromkeys(GEOMETRIES, Form(360, 8_500)),
     **dict.fromkeys(("data file", "raw data file"), Form(350, 6_500)),
     "version 2": Form(20, 10_000, reorder=2),
     "extended": Form(0, 8_000, reorder=1),

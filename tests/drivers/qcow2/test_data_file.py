@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from bottomhalf.aio import AioContext
+from bottomhalf.aio import AioContext, gather
 from bottomhalf.block import BlockError, Graph
 from bottomhalf.drivers.qcow2 import layout
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.registry import open_node
+from bottomhalf.host.request import WRITE
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json
@@ -133,6 +134,50 @@ def test_resize(raw: bool) -> None:
         opened.run(opened.backend.co_pwrite(3 * SIZE - 3, b"end"))
     assert host.content("data.raw") == bytes(3 * SIZE - 3) + b"end"
     assert check(host, "disk.qcow2").allocated_clusters == (60 if raw else 1)
+
+
+@pytest.mark.parametrize("discards", [False, True])
+def test_a_raw_file_and_the_disk_agree_on_who_was_the_last(seed: int, discards: bool) -> None:
+    """Of a write and a zero write that are under way at the same time: both see the same one."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=SIZE, cluster_size=CLUSTER, data_file="data.raw", data_file_raw=True)
+    for path in ("disk.qcow2", "data.raw"):
+        host.set_cached(path, "never")
+    with disk(host, "disk.qcow2", **{"pass-discard-request": True}) as opened:
+        backend = opened.backend
+        opened.run(backend.co_pwrite(0, b"a" * CLUSTER))
+
+        async def play() -> None:
+            zero = backend.co_discard if discards else backend.co_write_zeroes
+            host.fault(path="data.raw", op=WRITE, delay_ns=10**9, times=1)
+            await gather(backend.co_pwrite(0, b"b" * CLUSTER), zero(0, CLUSTER))
+
+        opened.run(play())
+        assert opened.content() == host.content("data.raw")
+
+
+def test_a_raw_file_that_became_shorter_while_it_was_written(seed: int) -> None:
+    """What arrived behind its end does not come back; a zero write that is behind it has nothing to do."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=SIZE, cluster_size=CLUSTER, data_file="data.raw", data_file_raw=True)
+    for path in ("disk.qcow2", "data.raw"):
+        host.set_cached(path, "never")
+    with disk(host, "disk.qcow2") as opened:
+        backend = opened.backend
+
+        async def play() -> None:
+            await backend.co_pwrite(10 * CLUSTER, b"a")
+            slow = host.fault(path="data.raw", op=WRITE, delay_ns=10**9, times=1)
+            await gather(
+                backend.co_pwrite(10 * CLUSTER, b"b" * CLUSTER),
+                backend.co_truncate(5 * CLUSTER),
+                backend.co_write_zeroes(12 * CLUSTER, 3 * CLUSTER),
+            )
+            assert slow.hits
+            await backend.co_truncate(SIZE)
+
+        opened.run(play())
+        assert opened.content() == bytes(SIZE) == host.content("data.raw")
 
 
 def test_a_cluster_out_of_its_place_in_a_raw_file() -> None:

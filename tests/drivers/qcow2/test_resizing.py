@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import errno
 import random
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bottomhalf
+from bottomhalf.aio import gather, sleep_ns
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.host.request import FLUSH, READ, WRITE
@@ -24,6 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"cluster_size": 512, "data_file": "data.raw", "data_file_raw": True},
 ]
 POSITIONS_MAX = 400
+MIB = 1 << 20
 
 
 def resized(opened: Disk, model: bytearray, size: int, mode: str = "off") -> None:
@@ -81,6 +86,72 @@ def test_a_longer_backing_file_does_not_come_to_light(seed: int) -> None:
         for size in (50, 5, 200):
             resized(opened, model, size * 512)
             assert opened.content() == model
+
+
+def test_what_arrived_behind_the_end_does_not_come_to_light(seed: int) -> None:
+    """A write waits for the tables while the disk becomes smaller; where it was to go is no disk any more."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=60 * 512, cluster_size=512)
+    with disk(host, "disk.qcow2") as opened:
+        backend = opened.backend
+
+        async def late() -> None:
+            await sleep_ns(1000)
+            with suppress(OSError):
+                await backend.co_pwrite(50 * 512, b"x" * 512)
+
+        async def play() -> None:
+            await gather(backend.co_pwrite(30 * 512, b"c" * 512), backend.co_truncate(20 * 512), late())
+            await backend.co_truncate(60 * 512)
+
+        opened.run(play())
+        assert not any(opened.content())
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
+def test_a_power_cut_brings_no_backing_file_to_light(seed: int) -> None:
+    """The size is on the disk after the entries that hide what a longer backing file has."""
+    base = b"b" * 100 * 512
+    backing = {"driver": "raw", "file": {"driver": "file", "filename": "base.raw"}, "read-only": True}
+    for position in range(100):
+        host = SimHost(seed)
+        make(host, "disk.qcow2", size=10 * 512, cluster_size=512)
+        host.add_file("base.raw", base)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        fault = host.fault(path="disk.qcow2", op=FLUSH, errno=errno.EIO, after=position)
+        with suppress(OSError):
+            opened.run(co_resize(opened.node, 50 * 512))
+        after = SimHost(seed)
+        for path in host.disk.files:
+            after.add_file(path, host.survivor(path))
+        with disk(after, "disk.qcow2", backing=backing) as reopened:
+            assert reopened.content() in (base[: 10 * 512], base[: 10 * 512] + bytes(40 * 512))
+        opened.abandon()
+        if not fault.hits:
+            return
+    raise AssertionError("there is no end of flushes")
+
+
+@pytest.mark.parametrize("to", [7, 300])
+def test_a_size_that_failed_is_the_old_one_and_can_be_asked_for_again(to: int) -> None:
+    for position in range(POSITIONS_MAX):
+        host = SimHost(position)
+        make(host, "disk.qcow2", size=100 * 512, cluster_size=512)
+        with disk(host, "disk.qcow2") as opened:
+            opened.run(opened.backend.co_pwrite(0, b"a" * 512))
+            fault = host.fault(errno=errno.EIO, after=position)
+            try:
+                opened.run(co_resize(opened.node, to * 512))
+            except OSError:
+                assert opened.size == opened.node.header.size == 100 * 512
+            hits = fault.hits
+            fault.remove()
+            opened.run(co_resize(opened.node, to * 512))
+            assert opened.size == opened.node.header.size == to * 512
+        if not hits:
+            return
+    raise AssertionError("there is no end of I/O")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -144,3 +215,115 @@ def test_refusals() -> None:
         with pytest.raises(OSError, match="Can't resize a v2 image which has snapshots"):
             opened.run(co_resize(opened.node, 512))
         assert opened.size == 100 * 512
+
+
+def test_a_power_cut_while_it_grows_over_a_longer_backing_file(seed: int) -> None:
+    """The backing file behind the old end is never seen: the header tells the new size after the zeroes are there."""
+    host = SimHost(seed)
+    host.add_file("backing.raw", b"B" * 200 * 512)
+    make(host, "disk.qcow2", size=80 * 512 + 512, cluster_size=1024)
+    backing = {"driver": "file", "filename": "backing.raw", "read-only": True}
+    states: dict[bytes, bytes] = {}
+
+    def note() -> None:
+        states.update((state.digest, state.files["disk.qcow2"]) for state in host.survivors("disk.qcow2"))
+
+    with disk(host, "disk.qcow2", backing=backing) as opened:
+        host.before_durable = note
+        opened.run(opened.backend.co_truncate(190 * 512))
+        note()
+        host.before_durable = None
+    sizes = set()
+    for content in states.values():
+        after = SimHost(seed)
+        after.add_file("disk.qcow2", content)
+        after.add_file("backing.raw", b"B" * 200 * 512)
+        with disk(after, "disk.qcow2", backing=backing) as reopened:
+            sizes.add(reopened.size)
+            assert reopened.content() == (b"B" * 81 * 512).ljust(reopened.size, b"\0")
+    assert sizes == {81 * 512, 190 * 512}
+
+
+@pytest.mark.parametrize("size", [20 * 512, 300 * 512])
+@pytest.mark.parametrize("op", [WRITE, FLUSH])
+def test_a_change_that_failed_does_not_happen_with_the_next_flush(op: int, size: int) -> None:
+    """Whoever was told that it failed goes on with the old size, and finds tomorrow what he wrote up to there."""
+    old = 100 * 512
+    for position in range(100):
+        host = SimHost(position)
+        make(host, "disk.qcow2", size=old, cluster_size=512)
+        with disk(host, "disk.qcow2") as opened:
+            opened.run(opened.backend.co_pwrite(0, b"x" * old))
+            opened.run(opened.backend.co_flush())
+            fault = host.fault(path="disk.qcow2", op=op, errno=errno.EIO, after=position, times=1)
+            try:
+                opened.run(opened.backend.co_truncate(size))
+            except OSError as error:
+                assert error.errno == errno.EIO
+            else:
+                assert opened.size == size
+                fault.remove()
+                break
+            assert fault.hits == 1 and opened.size == old
+            opened.run(opened.backend.co_pwrite(0, b"y" * old))
+            opened.run(opened.backend.co_flush())
+        with disk(host, "disk.qcow2") as opened:
+            assert opened.content() == b"y" * old
+    assert position
+
+
+@pytest.mark.parametrize("shape", [{}, {"version": 2}, {"cluster_size": 16384, "extended_l2": True}], ids=str)
+def test_a_power_cut_shows_nothing_of_a_longer_backing_file(shape: dict[str, Any]) -> None:
+    """The header says that there is more only when it reads as zeroes."""
+    shape = {"cluster_size": 512, **shape}
+    old, new = 10 * shape["cluster_size"] + 512, 200 * shape["cluster_size"]
+    backing = {"driver": "file", "filename": "base.raw", "read-only": True}
+    grown = 0
+    for position in range(1000):
+        host = SimHost(position)
+        host.add_file("base.raw", b"b" * new)
+        make(host, "disk.qcow2", size=old, backing_file="base.raw", backing_fmt="raw", **shape)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        opened.run(opened.backend.co_pwrite(0, b"mine" * 100))
+        opened.run(opened.backend.co_flush())
+        fault = host.fault(op=FLUSH, errno=errno.EIO, after=position, times=None)
+        try:
+            opened.run(co_resize(opened.node, new, Preallocation.OFF))
+        except OSError:
+            pass
+        hits = fault.hits
+        fault.remove()
+        for chance in range(4):
+            after = SimHost(chance)
+            after.add_file("base.raw", b"b" * new)
+            after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+            assert not check(after, "disk.qcow2").corruptions
+            with disk(after, "disk.qcow2", backing=backing) as survivor:
+                content = survivor.content()
+                grown += survivor.size > old
+            assert content == (b"mine" * 100).ljust(old, b"b") + bytes(len(content) - old)
+        opened.abandon()
+        if not hits:
+            assert grown
+            return
+    raise AssertionError("there is no end of flushes")
+
+
+def test_a_resize_by_name_hides_what_a_longer_backing_file_has(tmp_path: Path) -> None:
+    """bottomhalf.resize() and amend() have to look at that file, and so they need to be allowed to."""
+    base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"
+    base.write_bytes(b"b" * 3 * MIB)
+    for version, grow in ((2, bottomhalf.resize), (3, bottomhalf.resize), (3, _amend_size)):
+        bottomhalf.create(
+            path, format="qcow2", size=3 * MIB, version=version, backing_file=str(base), backing_fmt="raw"
+        )
+        bottomhalf.resize(path, MIB, shrink=True)
+        with pytest.raises(BlockError, match="names a backing file"):
+            grow(path, 3 * MIB)
+        grow(path, 3 * MIB, follow_names=True)
+        with bottomhalf.open(path, backing_files=True) as disk:
+            assert disk.pread(3 * MIB, 0) == b"b" * MIB + bytes(2 * MIB)
+
+
+def _amend_size(path: Path, size: int, **more: Any) -> None:
+    bottomhalf.amend(path, size=size, **more)

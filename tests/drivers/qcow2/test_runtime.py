@@ -289,3 +289,14 @@ def test_lazy_refcounts_are_lazy() -> None:
         assert check(host, "disk.qcow2").corruptions
     assert not Header.parse(host.content("disk.qcow2")).incompatible
     assert not check(host, "disk.qcow2").corruptions
+
+
+def test_a_check_while_counters_are_late() -> None:
+    """It counts what is in memory, too."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512)
+    with disk(host, "disk.qcow2", **{"lazy-refcounts": True}) as opened:
+        opened.run(opened.backend.co_pwrite(0, b"x" * 5 * 512))
+        opened.run(opened.backend.co_flush())
+        found = opened.run(opened.node.co_check())
+        assert not found.corruptions and not found.leaks, found.findings

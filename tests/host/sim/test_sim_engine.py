@@ -234,6 +234,53 @@ def test_failed_write_leaves_old_or_new_sectors(seed: int) -> None:
     assert content[: SECTOR // 2] == b"o" * (SECTOR // 2)
 
 
+@pytest.mark.parametrize("number", [0, errno.ENOSPC])
+@pytest.mark.parametrize("op", [READ, WRITE])
+def test_short_transfers(op: int, number: int, seed: int) -> None:
+    """The first bytes move, others may come in between, and then the rest moves or fails."""
+    host = SimHost(seed, odds=Odds.calm())
+    host.add_file("a", b"o" * 4 * SECTOR)
+    short = host.fault(op=op, short=SECTOR, errno=number, times=1)
+    engine, file = host.engine(), host.open_file("a")
+    buffer = bytearray(b"n" * 4 * SECTOR)
+    request = Request(op, 0, 4 * SECTOR, memoryview(buffer))
+    engine.prepare(file, request)
+    engine.enter()
+    finish(host, engine)
+    assert short.struck == [op] and request.result == -number
+    moved = b"o" if op == READ else b"n"
+    found = bytes(buffer) if op == READ else host.content("a")
+    assert found[:SECTOR] == moved * SECTOR
+    assert number or found == moved * 4 * SECTOR
+    if op == WRITE:
+        assert all(len(set(found[at : at + SECTOR])) == 1 for at in range(0, len(found), SECTOR))
+
+
+def test_a_short_transfer_can_be_overtaken() -> None:
+    """Between its parts somebody else's write takes place."""
+    mixed = 0
+    for seed in range(50):
+        host = SimHost(seed)
+        host.add_file("a", bytes(4 * SECTOR))
+        host.fault(op=WRITE, short=SECTOR, times=1)
+        engine, file = host.engine(), host.open_file("a")
+        requests = [write(0, ord("a"), 4 * SECTOR), write(0, ord("b"), 4 * SECTOR)]
+        for request in requests:
+            engine.prepare(file, request)
+        engine.enter()
+        while any(request.result == IN_PROGRESS for request in requests):
+            host.world.step()
+        engine.reap()
+        assert set(host.content("a")) <= set(b"ab")
+        mixed += len(set(host.content("a"))) == 2
+    assert mixed
+
+
+def test_a_device_moves_something_or_fails() -> None:
+    with pytest.raises(ValueError, match="one byte at least"):
+        SimHost().fault(op=WRITE, short=0)
+
+
 # Power cuts
 
 

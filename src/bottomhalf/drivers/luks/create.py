@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new LUKS header with one password, and the change of passwords later.
-
-Order of what is written: a slot's material first, then, after a flush, the header that calls it active; a slot that is
-given up becomes inactive first, then its material is overwritten. A crash in between leaves a header that can be opened
-with a password that was valid before or after."""
+"""A new LUKS header with one password. (``keyslots`` adds others and takes them away.)"""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.luks import keys
-from bottomhalf.drivers.luks.ciphers import key_sizes, load_cryptography
+from bottomhalf.drivers.luks.ciphers import check_key, load_cryptography
 from bottomhalf.drivers.luks.header import (
     DIGEST_BYTES,
     HASHES,
@@ -23,7 +19,6 @@ from bottomhalf.drivers.luks.header import (
     WORK_MAX,
     Header,
 )
-from bottomhalf.drivers.luks.node import co_load
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
@@ -68,7 +63,7 @@ class LuksOptions:
             ivgen = f"essiv:{self.ivgen_hash_alg or 'sha256'}"
         mode = f"{self.cipher_mode}-{ivgen}"
         key_bytes = 2 * size if self.cipher_mode == "xts" else size
-        key_sizes("aes", mode)
+        check_key("aes", mode, key_bytes)
         header = Header("aes", mode, self.hash_alg, 0, key_bytes)
         place = MATERIAL_ALIGN
         for slot in header.slots:
@@ -96,9 +91,9 @@ async def co_create(
 
     def derive() -> bytes:
         digest_time = max(options.iter_time // 8, 1)
-        header.digest_iterations = _measured(header, DIGEST_BYTES, digest_time, node)
+        header.digest_iterations = measured(header, DIGEST_BYTES, digest_time, node)
         header.digest = keys.digest_of(header, key)
-        iterations = _measured(header, header.key_bytes, options.iter_time, node)
+        iterations = measured(header, header.key_bytes, options.iter_time, node)
         return keys.close_slot(header, header.slots[0], key, options.password, iterations, host.random_bytes)
 
     material = await node.context.thread_pool.call(derive)
@@ -110,82 +105,7 @@ async def co_create(
     return header, key
 
 
-async def co_amend_keys(
-    node: Node,
-    password: bytes,
-    *,
-    state: str = "active",
-    new_password: bytes | None = None,
-    slot: int | None = None,
-    iter_time: int = keys.ITERATION_TIME_MS,
-    base: int = 0,
-    detached: bool = False,
-    force: bool = False,
-) -> int:
-    """Add a password to the header at byte ``base`` of a node ("active") or take a slot away ("inactive"); the slot.
-
-    ``password`` opens the header. BlockError, OSError. The last slot, without which nobody gets at the data, goes only
-    with ``force``."""
-    header, materials = await co_load(node, base=base, detached=detached)
-    pool, host = node.context.thread_pool, node.context.host
-    used, key = await pool.call(keys.unlock, header, materials, password)
-    if slot is not None and not 0 <= slot < SLOTS:
-        raise BlockError(f"Invalid slot {slot} is specified; it is 0 to {SLOTS - 1}")
-    if state == "inactive":
-        place = used if slot is None else slot
-        if not header.slots[place].active:
-            raise BlockError(f"Slot {place} is already inactive")
-        if sum(each.active for each in header.slots) == 1 and not force:
-            raise BlockError("Attempt to erase the only active keyslot which will erase all the data in the image")
-        await _co_erase(node, header, place, base)
-        return place
-    if state != "active":
-        raise BlockError(f"state is active or inactive, not '{state}'")
-    if new_password is None:
-        raise BlockError("'new-secret' is required to activate a keyslot")
-    if slot is None:
-        slot = next((n for n, each in enumerate(header.slots) if not each.active), None)
-        if slot is None:
-            raise BlockError("Can't add a keyslot - all keyslots are in use")
-    elif header.slots[slot].active and not force:
-        raise BlockError(f"Refusing to overwrite active keyslot {slot} - please erase it first")
-
-    def derive() -> bytes:
-        iterations = _measured(header, header.key_bytes, iter_time, node)
-        return keys.close_slot(header, header.slots[slot], key, new_password, iterations, host.random_bytes)
-
-    material = await pool.call(derive)
-    await node.co_pwrite(base + header.slots[slot].offset * SECTOR_BYTES, memoryview(material))
-    await node.co_flush()
-    await node.co_pwrite(base, memoryview(header.to_bytes()))
-    await node.co_flush()
-    return slot
-
-
-async def co_erase(node: Node, slot: int, *, base: int = 0, detached: bool = False, force: bool = False) -> None:
-    """Take a slot away without asking for a password. BlockError, OSError."""
-    header, _ = await co_load(node, base=base, detached=detached)
-    active = [n for n, each in enumerate(header.slots) if each.active]
-    if slot not in active:
-        raise BlockError(f"Given keyslot {slot} is already erased (inactive) ")
-    if active == [slot] and not force:
-        raise BlockError(
-            f"Attempt to erase the only active keyslot {slot} which will erase all the data in the image irreversibly "
-            "- refusing operation"
-        )
-    await _co_erase(node, header, slot, base)
-
-
-async def _co_erase(node: Node, header: Header, slot: int, base: int) -> None:
-    header.slots[slot] = replace(header.slots[slot], active=False, iterations=0, salt=bytes(SALT_BYTES))
-    await node.co_pwrite(base, memoryview(header.to_bytes()))
-    await node.co_flush()
-    noise = node.context.host.random_bytes(header.material_bytes)
-    await node.co_pwrite(base + header.slots[slot].offset * SECTOR_BYTES, memoryview(noise))
-    await node.co_flush()
-
-
-def _measured(header: Header, size: int, time_ms: int, node: Node) -> int:
+def measured(header: Header, size: int, time_ms: int, node: Node) -> int:
     """Iterations for a time; never so many that all eight slots together would be refused when they are read."""
     blocks = -(-size // HASHES[header.hash])
     most = WORK_MAX // (2 * SLOTS * blocks)

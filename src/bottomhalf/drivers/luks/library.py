@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
@@ -13,22 +13,20 @@ from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
 from bottomhalf.qapi.errors import OptionError
 from bottomhalf.qapi.types import members
 from bottomhalf.qapi.visit import from_json
+from bottomhalf.qom.values import QomError
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Node
+    from bottomhalf.block import Graph, Node
 
-_PREFIX = "encrypt_"
+SECRET: Final = "secret"
+_PREFIX: Final = "encrypt_"
 
 
 def take_options(options: dict[str, Any], *, prefix: str = _PREFIX) -> LuksOptions:
     """Take what is about encryption out of ``options``. ``secret`` is the password, str or bytes. ValueError, and
     BlockError for values that there are not."""
+    password = take_password(options, prefix=prefix)
     given = {name.removeprefix(prefix): options.pop(name) for name in list(options) if name.startswith(prefix)}
-    password = given.pop("secret", None)
-    if isinstance(password, str):
-        password = password.encode()
-    if not isinstance(password, bytes):
-        raise ValueError(f"an encrypted image needs {prefix}secret, its password")
     known = sorted({member.attribute for member in members(QCryptoBlockCreateOptionsLUKS)} - {"key_secret"})
     for name in given:
         if name not in known:
@@ -38,6 +36,28 @@ def take_options(options: dict[str, Any], *, prefix: str = _PREFIX) -> LuksOptio
         return LuksOptions.of(from_json(QCryptoBlockCreateOptionsLUKS, values), password)
     except OptionError as error:
         raise BlockError(str(error)) from error
+
+
+def take_password(options: dict[str, Any], *, prefix: str = _PREFIX) -> bytes:
+    """Take the password out of ``options``. ValueError if there is none."""
+    password = options.pop(f"{prefix}secret", None)
+    if isinstance(password, str):
+        password = password.encode()
+    if not isinstance(password, bytes):
+        raise ValueError(f"an encrypted image needs {prefix}secret, its password")
+    return password
+
+
+def know_password(graph: Graph, password: str | bytes) -> None:
+    """Let a graph that has no secret objects know one password, by the name ``SECRET``."""
+    known = password.encode() if isinstance(password, str) else password
+
+    def find(name: str) -> bytes:
+        if name != SECRET:
+            raise QomError(f"No secret with id '{name}'")
+        return known
+
+    graph.find_secret = find
 
 
 async def co_make(

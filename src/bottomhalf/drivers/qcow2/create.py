@@ -34,6 +34,7 @@ from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQco
 if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
 
 SIZE_MAX: Final = (1 << 63) - 1  # an offset of a file
 
@@ -54,7 +55,7 @@ class CreateOptions:
     preallocation: str = "off"
     data_file: str | None = None  # the name by which the image knows it
     data_file_raw: bool = False
-    encrypt: LuksOptions | None = None
+    encrypt: LuksOptions | OldEncryption | None = None
 
     @classmethod
     def of(

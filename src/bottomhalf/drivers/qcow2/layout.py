@@ -61,6 +61,10 @@ EXTENSION_BITMAPS: Final = 0x23852875
 EXTENSION_CRYPTO: Final = 0x0537BE77
 EXTENSION_DATA_FILE: Final = 0x44415441
 
+# Header field crypt_method.
+CRYPT_AES: Final = 1  # the vectors count from the disk's beginning
+CRYPT_LUKS: Final = 2  # and here from the file's
+
 ZLIB: Final = 0
 ZSTD: Final = 1
 

@@ -23,18 +23,18 @@ from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
 from bottomhalf.drivers.qcow2.check import CheckResult, co_check, co_repair_dirty
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
-from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.keeping import KeptBitmaps
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.reading import Reader
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
-from bottomhalf.drivers.qcow2.together import Passage, co_submit_all, read_from
+from bottomhalf.drivers.qcow2.together import Passage
 from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
@@ -107,9 +107,10 @@ class Qcow2Node(DirectReads):
         if cipher is not None:
             from bottomhalf.drivers.luks.crypting import CryptFile
 
-            self.crypt = CryptFile(lambda: self._file.node, cipher)
+            by_guest = header.crypt_method == layout.CRYPT_AES
+            self.crypt = CryptFile(lambda: self._data.node, cipher, by_guest=by_guest)
             self.request_alignment = layout.SECTOR_BYTES
-            self._aligner = Aligner(self, self._submit)
+            self._aligner = Aligner(self, self._submit_by_guest if by_guest else self._submit)
         self.refresh_limits()
         self._begin_with(header)
 
@@ -124,9 +125,8 @@ class Qcow2Node(DirectReads):
         self._squeezer = Squeezer(self, self.writer)
         self._trouble = Trouble(self)
         self._cleaner = Cleaner(self)
+        self.reader = Reader(self)
         self.bitmap_keeper: KeptBitmaps = KeptBitmaps(self, self._guarded)
-        self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
-        self._forgotten = 0  # how often it had to be forgotten
         self.size = header.size
 
     async def open(self) -> None:
@@ -134,8 +134,6 @@ class Qcow2Node(DirectReads):
         header = self.header
         if header.crypt_method and self.crypt is None:
             raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
-        if header.crypt_method and header.external:
-            raise BlockError("encrypted qcow2 images with an external data file are not supported yet")
         if header.external and self._data is self._file:
             raise BlockError("'data-file' is required for this image")
         if not header.external and self._data is not self._file:
@@ -209,6 +207,13 @@ class Qcow2Node(DirectReads):
             return self.finish(requests, 0)
         return [request for request in requests if self.start(request, self._guarded(self._co_change(request)))]
 
+    def _submit_by_guest(self, requests: list[Request]) -> list[Request]:
+        """Where vectors depend on the guest's offsets, nothing goes on to the file with the host's."""
+        op = requests[0].op
+        if op == READ:
+            return [r for r in requests if self.start(r, self._guarded(self.co_pread(r.offset, r.buffer)))]
+        return self._write_slowly(requests) if op == WRITE else self._submit(requests)
+
     async def _co_change(self, request: Request) -> None:
         """Serve a flush, a discard or a zero write, which is aligned."""
         op = request.op
@@ -279,6 +284,8 @@ class Qcow2Node(DirectReads):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
+        if self.graph.debugged:
+            self.file.debug_event("read_aio" if mapped[0].op == READ else "write_aio")
         pending = (self.crypt or self._data.node).submit_batch(mapped)
         if pending:
             metadata = self.metadata
@@ -325,13 +332,15 @@ class Qcow2Node(DirectReads):
                     continue
             slow.append(request)
         pending = self._pass(mapped) if mapped else []
-        squeezed = [request for request in slow if request.flags & COMPRESS]
+        return pending + self._write_slowly(slow) if slow else pending
+
+    def _write_slowly(self, requests: list[Request]) -> list[Request]:
+        pending: list[Request] = []
+        squeezed = [request for request in requests if request.flags & COMPRESS]
         if squeezed:
-            slow = [request for request in slow if not request.flags & COMPRESS]
-            pending = pending + [r for r in squeezed if self.start(r, self._guarded(self._squeezer.co_serve(r)))]
-        if slow:
-            pending = pending + self._start_writes(slow)
-        return pending
+            requests = [request for request in requests if not request.flags & COMPRESS]
+            pending = [r for r in squeezed if self.start(r, self._guarded(self._squeezer.co_serve(r)))]
+        return pending + self._start_writes(requests) if requests else pending
 
     def _start_writes(self, requests: list[Request]) -> list[Request]:
         """Enter one coroutine for writes that have to allocate or to look up; those that it has not finished."""
@@ -364,50 +373,7 @@ class Qcow2Node(DirectReads):
         if self.crypt is not None and (offset | len(buffer)) & (layout.SECTOR_BYTES - 1):
             await co_io(self, READ, offset, len(buffer), buffer, 0)  # comes back in whole sectors
             return
-        data = self.crypt or self.data
-        reads: list[Request] = []
-        below: list[Request] = []
-        epoch = self.metadata.begin(1)
-        try:
-            at = 0
-            while at < len(buffer):
-                for run in await self.metadata.runs(offset + at, len(buffer) - at):
-                    part = buffer[at : at + run.length]
-                    if run.kind == DATA:
-                        read_from(data, run.host, part, reads)
-                    elif run.kind == SQUEEZED:
-                        content = await self._unpack(run.host)
-                        start = (offset + at) & self.mapping.cluster_mask
-                        part[:] = content[start : start + run.length]
-                    elif run.kind == UNALLOCATED and self.backing is not None:
-                        read_from(self.backing, offset + at, part, below)
-                    else:
-                        fill_zeroes(part)
-                    at += run.length
-            if reads:
-                await co_submit_all(data, reads)
-            if below and self.backing is not None:
-                await co_submit_all(self.backing, below)
-        finally:
-            self.metadata.end(epoch, 1)
-
-    async def _unpack(self, entry: int) -> bytes:
-        if self._unpacked[0] == entry:
-            return self._unpacked[1]
-        offset, length = self.mapping.squeezed(entry)
-        forgotten = self._forgotten
-        data = await self.metadata.read(offset, length)
-        content: bytes = await self.context.thread_pool.call(
-            decompress, bytes(data), self.mapping.cluster_size, self.header.compression_type
-        )
-        if forgotten == self._forgotten:  # else the entry may mean something else soon
-            self._unpacked = entry, content
-        return content
-
-    def forget_unpacked(self) -> None:
-        """A compressed cluster is not used any more: its place may get other content."""
-        self._unpacked = (0, b"")
-        self._forgotten += 1
+        await self.reader.co_read(offset, buffer)
 
     @property
     def can_compress(self) -> bool:
@@ -456,7 +422,7 @@ class Qcow2Node(DirectReads):
     async def co_check(self) -> CheckResult:
         """As check.co_check(): what is written, after what was only in memory is."""
         async with self.metadata.lock:
-            await self.metadata.commit()
+            await self.metadata.commit(counters=True)
             return await co_check(self.file, self.header)
 
     async def co_save_vmstate(self, offset: int, buffer: memoryview) -> None:

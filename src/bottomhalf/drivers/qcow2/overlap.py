@@ -120,6 +120,12 @@ class Places:
             entry = cluster << bits | COPIED
             self._entries.update((entry, entry | ZERO))
 
+    def own(self, offset: int) -> None:
+        """The L2 table there is the disk's alone from now on: a snapshot that had it, too, is gone."""
+        cluster = offset >> self._bits
+        if cluster in self._kinds:
+            self._kinds[cluster] = ACTIVE_L2
+
     def remove(self, cluster: int) -> None:
         """Nobody uses the cluster any more."""
         if self._kinds.pop(cluster, 0):
@@ -187,7 +193,7 @@ async def _find_snapshots(metadata: Metadata) -> None:
 
 
 def _add_all(places: Places, kind: int, entries: Iterable[int]) -> None:
-    for entry in entries:
+    for entry in filter(None, entries):  # in large clusters most are zero
         if len(places) >= PLACES_MAX:
             return
         if entry & OFFSET_MASK:

@@ -72,6 +72,7 @@ async def co_table(metadata: Metadata) -> bytearray:
         data = await metadata.read(header.snapshots_offset, length)
         if length == room or _end(data, header.snapshot_count) <= length:
             return data
+        del data  # before there is a larger one
         length = min(room, 4 * length)
 
 

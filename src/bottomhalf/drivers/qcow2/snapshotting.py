@@ -101,12 +101,13 @@ class Snapshots:
             )
             # VM state lies behind the disk's end: the snapshot has it from now on, and the disk has not.
             disk = metadata.l1[: -(-header.size >> mapping.l1_shift)]
+            blocks = await self._blocks_of(disk)
             switch = Switch(metadata)
             try:
                 where = await self._write_table([*known, made], switch)
                 first_l1 = await switch.take(self._clusters(len(metadata.l1) * 8))
                 places = [await switch.take(1) if entry & OFFSET_MASK else 0 for entry in disk]
-                await switch.reserve(await self._blocks_of(disk))
+                await switch.reserve(blocks)
                 l1 = array("Q", [0]) * len(metadata.l1)
                 for index, place in enumerate(places):
                     if place:
@@ -124,23 +125,30 @@ class Snapshots:
 
     async def _blocks_of(self, l1: Iterable[int]) -> set[int]:
         """The refcount blocks of the data below an L1 table. OSError, ImageError as in _check_room()."""
-        header, found = self._node.header, set()
+        header = self._node.header
+        found: set[int] = set()
         per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
+        more: Counter[int] = Counter()
         for entry in l1:
             if entry & OFFSET_MASK:
-                for cluster in self._of_table(await self._read_table(entry & OFFSET_MASK)):
-                    await self._check_room(cluster)
-                    found.add(cluster // per_block)
+                clusters = self._of_table(await self._read_table(entry & OFFSET_MASK))
+                await self._check_room(clusters, more)
+                found.update(cluster // per_block for cluster in clusters)
         return found
 
-    async def _check_room(self, cluster: int) -> None:
-        """OSError if a cluster cannot be counted once more; ImageError if it is not counted."""
+    async def _check_room(self, clusters: Iterable[int], more: Counter[int]) -> None:
+        """OSError if what a table leads to cannot be counted once more; ImageError if it is not counted. To a cluster
+        of several compressed ones tables lead as often: ``more`` is how often they did so far."""
         most = refcounts.refcount_max(self._node.header.refcount_order)
-        count = await self._metadata.refcount(cluster)
-        if count >= most:
-            raise OSError(errno.EINVAL, f"a cluster is used {most} times, more cannot be counted", self._node.name)
-        if not count:
-            raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
+        for cluster in clusters:
+            count = await self._metadata.refcount(cluster)
+            if not count:
+                raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
+            if 2 * count > most:  # else there is room for as many as there are already
+                more[cluster] += 1
+                if count + more[cluster] > most:
+                    text = f"a cluster would be used more than {most} times, which cannot be counted"
+                    raise OSError(errno.EINVAL, text, self._node.name)
 
     async def _split(self, offset: int, place: int, switch: Switch) -> None:
         """The disk gets a copy of the L2 table, which is the snapshot's: all below belongs to both."""
@@ -178,8 +186,9 @@ class Snapshots:
             if size % layout.SECTOR_BYTES or size < 0:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
+            more: Counter[int] = Counter()
             async for cluster in self._clusters_of(wanted):
-                await self._check_room(cluster)
+                await self._check_room([cluster], more)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
             if length * 8 > layout.L1_BYTES_MAX:
                 raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
@@ -195,13 +204,15 @@ class Snapshots:
                 metadata.free_all(counted)
                 raise
             metadata.l2.clear()
-            node.forget_unpacked()
+            node.reader.forget_unpacked()
             metadata.replace_l1([entry & OFFSET_MASK for entry in wanted], length, first)
             metadata.free_all(before)
             header.size = size
             metadata.header_changed()
-            await metadata.settle()
-        node.refresh_size()
+            try:
+                await metadata.settle()
+            finally:  # in memory it is so, and the next commit goes on
+                node.refresh_size()
 
     async def _share(self, l1: Iterable[int], counted: array[int]) -> None:
         """Count everything below an L1 table once more; no entry says that it is its own."""
@@ -239,7 +250,7 @@ class Snapshots:
             switch = Switch(metadata)
             try:
                 where = await self._write_table(left, switch)
-                l1, replaced = await self._own_again({cluster: gone[cluster] for cluster in shared}, switch)
+                l1, replaced, owned = await self._own_again({cluster: gone[cluster] for cluster in shared}, switch)
                 changed = l1 != metadata.l1
                 first_l1 = await switch.take(self._clusters(len(l1) * 8)) if changed else 0
                 per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
@@ -256,14 +267,17 @@ class Snapshots:
                 switch.give_up()
                 raise
             metadata.places.add(overlap.SNAPSHOT_TABLE, where)
+            for offset in owned:
+                metadata.places.own(offset)
             metadata.free_all(gone.elements(), FREED_SNAPSHOT)
             await metadata.settle()
 
-    async def _own_again(self, less: dict[int, int], switch: Switch) -> tuple[array[int], list[int]]:
+    async def _own_again(self, less: dict[int, int], switch: Switch) -> tuple[array[int], list[int], list[int]]:
         """Entries of the disk that lead to what nobody else uses, when counters have become less, get their flag, in
-        new tables. The L1 table that leads to those, and the places of the old ones."""
+        new tables. The L1 table that leads to those, the places of the old ones, and the offsets of tables that are the
+        disk's alone from then on."""
         metadata, mapping = self._metadata, self._mapping
-        l1, replaced = array("Q", metadata.l1), []
+        l1, replaced, owned = array("Q", metadata.l1), [], []
         for index, l1_entry in enumerate(metadata.l1):
             offset = l1_entry & OFFSET_MASK
             if not offset:
@@ -278,14 +292,16 @@ class Snapshots:
                     entries[at] |= COPIED
                     changed = True
             cluster = offset >> mapping.cluster_bits
+            alone = cluster in less and await metadata.refcount(cluster) - less[cluster] == 1
             if changed:
                 place = await switch.take(1)
                 await switch.write(place, tables.pack(entries))
                 replaced.append(cluster)
                 l1[index] = place << mapping.cluster_bits | COPIED
-            elif cluster in less and await metadata.refcount(cluster) - less[cluster] == 1:
+            elif alone:
                 l1[index] = l1_entry | COPIED
-        return l1, replaced
+                owned.append(offset)
+        return l1, replaced, owned
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -334,7 +350,9 @@ class Snapshots:
                     yield cluster
 
     async def _read_table(self, offset: int) -> array[int]:
-        """An L2 table as it is written."""
+        """An L2 table as it is written. OSError, ImageError."""
+        if offset & self._mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned")
         return tables.unpack(await self._metadata.read(offset, self._mapping.cluster_size))
 
     async def _write_table(self, entries: list[Snapshot], switch: Switch) -> int:

@@ -149,7 +149,7 @@ class Switch:
         """What the header names is true; the old blocks and the old refcount table are free soon."""
         metadata, bits = self._metadata, self._bits
         self._turned = True
-        metadata.free_all(metadata.refcount_table[index] >> bits for index in self._blocks)
+        metadata.free_all(metadata.block_offset(index) >> bits for index in self._blocks)
         if self._blocks:
             first = before["refcount_table_offset"] >> bits
             metadata.free_all(range(first, first + metadata.header.refcount_table_clusters))

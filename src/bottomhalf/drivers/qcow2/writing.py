@@ -29,11 +29,13 @@ _ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
 class _Batch:
     """Data that are ready to be written, and the entries to be set when they are."""
 
-    __slots__ = ("clusters", "links", "pieces")
+    __slots__ = ("clusters", "guests", "links", "padded", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Any]] = []
+        self.guests: list[int] = []  # where the guest has them
         self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
+        self.padded = False  # some have around them what was there before
         self.clusters: set[int] = set()  # guest clusters among the links
 
 
@@ -44,6 +46,7 @@ class Writer:
         self._node = node
         self._metadata = node.metadata
         self._mapping = node.mapping
+        self.hides = 0  # bytes of a backing file that is yet to come, and must not be seen through zeroes
 
     # -- writes -------------------------------------------------------------------------------------------------
 
@@ -120,15 +123,18 @@ class Writer:
         host = entry & OFFSET_MASK
         if not mapping.extended and not entry & ZERO:
             batch.pieces.append((host + inside, data))
+            batch.guests.append((cluster << mapping.cluster_bits) + inside)
             return
         start, end = self._units(inside, len(data))
         whole = data
         touched = self._bits(start, end)
         if not mapping.extended or bitmap & touched != touched:
             whole = await self._filled(cluster, start, end, inside, data, zeroes=True)
+            batch.padded = batch.padded or whole is not data
         else:
             start = inside
         batch.pieces.append((host + start, whole))
+        batch.guests.append((cluster << mapping.cluster_bits) + start)
         if mapping.extended:
             link = entry, (bitmap | touched) & ~(touched << SUBCLUSTERS)
         else:
@@ -169,8 +175,10 @@ class Writer:
                 end = unit_end
         fill = not virgin or self._node.crypt is not None  # zeroes of the file, decrypted, are noise
         whole = await self._filled(cluster, start, end, inside, data, zeroes=fill)
+        batch.padded = batch.padded or whole is not data
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
+        batch.guests.append((cluster << bits) + at)
 
     async def _filled(
         self, cluster: int, start: int, end: int, inside: int, data: memoryview, *, zeroes: bool
@@ -185,6 +193,7 @@ class Writer:
         around = [(start, inside), (stop, min(end, max(limit - base, stop)))]
         if not zeroes and all([await self._reads_as_zeroes(base + a, b - a) for a, b in around]):
             return data
+        await self._metadata.at("cow_read")
         buffer = bytearray(end - start)
         with memoryview(buffer) as view:
             for a, b in around:
@@ -219,9 +228,16 @@ class Writer:
         """Write the data, then set the entries."""
         crypt = self._node.crypt
         if crypt is not None:
-            batch.pieces = [(offset, crypt.encrypted(offset, data)) for offset, data in batch.pieces]
+            pairs = zip(batch.pieces, batch.guests, strict=True)
+            batch.pieces = [
+                (place, crypt.encrypted(guest if crypt.by_guest else place, data)) for (place, data), guest in pairs
+            ]
+        if batch.padded:
+            await self._metadata.at("cow_write")
+        await self._metadata.at("write_aio")
         await self._metadata.write_data(batch.pieces)
-        batch.pieces = []
+        batch.padded = False
+        batch.pieces, batch.guests = [], []
         while batch.links:
             cluster, entry, bitmap = batch.links[0]
             await self.link(cluster, entry, bitmap)
@@ -246,7 +262,7 @@ class Writer:
             offset, length = mapping.squeezed(old)
             last = (offset + length - 1) >> mapping.cluster_bits
             metadata.free_all(range(offset >> mapping.cluster_bits, last + 1), why)
-            self._node.forget_unpacked()
+            self._node.reader.forget_unpacked()
         elif old & OFFSET_MASK and not mapping.external:
             metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits, why)
 
@@ -263,8 +279,11 @@ class Writer:
 
     # -- zeroes and discards ------------------------------------------------------------------------------------
 
-    async def co_zero(self, offset: int, length: int, *, unmap: bool, discard: bool) -> None:
-        """Make a range read as zeroes; what of it is less than a cluster is written, or for a discard left alone."""
+    async def co_zero(
+        self, offset: int, length: int, *, unmap: bool, discard: bool, behind: bool = False
+    ) -> None:
+        """Make a range read as zeroes; what of it is less than a cluster is written, or for a discard left alone.
+        ``behind``: it lies behind the disk's end."""
         bits = self._mapping.cluster_bits
         end = offset + length
         first = -(-offset >> bits)
@@ -280,6 +299,9 @@ class Writer:
             await self._write_zeroes(offset, (first << bits) - offset)
             await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
         async with self._metadata.lock:
+            if not behind:  # the disk may have become smaller meanwhile
+                end = min(end, self._node.size)
+                stop = min(stop, -(-end >> bits))
             outside = min(stop << bits, max(end, self._node.size)) if self._mapping.external else 0
             if outside and not await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
                 return
@@ -288,12 +310,14 @@ class Writer:
 
     async def _zero_outside(self, start: int, end: int, *, unmap: bool, discard: bool) -> bool:
         """Zero a range in the external data file, before the entries say so: whoever reads that file by itself has to
-        find the zeroes, and space can be given back there. Whether the entries may follow.
+        find the zeroes, and space can be given back there. Whether the entries are to follow.
 
-        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes."""
+        Zeroing rather than discarding, so that at no moment anything else can be read than the old or zeroes. In a raw
+        data file that is all: a write to the same place may be on its way without the lock, and of the two the file and
+        the guest have to see the same one as the last."""
         node, metadata = self._node, self._metadata
         raw, passes = node.header.raw_data, metadata.settings.passes[FREED_REQUEST]
-        if discard and raw and not passes:
+        if start >= end or (discard and raw and not passes):
             return False
         if raw or (unmap and passes):
             flags = (MAY_UNMAP if unmap and passes else 0) | (0 if raw else NO_FALLBACK)
@@ -302,13 +326,14 @@ class Writer:
             except OSError as error:
                 if raw or error.errno != errno.ENOTSUP:
                     raise
-        return True
+        return not raw
 
     async def _zero_cluster(self, cluster: int, unmap: bool) -> None:
         metadata, mapping, node = self._metadata, self._mapping, self._node
         entry, bitmap = await self.entry(cluster)
         has_content = mapping.has_place(entry) or entry & COMPRESSED
-        needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
+        below = max(node.backing.size if node.backing is not None else 0, self.hides)
+        needs_hiding = cluster << mapping.cluster_bits < below
         if not has_content and not needs_hiding:
             return
         await metadata.make_room_for_changes()

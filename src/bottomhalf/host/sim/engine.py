@@ -33,13 +33,14 @@ JUNK: Final = b"\xdb"
 class _Job:
     """A request on its way."""
 
-    __slots__ = ("early", "fault", "file", "mark", "request", "result")
+    __slots__ = ("early", "fault", "file", "mark", "moved", "request", "result")
 
     def __init__(self, file: SimFile, request: Request) -> None:
         self.file = file
         self.request = request
         self.fault: Fault | None = None
         self.mark = 0  # FLUSH: what had completed when it began
+        self.moved = 0  # bytes of a transfer that came back short
         self.early = False  # took effect at its start; ``result`` is waiting to be told
         self.result = 0
 
@@ -182,10 +183,28 @@ class SimEngine(Descriptor):
                 return
         world.at(delay_ns, lambda: self._finish(job), any_order=True)
 
+    @staticmethod
+    def _transfer(job: _Job, start: int, end: int, fault_errno: int) -> int:
+        """Move a part of a read or write."""
+        whole = job.request
+        buffer = memoryview(whole.buffer).cast("B")[start:end]
+        return job.file.perform(
+            Request(whole.op, whole.offset + start, end - start, buffer, whole.flags), fault_errno, job.mark
+        )
+
     def _finish(self, job: _Job) -> None:
-        request, world = job.request, self.world
-        if not job.early:
-            job.result = job.file.perform(request, job.fault.errno if job.fault else 0, job.mark)
+        request, world, fault = job.request, self.world, job.fault
+        if fault is not None and not (job.early or job.moved) and (part := fault.part(request.op, request.length)):
+            job.result = self._transfer(job, 0, part, 0)
+            if job.result == 0:  # and on with the rest
+                job.moved = part
+                world.note("short", job.file.path, request.op, request.offset, part)
+                world.at(self._latency.draw(world, request.op), lambda: self._finish(job), any_order=True)
+                return
+        elif job.moved:
+            job.result = self._transfer(job, job.moved, request.length, fault.errno if fault else 0)
+        elif not job.early:
+            job.result = job.file.perform(request, fault.errno if fault else 0, job.mark)
         world.note("finish", job.file.path, request.op, request.offset, request.length, job.result)
         request.result = job.result
         request.slot = None

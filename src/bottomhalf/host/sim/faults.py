@@ -9,6 +9,8 @@ where                  what may happen
 =====================  =================================================================================
 READ                   fails with an errno; the buffer's content is then undefined
 WRITE                  fails with an errno; each sector of the range is then old or new
+READ, WRITE            move fewer bytes than asked; the engine goes on with the rest (as its contract says), which
+                       others may overtake, or which fails with an errno
 FLUSH                  fails with an errno; unsynced writes may then be lost although a later flush succeeds
 DISCARD, WRITE_ZEROES  fail with an errno; nothing changed
 COPY_RANGE             fails with an errno; each sector of the range is then old or new
@@ -25,6 +27,7 @@ out.
 
     fault = host.fault(path="a.raw", op=WRITE, errno=EIO, times=1)
     fault = host.fault(path="a.raw", op=READ, hold=True)  # in flight until fault.release()
+    fault = host.fault(path="a.raw", op=WRITE, short=512)  # 512 bytes, then the rest; with an errno: then that
 """
 
 from __future__ import annotations
@@ -76,9 +79,12 @@ class Fault:
         times: int | None,
         delay_ns: int,
         hold: bool,
+        short: int | None,
     ) -> None:
-        if not (errno or delay_ns or hold):
-            raise ValueError("a fault needs an errno, a delay_ns or hold=True")
+        if not (errno or delay_ns or hold or short is not None):
+            raise ValueError("a fault needs an errno, a delay_ns, hold=True or short")
+        if short is not None and short < 1:
+            raise ValueError(f"short is {short}: a device moves one byte at least, or says an errno")
         self.path = path
         self.op = op
         self.errno = errno
@@ -86,7 +92,8 @@ class Fault:
         self.end = end
         self.delay_ns = delay_ns
         self.hold = hold
-        self.hits = 0  # operations struck so far
+        self.short = short  # bytes that a READ or WRITE moves at first
+        self.struck: list[int] = []  # the ops of the operations struck so far
         self.active = True
         self._world = world
         self._skip = after
@@ -95,6 +102,22 @@ class Fault:
 
     def __repr__(self) -> str:
         return f"<Fault {op_name(self.op)} of {self.path or 'any path'}, {self.hits} hits>"
+
+    @property
+    def hits(self) -> int:
+        """How many operations it has struck."""
+        return len(self.struck)
+
+    @property
+    def waits(self) -> bool:
+        """Whether what it strikes cannot be done at once."""
+        return self.hold or self.delay_ns > 0 or self.short is not None
+
+    def part(self, op: int, length: int) -> int:
+        """How many bytes of such a request move at first; 0: all that do move at once."""
+        if self.short is None or op not in (READ, WRITE) or length < 2:
+            return 0
+        return min(self.short, length - 1)
 
     @property
     def held(self) -> int:
@@ -132,14 +155,14 @@ class Fault:
             and offset + max(length, 1) > self.start
         )
 
-    def count(self) -> bool:
+    def count(self, op: int) -> bool:
         """Count a matching operation; whether it is struck."""
         if self._skip:
             self._skip -= 1
             return False
         if self._left is not None:
             self._left -= 1
-        self.hits += 1
+        self.struck.append(op)
         return True
 
 
@@ -167,7 +190,7 @@ class Faults:
     def strike(self, path: str, op: int, offset: int = 0, length: int = 0) -> Fault | None:
         """The rule that strikes this operation, counted."""
         fault = self.peek(path, op, offset, length)
-        return fault if fault is not None and fault.count() else None
+        return fault if fault is not None and fault.count(op) else None
 
 
 @dataclass

@@ -116,7 +116,7 @@ class SimFile(Descriptor):
     def _serve(self, request: Request, slow: list[Request]) -> None:
         """Serve it in place unless a fault makes it wait or the disk fills up: the engine finds that out."""
         fault = self.faults.peek(self.path, request.op, request.offset, request.length)
-        if fault is not None and (fault.hold or fault.delay_ns):
+        if fault is not None and fault.waits:
             slow.append(request)
             return
         fault = self.faults.strike(self.path, request.op, request.offset, request.length)

@@ -370,11 +370,12 @@ class SimHost:
         times: int | None = None,
         delay_ns: int = 0,
         hold: bool = False,
+        short: int | None = None,
     ) -> Fault:
         """Have operations of ``path`` (a file's, or str() of an address; None: any) fail with ``errno``, take
-        ``delay_ns`` longer, or stay in flight until ``fault.release()``. Only what touches the bytes from
-        ``start`` to before ``end``; not the first ``after`` that match; at most ``times``."""
-        return self.faults.add(Fault(self.world, path, op, errno, start, end, after, times, delay_ns, hold))
+        ``delay_ns`` longer, stay in flight until ``fault.release()``, or move only ``short`` bytes at first. Only what
+        touches the bytes from ``start`` to before ``end``; not the first ``after`` that match; at most ``times``."""
+        return self.faults.add(Fault(self.world, path, op, errno, start, end, after, times, delay_ns, hold, short))
 
     def cut(self, socket: SimSocket) -> None:
         """The connection is lost: bytes on the way are gone, both ends get ECONNRESET."""
