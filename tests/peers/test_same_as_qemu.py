@@ -29,7 +29,8 @@ pytestmark = pytest.mark.peer
 
 MIB = 1 << 20
 SECONDS_MAX = 30
-SILENCE_SECONDS = 0.1  # after an answer, for events behind it that QEMU sends in either order
+DELETED = "BLOCK_EXPORT_DELETED"
+SILENCE_SECONDS = 0.02  # after an answer, for events behind it that QEMU sends in either order
 OURS = {
     name: [sys.executable, "-m", f"bottomhalf.tools.{module}"]
     for name, module in (("qemu-storage-daemon", "bh_storage_daemon"), ("qemu-nbd", "bh_nbd"))
@@ -54,7 +55,10 @@ def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[s
                 answers = [reader.line()]
                 while '"event": ' in answers[-1]:
                     answers.append(reader.line())
-                if any(word in line for word in ("-del", "-stop", "server-remove")) and '"return"' in answers[-1]:
+                removes = "block-export-del" in line or "nbd-server-remove" in line
+                while removes and '"return"' in answers[-1] and not any(DELETED in each for each in answers):
+                    answers.insert(0, reader.line())  # it always comes, however busy the machine is
+                if any(word in line for word in ("-del", "-stop", "-remove")):
                     answers += reader.rest()
                 said.append((line, sorted(answers)))
             daemon.stdin.close()
