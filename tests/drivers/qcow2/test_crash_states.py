@@ -78,10 +78,18 @@ SHORT: Final[dict[str, Form]] = {
     "extended": Form(0, 250, reorder=2),
 }
 LONG: Final[dict[str, Form]] = {
-    **dict.fromkeys(GEOMETRIES, Form(360, 8_500)),
-    **dict.fromkeys(("data file", "raw data file"), Form(350, 6_500)),
-    "version 2": Form(20, 10_000, reorder=2),
-    "extended": Form(0, 8_000, reorder=1),
+    "small": Form(360, 11_000),
+    "snapshot": Form(360, 13_000),
+    "one bit": Form(360, 10_000),
+    "block full": Form(360, 12_000),
+    "backing": Form(360, 11_000),
+    "lazy": Form(360, 9_500),
+    "small cache": Form(360, 8_500),
+    "keeps discarded": Form(360, 10_500),
+    "data file": Form(350, 7_500),
+    "raw data file": Form(350, 6_500),
+    "version 2": Form(20, 11_500, reorder=2),
+    "extended": Form(0, 5_000, reorder=1),
 }
 
 

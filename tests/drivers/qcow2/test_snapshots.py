@@ -402,3 +402,18 @@ def test_a_cluster_that_is_not_counted() -> None:
     with pytest.raises(ImageError, match=f"cluster {cluster} is in use and not counted"):
         opened.run(opened.node.snapshots.create("s", date_ns=0))
     opened.abandon()
+
+
+def test_a_disk_of_no_size() -> None:
+    """There is not even an L1 table."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=0, cluster_size=512)
+    with disk(host, "disk.qcow2") as opened:
+        made = opened.run(opened.node.snapshots.create("s", date_ns=0))
+        opened.run(opened.backend.co_truncate(512))
+        opened.run(opened.backend.co_pwrite(0, b"x" * 512))
+        opened.run(opened.node.snapshots.apply(made))
+        assert opened.size == 0
+        opened.run(opened.node.snapshots.delete(made))
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings

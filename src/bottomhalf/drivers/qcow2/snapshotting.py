@@ -105,7 +105,7 @@ class Snapshots:
             switch = Switch(metadata)
             try:
                 where = await self._write_table([*known, made], switch)
-                first_l1 = await switch.take(self._clusters(len(metadata.l1) * 8))
+                first_l1 = await switch.take(self._clusters(len(metadata.l1) * 8)) if metadata.l1 else 0
                 places = [await switch.take(1) if entry & OFFSET_MASK else 0 for entry in disk]
                 await switch.reserve(blocks)
                 l1 = array("Q", [0]) * len(metadata.l1)
