@@ -531,6 +531,18 @@ def test_names() -> None:
         bottomhalf.nope  # noqa: B018
 
 
+def test_a_raw_image_with_options(tmp_path: Path) -> None:
+    path = tmp_path / "full.raw"
+    bottomhalf.create(path, size=1 << 20, preallocation="falloc", nocow=True, extent_size_hint=1 << 16)
+    assert path.stat().st_size == 1 << 20
+    with pytest.raises(bottomhalf.block.BlockError, match="Unsupported preallocation mode: metadata"):
+        bottomhalf.create(path, size=1 << 20, preallocation="metadata")
+    with pytest.raises(bottomhalf.block.BlockError, match="does not accept value 'nope'"):
+        bottomhalf.create(path, size=1 << 20, preallocation="nope")
+    with pytest.raises(ValueError, match="have no option 'cluster_size', but"):
+        bottomhalf.create(path, size=1 << 20, cluster_size=4096)
+
+
 # -- bitmaps
 
 

@@ -77,19 +77,17 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     password ``encrypt_secret`` (str or bytes), and there are ``encrypt_cipher_alg``, ``encrypt_cipher_mode``,
     ``encrypt_ivgen_alg``, ``encrypt_ivgen_hash_alg``, ``encrypt_hash_alg`` and ``encrypt_iter_time`` (milliseconds).
     ``encrypt_format="aes"``, the old way, has a password alone, and is no protection.
-    luks: the same names without ``encrypt_``. ValueError for others, BlockError for what cannot be."""
+    luks: the same names without ``encrypt_``. raw: ``preallocation`` ("off", "falloc", "full"), ``nocow``,
+    ``extent_size_hint``. They are those of ``blockdev-create``, too. ValueError for others, BlockError for what cannot
+    be."""
     if format == "luks":
         _create_luks(fspath(path), size, options)
         return
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
-        if options:
-            raise ValueError(f"raw images have no option {next(iter(options))!r}")
-        if size < 0:
-            raise ValueError(f"an image of {size} bytes")
-        with _opened(fspath(path), writable=True, create=size):
-            return
+        _create_raw(fspath(path), size, options)
+        return
     from bottomhalf.drivers.qcow2.create import create as create_image
 
     encrypt = None
@@ -141,6 +139,32 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
 def _version(given: Any) -> str:
     text = str(given)
     return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
+
+
+def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
+    from bottomhalf.drivers.creating import co_create_file
+    from bottomhalf.qapi.block_create import BlockdevCreateOptionsFile
+    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.qapi.types import members
+    from bottomhalf.qapi.visit import from_json
+
+    if size < 0:
+        raise ValueError(f"an image of {size} bytes")
+    known = {member.attribute for member in members(BlockdevCreateOptionsFile)} - {"filename", "size"}
+    for wrong in options.keys() - known:
+        raise ValueError(f"raw images have no option {wrong!r}, but {', '.join(sorted(known))}")
+    values = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    try:
+        chosen = from_json(BlockdevCreateOptionsFile, {"filename": path, "size": size, **values})
+    except OptionError as error:
+        raise BlockError(str(error)) from error
+    context = AioContext(name="image")
+    graph = Graph(context)
+    try:
+        context.run(co_create_file(graph, chosen), what=f"the making of {path}")
+    finally:
+        graph.close()
+        context.close()
 
 
 def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:

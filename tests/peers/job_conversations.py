@@ -128,6 +128,8 @@ create {"driver": "qcow2", "file": "f", "size": 1048576, "backing-file": "x", "b
 create {"driver": "qcow2", "file": "f", "size": 1048576, "encrypt": {"format": "luks"}}
 create {"driver": "qcow2", "file": "f", "size": 1048576, "encrypt": {"format": "luks", "key-secret": "nope"}}
 create {"driver": "qcow2", "file": "f", "size": 1048576, "encrypt": {"format": "aes", "key-secret": "s"}}
+create {"driver": "qcow2", "file": "f", "size": 1048576, "encrypt": {"format": "qcow"}}
+create {"driver": "qcow2", "file": "f", "size": 1048576, "encrypt": {"format": "qcow", "key-secret": "s"}}
 create {"driver": "qcow2", "file": "f", "data-file": "f", "size": 1048576}
 create {"driver": "qcow2", "file": "f", "data-file": "ro", "size": 1048576}
 create {"driver": "qcow2", "file": "f", "size": 9223372036854775808}

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.peer
 
 MIB = 1 << 20
 SECONDS_MAX = 30
+DELETED = "BLOCK_EXPORT_DELETED"
 SILENCE_SECONDS = 0.02  # after an answer, for events behind it that QEMU sends in either order
 OURS = {
     name: [sys.executable, "-m", f"bottomhalf.tools.{module}"]
@@ -54,6 +55,9 @@ def converse(command: Sequence[str], lines: list[str]) -> list[tuple[str, list[s
                 answers = [reader.line()]
                 while '"event": ' in answers[-1]:
                     answers.append(reader.line())
+                removes = "block-export-del" in line or "nbd-server-remove" in line
+                while removes and '"return"' in answers[-1] and not any(DELETED in each for each in answers):
+                    answers.insert(0, reader.line())  # it always comes, however busy the machine is
                 if any(word in line for word in ("-del", "-stop", "-remove")):
                     answers += reader.rest()
                 said.append((line, sorted(answers)))

@@ -39,6 +39,9 @@ def inactivate(graph: Graph, node: Node) -> None:
         for each in going:
             for edge in each.parents:
                 edge.parent.check_inactive(edge)
+            for bitmap in each.bitmaps.values():  # which the image takes with it
+                if bitmap.persistent and bitmap.busy:
+                    raise BlockError(f"Failed to inactivate node: Bitmap '{bitmap.name}' is currently in use")
         try:
             for each in going:
                 if not each.read_only:

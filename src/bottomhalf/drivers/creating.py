@@ -17,6 +17,7 @@ from bottomhalf.aio import move_to
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.block.using import co_holding, co_using
+from bottomhalf.drivers.luks.secrets import find_secret
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, ImageInUse
 from bottomhalf.qapi.block import BlockdevOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bottomhalf.block import Graph, Node
     from bottomhalf.drivers.luks.create import LuksOptions
     from bottomhalf.drivers.luks.node import LuksNode
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
     from bottomhalf.drivers.qcow2.node import Qcow2Node
     from bottomhalf.qapi.block_create import (
         BlockdevAmendOptionsQcow2,
@@ -84,10 +86,9 @@ async def co_create_qcow2(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
         given.header()  # whether it can be, before anything else is looked at
         encrypt = None
         if options.encrypt is not None:
-            if options.encrypt.format != "luks":
-                raise BlockError("Encryption 'qcow' is broken and not made any more; use 'luks'")
             branch: Any = options.encrypt.branch
-            encrypt = luks_options(graph, branch, "encrypt.")
+            luks = options.encrypt.format == "luks"
+            encrypt = luks_options(graph, branch, "encrypt.") if luks else _old_encryption(graph, branch.key_secret)
         data = name = None
         if options.data_file is not None:
             data = await stack.enter_async_context(co_holding(graph, partial(_find, graph, options.data_file)))
@@ -95,15 +96,25 @@ async def co_create_qcow2(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
         await co_create(file, CreateOptions.of(options, name, encrypt), data, asks=True)
 
 
+def _password(graph: Graph, secret: str | None, prefix: str) -> bytes:
+    password = find_secret(graph, secret)
+    if password is None:
+        raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
+    return password
+
+
+def _old_encryption(graph: Graph, secret: str | None) -> OldEncryption:
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
+
+    made = OldEncryption(_password(graph, secret, "encrypt."))
+    made.cipher()  # whether there is a package for it
+    return made
+
+
 def luks_options(graph: Graph, given: QCryptoBlockCreateOptionsLUKS, prefix: str) -> LuksOptions:
     """With the password. BlockError."""
     from bottomhalf.drivers.luks.create import LuksOptions
-    from bottomhalf.drivers.luks.secrets import find_secret
-
-    password = find_secret(graph, given.key_secret)
-    if password is None:
-        raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
-    options = LuksOptions.of(given, password)
+    options = LuksOptions.of(given, _password(graph, given.key_secret, prefix))
     options.header()
     return options
 
@@ -180,8 +191,6 @@ async def _co_amend_keys(
     node: Node, holder: Node, options: QCryptoBlockAmendOptionsLUKS, force: bool, base: int, detached: bool = False
 ) -> None:
     from bottomhalf.drivers.luks.keyslots import SlotChange, co_amend
-    from bottomhalf.drivers.luks.secrets import find_secret
-
     names = (options.new_secret, options.old_secret, options.secret)
     new, old, opening = (find_secret(node.graph, name) for name in names)
     change = SlotChange(str(options.state), new, old, options.keyslot, options.iter_time)
@@ -191,8 +200,6 @@ async def _co_amend_keys(
 
 def _secret_of(node: Node) -> bytes | None:
     """The password with which the node was opened, as it is now."""
-    from bottomhalf.drivers.luks.secrets import find_secret
-
     branch = node.options.branch if node.options is not None else None
     encrypt = getattr(branch, "encrypt", None)
     given = getattr(branch, "key_secret", None) if encrypt is None else encrypt.branch.key_secret

@@ -298,6 +298,9 @@ class Terminal(Socket, Protocol):
         """Whether the terminal shows what is typed and hands it on line by line, or leaves both to the program; and
         whether ^C and its kin are signals. No effect where there is no terminal. close() restores it."""
 
+    def rows(self) -> int | None:
+        """Lines of the screen now; None if there is none, or nobody knows."""
+
 
 class PtyMaster(Socket, Protocol):
     """Our end of a pseudo-terminal."""
@@ -306,6 +309,9 @@ class PtyMaster(Socket, Protocol):
 
     def hung_up(self) -> bool:
         """Whether nobody has the other end open."""
+
+    def rows(self) -> int | None:
+        """Lines of the screen at the other end now; None if nobody has said so."""
 
 
 class Listener(Protocol):

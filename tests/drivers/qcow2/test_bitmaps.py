@@ -215,6 +215,20 @@ def test_in_use_while_it_is_written_to() -> None:
     assert not any(entry.in_use for entry in directory(player.host))
 
 
+def test_one_that_is_shown_stays() -> None:
+    """An image is not handed over with a bitmap that an export shows."""
+    player = prepared(1, SHAPES[0])
+    player.bitmap("old").busy = True
+    with pytest.raises(BlockError, match="Failed to inactivate node: Bitmap 'old' is currently in use"):
+        leave(player)
+    player.see()
+    player.bitmap("old").busy = False
+    leave(player)
+    player.disk.graph.activate(player.disk.node)
+    player.see()
+    player.close()
+
+
 def test_after_a_crash_they_can_only_be_removed() -> None:
     player = prepared(1, SHAPES[0])
     player.disk.abandon()

@@ -59,7 +59,10 @@ class CreateOptions:
 
     @classmethod
     def of(
-        cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None, encrypt: LuksOptions | None = None
+        cls,
+        given: BlockdevCreateOptionsQcow2,
+        data_file: str | None = None,
+        encrypt: LuksOptions | OldEncryption | None = None,
     ) -> CreateOptions:
         """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there, and ``encrypt``
         what its ``encrypt`` says, with the password."""

@@ -20,8 +20,8 @@ from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.node import co_io
 from bottomhalf.block.written import fits_in
 from bottomhalf.block.zeroes import fill_zeroes
-from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
-from bottomhalf.drivers.qcow2.check import CheckResult, co_check, co_repair_dirty
+from bottomhalf.drivers.qcow2 import layout, opening, resizing, vmstate
+from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
@@ -140,28 +140,12 @@ class Qcow2Node(DirectReads):
             raise BlockError("'data-file' can only be set for images with an external data file")
         writable = self.active and not self.read_only
         if writable:
-            self._check_writable()
-            if header.incompatible & layout.DIRTY:
-                await co_repair_dirty(self.file, header)
+            await opening.co_make_writable(self)
         await self.metadata.open()
         await self.bitmap_keeper.load()
-        if writable and self._clear_unknown():
+        if writable and opening.clear_unknown(self):
             await self._co_commit()
         await self.bitmap_keeper.co_begin_writing()
-
-    def _check_writable(self) -> None:
-        """BlockError if the image must not be written."""
-        header = self.header
-        if header.incompatible & layout.CORRUPT:
-            raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-
-    def _clear_unknown(self) -> bool:
-        """What we do not know is not true any more after the first write. Whether there was such a thing."""
-        unknown = self.bitmap_keeper.forget_unknown() or bool(self.header.autoclear & ~layout.AUTOCLEAR_KNOWN)
-        if unknown:
-            self.header.autoclear &= layout.AUTOCLEAR_KNOWN
-            self.metadata.header_changed()
-        return unknown
 
     # -- the shape of the node ----------------------------------------------------------------------------------
 
@@ -233,13 +217,10 @@ class Qcow2Node(DirectReads):
             raise OSError(errno.EIO, str(error), self.name) from error
 
     def _read(self, requests: list[Request]) -> list[Request]:
-        metadata, mapping, backing = self.metadata, self.mapping, self.backing
+        metadata, mapping, backing, tick = self.metadata, self.mapping, self.backing, self.metadata.tick
         l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
-        tick = metadata.tick
         last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.data.size
-        mapped: list[Request] = []
-        below: list[Request] = []
-        slow: list[Request] = []
+        mapped, below, slow = list[Request](), list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             table = l2.get(offset >> l1_shift)
@@ -303,8 +284,7 @@ class Qcow2Node(DirectReads):
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
         extended, tick, data = mapping.extended, metadata.tick, self.data
         known = data.noted if data.noted <= data.size else data.size
-        mapped: list[Request] = []
-        slow: list[Request] = []
+        mapped, slow = list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             index = offset >> l1_shift
@@ -521,7 +501,7 @@ class Qcow2Node(DirectReads):
         """All runtime options may change, and read-only images may become writable if nothing speaks against it."""
         metadata, old = self.metadata, self.metadata.settings
         if not self.read_only:
-            self._check_writable()
+            opening.check_writable(self.header)
             if self.header.incompatible & layout.DIRTY and not metadata.is_marked_dirty:
                 raise BlockError("the image was not closed properly; open it anew for writing, which repairs it")
         elif metadata.is_marked_dirty:  # nothing may wait here, and later nothing can be written
@@ -533,7 +513,7 @@ class Qcow2Node(DirectReads):
     def _reopened(self) -> None:
         self._cleaner.start()
         if not self.read_only:
-            self._clear_unknown()
+            opening.clear_unknown(self)
 
     def detach_context(self) -> None:
         self._cleaner.stop()

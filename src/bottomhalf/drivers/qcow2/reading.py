@@ -91,7 +91,7 @@ class Reader:
 
 
 def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
-    """What the node has of the range; behind its end are zeroes."""
+    """Note what is to be read for ``part``: what the node has of the range; behind its end are zeroes."""
     count = max(min(len(part), node.size - offset), 0)
     if count:
         requests.append(Request(READ, offset, count, part[:count]))

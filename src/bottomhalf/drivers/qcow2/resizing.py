@@ -3,9 +3,9 @@
 
 A larger one needs a longer L1 table, perhaps, and takes effect with one write of the header, which comes last: until
 then nobody can write to the new part, and whatever fails leaves the old size. Where a backing file is longer than the
-disk was, its content must not come to light, not even by a power cut: the new part is zeroed before. So is the rest of
-the last cluster, and what may lie behind the disk's end is forgotten, since a request that was on its way when the disk
-became smaller may have arrived there afterwards.
+disk was, its content must not come to light, not even by a power cut in between: the new part is zeroed before the
+header says that it is there. So is the rest of the last cluster, and what may lie behind the disk's end is forgotten,
+since a request that was on its way when the disk became smaller may have arrived there afterwards.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
 one entry by entry. Not before the header tells the new size, or after a power cut the backing file would be seen where
@@ -73,9 +73,8 @@ async def _shrink(node: Qcow2Node, size: int) -> None:
     async with metadata.lock:
         await metadata.find_places()
         await _publish(node, size)
-        await node.snapshots.forget_tables(-(-size >> mapping.l1_shift))
         await metadata.at("l1_shrink_free_l2_clusters")
-        await _unlink(node, -(-size >> mapping.cluster_bits))
+        await _forget_behind(node, size)
         await metadata.commit()
     if mapping.external:
         await node.data.co_truncate(size)
@@ -91,9 +90,7 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
                 await node.data.co_truncate(old)
         await node.data.co_truncate(size)
     async with metadata.lock:
-        await metadata.find_places()
-        await node.snapshots.forget_tables(-(-old >> mapping.l1_shift))
-        await _unlink(node, -(-old >> mapping.cluster_bits))
+        await _forget_behind(node, old)
         entries = -(-size >> mapping.l1_shift)
         if entries > header.l1_size:
             await metadata.at("l1_grow_alloc_table")
@@ -119,6 +116,13 @@ async def _zero_behind(node: Qcow2Node, old: int, size: int) -> None:
         end = max(end, min(size, backing.size))
     if end > old:
         await node.writer.co_zero(old, end - old, unmap=False, discard=False, behind=True)
+
+
+async def _forget_behind(node: Qcow2Node, size: int) -> None:
+    """Give back what the guest has had behind the end, and VM state that lies there. With the lock held."""
+    await node.metadata.find_places()
+    await node.snapshots.forget_tables(-(-size >> node.mapping.l1_shift))
+    await _unlink(node, -(-size >> node.mapping.cluster_bits))
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:
