@@ -529,3 +529,58 @@ def test_names() -> None:
     assert all(getattr(bottomhalf, name) is not None for name in bottomhalf.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
         bottomhalf.nope  # noqa: B018
+
+
+def test_a_raw_image_with_options(tmp_path: Path) -> None:
+    path = tmp_path / "full.raw"
+    bottomhalf.create(path, size=1 << 20, preallocation="falloc", nocow=True, extent_size_hint=1 << 16)
+    assert path.stat().st_size == 1 << 20
+    with pytest.raises(bottomhalf.block.BlockError, match="Unsupported preallocation mode: metadata"):
+        bottomhalf.create(path, size=1 << 20, preallocation="metadata")
+    with pytest.raises(bottomhalf.block.BlockError, match="does not accept value 'nope'"):
+        bottomhalf.create(path, size=1 << 20, preallocation="nope")
+    with pytest.raises(ValueError, match="have no option 'cluster_size', but"):
+        bottomhalf.create(path, size=1 << 20, cluster_size=4096)
+
+
+# -- bitmaps
+
+
+def test_bitmaps(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    bottomhalf.create(path, format="qcow2", size=SIZE)
+    bottomhalf.bitmap_add(path, "a")
+    bottomhalf.bitmap_add(path, "b", granularity=512, enabled=False)
+    with bottomhalf.open(path) as disk:
+        disk.pwrite(b"x" * 10, 70_000)
+    found = {bitmap.name: bitmap for bitmap in bottomhalf.bitmaps(path)}
+    assert found["a"].dirty == [(65536, 131072)] and found["a"].dirty_bytes == 65536
+    assert (found["b"].granularity, found["b"].enabled, found["b"].dirty) == (512, False, [])
+    assert [(each.name, each.in_use) for each in bottomhalf.info(path).bitmaps] == [("a", False), ("b", False)]
+    other = tmp_path / "other.qcow2"
+    bottomhalf.create(other, format="qcow2", size=SIZE)
+    bottomhalf.bitmap_add(other, "c")
+    bottomhalf.bitmap_merge(other, "c", "a", source_path=path)
+    bottomhalf.bitmap_merge(path, "b", "a")
+    bottomhalf.bitmap_clear(path, "a")
+    bottomhalf.bitmap_disable(path, "a")
+    bottomhalf.bitmap_enable(path, "b")
+    found = {bitmap.name: bitmap for bitmap in [*bottomhalf.bitmaps(path), *bottomhalf.bitmaps(other)]}
+    assert [found[name].dirty for name in "abc"] == [[], [(65536, 131072)], [(65536, 131072)]]
+    assert not found["a"].enabled and found["b"].enabled
+    bottomhalf.bitmap_remove(path, "a")
+    assert [bitmap.name for bitmap in bottomhalf.bitmaps(path)] == ["b"]
+    for change in (bottomhalf.bitmap_remove, bottomhalf.bitmap_clear, bottomhalf.bitmap_enable):
+        with pytest.raises(BlockError, match="Dirty bitmap 'a' not found"):
+            change(path, "a")
+    assert bottomhalf.check(path).leaks == 0
+
+
+def test_bitmaps_of_what_has_none(image: Path, tmp_path: Path) -> None:
+    assert bottomhalf.bitmaps(image) == []
+    with pytest.raises(BlockError, match="Can't store persistent bitmaps to"):
+        bottomhalf.bitmap_add(image, "b")
+    old = tmp_path / "old.qcow2"
+    bottomhalf.create(old, format="qcow2", size=SIZE, compat="0.10")
+    with pytest.raises(BlockError, match="Cannot store dirty bitmaps in qcow2 v2 files"):
+        bottomhalf.bitmap_add(old, "b")

@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "AsyncDisk",
+    "BitmapInfo",
     "Disk",
     "ImageInfo",
     "__version__",
     "amend",
+    "bitmap_add",
+    "bitmap_clear",
+    "bitmap_disable",
+    "bitmap_enable",
+    "bitmap_merge",
+    "bitmap_remove",
+    "bitmaps",
     "check",
     "create",
     "info",
@@ -34,6 +42,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bottomhalf.image_bitmaps import (
+        BitmapInfo,
+        bitmap_add,
+        bitmap_clear,
+        bitmap_disable,
+        bitmap_enable,
+        bitmap_merge,
+        bitmap_remove,
+        bitmaps,
+    )
     from bottomhalf.images import (
         ImageInfo,
         amend,
@@ -56,6 +74,10 @@ def __getattr__(name: str) -> Any:
         from bottomhalf import library
 
         return getattr(library, name)
+    if name.lower().startswith("bitmap") and name in __all__:
+        from bottomhalf import image_bitmaps
+
+        return getattr(image_bitmaps, name)
     if name in __all__:
         from bottomhalf import images
 

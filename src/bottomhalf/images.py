@@ -5,13 +5,14 @@
     bottomhalf.info("disk.qcow2").virtual_size
     bottomhalf.check("disk.qcow2", repair="leaks").leaks_fixed
 
-Looking into an image opens that file and no other, whatever it names. Errors are ``bottomhalf.block.BlockError`` (an
-``ImageError`` where the image's bytes are at fault) and ``OSError``.
+Looking into an image opens that file and no other, whatever it names. A ``secret`` is the password of an encrypted
+image, str or bytes. Errors are ``bottomhalf.block.BlockError`` (an ``ImageError`` where the image's bytes are at fault)
+and ``OSError``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
@@ -46,7 +47,10 @@ __all__ = [
 class ImageInfo:
     """What an image says about itself. Sizes in bytes; None for what its format does not know."""
 
-    __slots__ = ("actual_size", "backing_file", "backing_format", "cluster_size", "format", "header", "virtual_size")
+    __slots__ = (
+        *("actual_size", "backing_file", "backing_format", "bitmaps", "cluster_size", "format", "header"),
+        "virtual_size",
+    )
 
     def __init__(self, format: str, virtual_size: int, actual_size: int) -> None:
         self.format = format
@@ -55,6 +59,8 @@ class ImageInfo:
         self.cluster_size: int | None = None
         self.backing_file: str | None = None
         self.backing_format: str | None = None
+        # Its persistent bitmaps: name, granularity, flags, and whether they are in use (drivers.qcow2.bitmaps.Bitmap).
+        self.bitmaps: list[Any] = []
         self.header: Any = None  # of a qcow2 image: drivers.qcow2.header.Header
 
     def __repr__(self) -> str:
@@ -70,32 +76,26 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
     ``data_file_raw``, ``backing_file``, ``backing_fmt``; with ``encrypt_format="luks"`` it is encrypted, with the
     password ``encrypt_secret`` (str or bytes), and there are ``encrypt_cipher_alg``, ``encrypt_cipher_mode``,
     ``encrypt_ivgen_alg``, ``encrypt_ivgen_hash_alg``, ``encrypt_hash_alg`` and ``encrypt_iter_time`` (milliseconds).
-    luks: the same names without ``encrypt_``. ValueError for others, BlockError for what cannot be."""
+    ``encrypt_format="aes"``, the old way, has a password alone, and is no protection.
+    luks: the same names without ``encrypt_``. raw: ``preallocation`` ("off", "falloc", "full"), ``nocow``,
+    ``extent_size_hint``. They are those of ``blockdev-create``, too. ValueError for others, BlockError for what cannot
+    be."""
     if format == "luks":
         _create_luks(fspath(path), size, options)
         return
     if format not in KNOWN:
         raise ValueError(f"format is one of {', '.join(KNOWN)}, not {format!r}")
     if format == "raw":
-        if options:
-            raise ValueError(f"raw images have no option {next(iter(options))!r}")
-        if size < 0:
-            raise ValueError(f"an image of {size} bytes")
-        with _opened(fspath(path), writable=True, create=size):
-            return
+        _create_raw(fspath(path), size, options)
+        return
     from bottomhalf.drivers.qcow2.create import create as create_image
 
-    encryption = options.pop("encrypt_format", None)
-    if encryption not in (None, "luks"):
-        raise ValueError(f"encrypt_format is 'luks' or None, not {encryption!r}")
     encrypt = None
-    if encryption is not None:
-        from bottomhalf.drivers.luks.library import take_options
+    if (encryption := options.pop("encrypt_format", None)) is not None:
+        from bottomhalf.drivers.qcow2.encryption import take_options
 
-        encrypt = take_options(options)
+        encrypt = take_options(encryption, options)
     wanted = replace(_create_options(size, options), encrypt=encrypt)
-    if encrypt is not None and (wanted.data_file is not None or wanted.preallocation != "off"):
-        raise BlockError("encryption goes neither with a data file nor with preallocation yet")
     wanted.header()
     what = f"the making of {fspath(path)}"
     with _opened(fspath(path), writable=True, create=0) as (context, file):
@@ -141,6 +141,32 @@ def _version(given: Any) -> str:
     return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
 
 
+def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
+    from bottomhalf.drivers.creating import co_create_file
+    from bottomhalf.qapi.block_create import BlockdevCreateOptionsFile
+    from bottomhalf.qapi.errors import OptionError
+    from bottomhalf.qapi.types import members
+    from bottomhalf.qapi.visit import from_json
+
+    if size < 0:
+        raise ValueError(f"an image of {size} bytes")
+    known = {member.attribute for member in members(BlockdevCreateOptionsFile)} - {"filename", "size"}
+    for wrong in options.keys() - known:
+        raise ValueError(f"raw images have no option {wrong!r}, but {', '.join(sorted(known))}")
+    values = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    try:
+        chosen = from_json(BlockdevCreateOptionsFile, {"filename": path, "size": size, **values})
+    except OptionError as error:
+        raise BlockError(str(error)) from error
+    context = AioContext(name="image")
+    graph = Graph(context)
+    try:
+        context.run(co_create_file(graph, chosen), what=f"the making of {path}")
+    finally:
+        graph.close()
+        context.close()
+
+
 def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:
     from bottomhalf.drivers.luks.library import co_make, take_options
 
@@ -153,7 +179,7 @@ def _create_luks(path: str, size: int, options: dict[str, Any]) -> None:
 
 
 def info(path: str | PathLike[str]) -> ImageInfo:
-    """What an image is. Reads its header only."""
+    """What an image is. Reads its header, and the list of its bitmaps."""
     with _opened(fspath(path), writable=False) as (context, file):
         format = _format(file)
         found = ImageInfo(format, file.size, file.allocated_size() or 0)
@@ -166,7 +192,16 @@ def info(path: str | PathLike[str]) -> ImageInfo:
             found.backing_file = header.backing_file
             found.backing_format = header.backing_format
             found.header = header
+            found.bitmaps = context.run(_co_bitmaps(file, header), what=f"the bitmaps of {fspath(path)}")
         return found
+
+
+async def _co_bitmaps(file: Node, header: Any) -> list[Any]:
+    from bottomhalf.drivers.qcow2.keeping import co_read_directory
+    from bottomhalf.drivers.qcow2.metadata import Metadata
+
+    found = await co_read_directory(Metadata(lambda: file, header).read, header)
+    return [] if found is None else found[0]
 
 
 def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResult:
@@ -185,21 +220,73 @@ def check(path: str | PathLike[str], *, repair: str | None = None) -> CheckResul
         return context.run(co_check(file, header, repair), what=what)  # type: ignore[no-any-return]
 
 
-def amend(path: str | PathLike[str], *, follow_names: bool = False, **options: Any) -> None:
+def amend(
+    path: str | PathLike[str],
+    *,
+    follow_names: bool = False,
+    secret: str | bytes | None = None,
+    force: bool = False,
+    **options: Any,
+) -> None:
     """Change what an image is, by the names of qemu-img amend. qcow2: ``compat`` ("0.10", "1.1"), ``refcount_bits``,
     ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options that there
     are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file that the image
-    names may be opened, which images that have one need."""
+    names may be opened, which images that have one need; and the backing file, which ``size`` needs to be larger.
+
+    Where an image is encrypted by LUKS, which ``secret`` opens, ``encrypt_state="active"`` adds the password
+    ``encrypt_new_secret`` (in ``encrypt_keyslot``, with ``encrypt_iter_time`` milliseconds of work), and "inactive"
+    takes away those slots that ``encrypt_old_secret`` opens, or ``encrypt_keyslot``; the last one only with ``force``,
+    which also overwrites a slot that is in use. For the format luks the names are without ``encrypt_``."""
+    from bottomhalf.drivers.luks.keyslots import take_change
     from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend
 
+    if _is_luks(fspath(path)):
+        _amend_luks(fspath(path), secret, force, options)
+        return
+    slots = take_change(options, prefix="encrypt_")
     known = AmendOptions.__dataclass_fields__
     for name in options:
-        if name in CREATE_ONLY:
-            raise BlockError(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+        if name in CREATE_ONLY or name.startswith("encrypt_"):
+            name = name.replace("encrypt_", "encrypt.").replace("_", "-") if name.startswith("encrypt_") else name
+            raise BlockError(f"Invalid parameter '{name}'\n{_FOR_CREATION}")
         if name not in known:
             raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
-    with _opened_image(fspath(path), follow_names) as (context, node):
-        context.run(co_amend(node, AmendOptions(**options)), what=f"the change of {fspath(path)}")
+    larger = options.get("size") is not None and options["size"] > info(path).virtual_size
+    with _opened_image(fspath(path), follow_names, secret, backing=larger) as (context, node):
+        what = f"the change of {fspath(path)}"
+        if slots is not None:
+            from bottomhalf.drivers.qcow2.encryption import co_amend_keys
+
+            context.run(co_amend_keys(node, secret, slots, force=force), what=what)
+        context.run(co_amend(node, AmendOptions(**options)), what=what)
+
+
+def _is_luks(path: str) -> bool:
+    from bottomhalf.host.linux import LinuxHost
+    from bottomhalf.tools.formats import image_format
+
+    return image_format(LinuxHost(), path) == "luks"
+
+
+_FOR_CREATION = "This option is only supported for image creation"
+
+
+def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dict[str, Any]) -> None:
+    from bottomhalf.drivers.luks.keyslots import CREATE_ONLY, co_amend, take_change
+
+    change = take_change(options)
+    for name in options:
+        if name in CREATE_ONLY:
+            raise BlockError(f"Invalid parameter '{name.replace('_', '-')}'\n{_FOR_CREATION}")
+    if options:
+        raise ValueError(f"the passwords of a LUKS volume have no option {next(iter(options))!r}")
+    if change is None:
+        return
+    if secret is None:
+        raise BlockError("Parameter 'key-secret' is required for cipher")
+    password = secret.encode() if isinstance(secret, str) else secret
+    with _opened(path, writable=True) as (context, file):
+        context.run(co_amend(file, password, change, force=force), what=f"the change of {path}")
 
 
 def rebase(
@@ -208,16 +295,62 @@ def rebase(
     backing_format: str | None = None,
     *,
     unsafe: bool = False,
+    compress: bool = False,
+    progress: Callable[[int, int], object] | None = None,
     follow_names: bool = False,
+    secret: str | bytes | None = None,
 ) -> None:
-    """Let an image name another backing file, or none (None). Only ``unsafe``: what is read through the image changes
-    unless both files have the same content, and neither is opened. BlockError."""
-    if not unsafe:
-        raise BlockError("copying what the old backing file has is not supported yet; unsafe=True only renames")
-    from bottomhalf.drivers.qcow2.amend import co_rebase
+    """Let an image have another backing file, or none (None), and keep its content: what differs is copied into it,
+    compressed if you like. The image has its old backing file until that is done. ``backing`` is a path, a relative one
+    beside the image; ``progress`` is called with the bytes that were looked at and those that there are.
+    ``follow_names``: the files that the images name may be opened. Internal snapshots see the new file.
 
-    with _opened_image(fspath(path), follow_names) as (context, node):
-        context.run(co_rebase(node, backing, backing_format), what=f"the rebase of {fspath(path)}")
+    With ``unsafe`` the name is changed and nothing else: no file is opened, and the content changes unless both have
+    the same. BlockError, OSError."""
+    what = f"the rebase of {fspath(path)}"
+    if backing and backing_format is None:
+        raise BlockError(f"Could not change the backing file to '{backing}': backing format must be specified")
+    if unsafe:
+        from bottomhalf.drivers.qcow2.amend import co_rebase
+
+        with _opened_image(fspath(path), follow_names, secret) as (context, node):
+            context.run(co_rebase(node, backing, backing_format), what=what)
+        return
+    from bottomhalf.drivers.qcow2.rebasing import co_rebase_safely
+
+    with (
+        _opened_image(fspath(path), follow_names, secret, backing=True) as (context, node),
+        _opened_backing(node, backing, backing_format, follow_names) as new,
+    ):
+        body = co_rebase_safely(node, new, backing, backing_format, compress=compress, progress=progress)
+        context.run(body, what=what)
+
+
+@contextmanager
+def _opened_backing(
+    image: Qcow2Node, name: str | None, format: str | None, follow_names: bool
+) -> Iterator[Node | None]:
+    """The backing file that an image is to have, for reading."""
+    from bottomhalf.drivers.registry import backing_options, open_node
+    from bottomhalf.qapi.errors import OptionError
+
+    if not name:
+        yield None
+        return
+    try:
+        options = backing_options(image.graph, name, format, image.file)
+        node = open_node(image.graph, options, follow_names=follow_names)
+    except OptionError as error:
+        raise BlockError(f"Invalid format name: '{format}'") from error
+    except BlockError as error:
+        raise BlockError(f"Could not open new backing file '{name}': {error}") from error
+    node.monitor_owned = True
+    backend = BlockBackend(image.graph, held=PERM_CONSISTENT_READ, shared=PERM_ALL)
+    try:
+        backend.insert(node)
+        yield node
+    finally:
+        backend.close()
 
 
 def resize(
@@ -227,10 +360,12 @@ def resize(
     shrink: bool = False,
     preallocation: str = "off",
     follow_names: bool = False,
+    secret: str | bytes | None = None,
 ) -> None:
     """Give an image's disk another size in bytes. A smaller one, with which content is lost, only with ``shrink``.
-    ``preallocation`` of a new part: "off", "falloc", "full", for qcow2 also "metadata". ``follow_names``: the data file
-    that the image names may be opened. BlockError, OSError."""
+    ``preallocation`` of a new part: "off", "falloc", "full", for qcow2 also "metadata". ``follow_names``: the files
+    that the image names may be opened. Images with a data file need that, and those with a backing file need it to
+    become larger: where that is longer than the disk was, its content has to be hidden. BlockError, OSError."""
     from bottomhalf.block.resize import Preallocation, co_resize
 
     if preallocation not in list(Preallocation):
@@ -241,7 +376,8 @@ def resize(
             body = co_resize(file, size, Preallocation(preallocation))
             context.run(body, what=f"the resizing of {fspath(path)}")
             return
-    with _opened_image(fspath(path), follow_names) as (context, node):
+    larger = size > info(path).virtual_size
+    with _opened_image(fspath(path), follow_names, secret, backing=larger) as (context, node):
         _check_shrinking(node, size, shrink)
         body = co_resize(node, size, Preallocation(preallocation))
         context.run(body, what=f"the resizing of {fspath(path)}")
@@ -267,24 +403,24 @@ def snapshots(path: str | PathLike[str]) -> list[Snapshot]:
         return context.run(read(), what=f"the snapshots in {fspath(path)}")  # type: ignore[no-any-return]
 
 
-def snapshot_create(path: str | PathLike[str], name: str) -> Snapshot:
+def snapshot_create(path: str | PathLike[str], name: str, *, secret: str | bytes | None = None) -> Snapshot:
     """Keep what an image contains now under a name. BlockError, OSError."""
-    with _opened_image(fspath(path), False) as (context, node):
+    with _opened_image(fspath(path), False, secret) as (context, node):
         body = node.snapshots.create(name, date_ns=context.host.realtime_ns())
         return context.run(body, what=f"snapshot '{name}' in {fspath(path)}")  # type: ignore[no-any-return]
 
 
-def snapshot_apply(path: str | PathLike[str], snapshot: str) -> None:
+def snapshot_apply(path: str | PathLike[str], snapshot: str, *, secret: str | bytes | None = None) -> None:
     """Let an image contain again what the snapshot of that id or name does; what it contains now is lost. BlockError,
     OSError."""
-    with _opened_image(fspath(path), False) as (context, node):
+    with _opened_image(fspath(path), False, secret) as (context, node):
         found = _find_snapshot(context, node, snapshot)
         context.run(node.snapshots.apply(found), what=f"the return of {fspath(path)} to snapshot '{found.name}'")
 
 
-def snapshot_delete(path: str | PathLike[str], snapshot: str) -> None:
+def snapshot_delete(path: str | PathLike[str], snapshot: str, *, secret: str | bytes | None = None) -> None:
     """Forget the snapshot of that id or name. BlockError, OSError."""
-    with _opened_image(fspath(path), False) as (context, node):
+    with _opened_image(fspath(path), False, secret) as (context, node):
         found = _find_snapshot(context, node, snapshot)
         context.run(node.snapshots.delete(found), what=f"the end of snapshot '{found.name}' in {fspath(path)}")
 
@@ -297,8 +433,10 @@ def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str) -> Snapsho
 
 
 @contextmanager
-def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Qcow2Node]]:
-    """A qcow2 image, alone and for writing, without its backing file."""
+def _opened_image(
+    path: str, follow_names: bool, secret: str | bytes | None = None, *, backing: bool = False
+) -> Iterator[tuple[AioContext, Qcow2Node]]:
+    """A qcow2 image, alone and for writing, without its backing file unless ``backing``. ``secret``: its password."""
     from bottomhalf.drivers.qcow2.node import Qcow2Node
     from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
@@ -312,7 +450,11 @@ def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Q
     backend = BlockBackend(graph, held=PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, shared=0)
     try:
         below = {"driver": file_driver(graph, path), "filename": path, "discard": "unmap"}
-        options = {"driver": "qcow2", "file": below, "backing": None, "discard": "unmap"}
+        options: dict[str, Any] = {"driver": "qcow2", "file": below, "discard": "unmap"}
+        if not backing:
+            options["backing"] = None
+        if secret is not None:
+            options["encrypt"] = _encryption(graph, path, secret)
         node = open_node(graph, from_json(BlockdevOptions, options), follow_names=follow_names)
         assert isinstance(node, Qcow2Node)
         node.monitor_owned = True
@@ -322,6 +464,16 @@ def _opened_image(path: str, follow_names: bool) -> Iterator[tuple[AioContext, Q
         backend.close()
         graph.close()
         context.close()
+
+
+def _encryption(graph: Graph, path: str, secret: str | bytes) -> dict[str, Any]:
+    """Let the graph know the password; the option by which the image gets it."""
+    from bottomhalf.drivers.luks.library import SECRET, know_password
+    from bottomhalf.tools.formats import encryption, image_head
+
+    know_password(graph, secret)
+    how = encryption(image_head(graph.context.host, path))
+    return {"format": how or "luks", "key-secret": SECRET}
 
 
 @contextmanager

@@ -45,14 +45,16 @@ def open(
     *,
     format: str | None = None,
     backing_files: bool = False,
+    secret: str | bytes | None = None,
 ) -> Disk:
     """Open an image.
 
     ``image`` is a path (discards reach the file) or a dict with the options of a block node,
     ``{"driver": "raw", "offset": 1048576, "file": {"driver": "file", "filename": "disk.img"}}``. The ``format`` of a
     path is "raw" or "qcow2"; None looks at its first bytes. Files that an image names, and the caller does not, are
-    opened only with ``backing_files``. What comes back is for plain code, with or without ``with``; ``async with`` on
-    it gives the same for asyncio."""
+    opened only with ``backing_files``. ``secret`` is the password of an encrypted image, and what the name "secret"
+    stands for where a node's options say ``key-secret``. What comes back is for plain code, with or without ``with``;
+    ``async with`` on it gives the same for asyncio."""
     if isinstance(image, dict):
         options = dict(image)
         if format is not None:
@@ -61,13 +63,15 @@ def open(
         from os import fspath
 
         options = {
-            "driver": format or _format(fspath(image)),
+            "driver": format or _format(fspath(image), secret is not None),
             "discard": "unmap",
             "file": {"driver": _file_driver(fspath(image)), "filename": fspath(image), "discard": "unmap"},
         }
+        if secret is not None:
+            options |= _encryption(fspath(image), options["driver"])
     if read_only:
         options["read-only"] = True
-    return Disk(_Image(options, backing_files))
+    return Disk(_Image(options, backing_files, secret))
 
 
 def _file_driver(path: str) -> str:
@@ -76,26 +80,43 @@ def _file_driver(path: str) -> str:
     return "host_device" if LinuxHost().is_device(path) else "file"
 
 
-def _format(path: str) -> str:
+def _encryption(path: str, driver: str) -> dict[str, Any]:
+    """The options by which the image gets the password. ValueError for a format that has none."""
+    from bottomhalf.host.linux import LinuxHost
+    from bottomhalf.tools.formats import encryption, image_head
+
+    if driver == "luks":
+        return {"key-secret": "secret"}
+    if driver != "qcow2":
+        raise ValueError(f"an image in the format {driver} has no password")
+    how = encryption(image_head(LinuxHost(), path)) or "luks"
+    return {"encrypt": {"format": how, "key-secret": "secret"}}
+
+
+def _format(path: str, encrypted: bool) -> str:
     """What an image's first bytes say, of the formats that there are drivers for. A name that is there for another
     reason than an image's is not looked into: opening it tells what is wrong."""
     from bottomhalf.host.linux import LinuxHost
     from bottomhalf.tools.formats import KNOWN, image_format
 
     found = image_format(LinuxHost(), path)
-    return found if found in KNOWN else "raw"
+    return found if found in KNOWN or (encrypted and found == "luks") else "raw"
 
 
 class _Image:
     """A context, a graph and a backend for one image."""
 
-    def __init__(self, options: dict[str, Any], backing_files: bool) -> None:
+    def __init__(self, options: dict[str, Any], backing_files: bool, secret: str | bytes | None = None) -> None:
         from bottomhalf.drivers.registry import open_node
         from bottomhalf.qapi.block import BlockdevOptions
         from bottomhalf.qapi.visit import from_json
 
         self.context = AioContext(name="disk")
         self.graph = Graph(self.context)
+        if secret is not None:
+            from bottomhalf.drivers.luks.library import know_password
+
+            know_password(self.graph, secret)
         try:
             node = open_node(self.graph, from_json(BlockdevOptions, options), follow_names=backing_files)
             writable = not node.read_only

@@ -11,7 +11,8 @@ import pytest
 
 from bottomhalf.aio import wait_while
 from bottomhalf.block import BlockError
-from bottomhalf.block.bitmap import DirtyBitmap, add_bitmap
+from bottomhalf.block.bitmap import DirtyBitmap
+from bottomhalf.block.dirty import add_bitmap
 from bottomhalf.drivers.copy_before_write import CopyBeforeWriteNode
 from bottomhalf.drivers.snapshot_access import SnapshotAccessNode
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ
@@ -208,7 +209,7 @@ def test_options() -> None:
             (3, "d", "Granularity must be power of 2 and at least 512"),
             (512, "b", "Bitmap already exists: b"),
             (512, "", "Bitmap name cannot be empty"),
-            (512, "x" * 1024, "longer than"),
+            (512, "x" * 1024, "Bitmap name too long"),
         ):
             with pytest.raises(BlockError, match=text):
                 add_bitmap(disk, name, granularity)

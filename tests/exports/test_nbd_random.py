@@ -110,10 +110,11 @@ class Load:
         self.answered += 1
 
 
-def run(seed: int) -> None:
+def run(seed: int, bench_type: type[Bench] = Bench) -> None:
+    """One machine and its load."""
     chance = random.Random(f"load/{seed}")
     odds = Odds(at_once=chance.choice((0.0, 0.1, 0.5)), empty_wait=chance.choice((0.0, 0.1)))
-    with Bench(seed, odds=odds, address=chance.choice((UNIX, INET))) as bench:
+    with bench_type(seed, odds=odds, address=chance.choice((UNIX, INET))) as bench:
         bench.host.network.buffer_bytes = chance.choice((700, 5000, 40_000, 212_992))
         bench.host.network.delay_ns = chance.choice(((0, 0), (1000, 90_000)))
         direct = chance.random() < 0.4

@@ -11,6 +11,7 @@ import pytest
 
 from bottomhalf.block import BlockBackend
 from bottomhalf.exports.nbd.connection import Connection
+from bottomhalf.host.protocol import Address
 from bottomhalf.host.sim import Odds
 from bottomhalf.tls.handshaking import Handshaking
 from bottomhalf.tls.policy import Security
@@ -29,8 +30,9 @@ from bottomhalf.wire.nbd.constants import (
     REP_ERR_TLS_REQD,
 )
 from bottomhalf.wire.nbd.errors import NegotiationRefused
-from tests.exports.nbd_bench import Bench, Peer
+from tests.exports.nbd_bench import UNIX, Bench, Peer
 from tests.exports.test_nbd_handshake import FIXED, info_request, replies
+from tests.exports.test_nbd_random import run
 from tests.tls.ends import Place
 from tests.wire.nbd.nbd_model import option
 
@@ -41,9 +43,15 @@ class SecureBench(Bench):
     """A server that has credentials, and the client's beside them."""
 
     def __init__(
-        self, seed: int = 0, *, authz: dict[str, Any] | None = None, odds: Odds | None = None, **options: Any
+        self,
+        seed: int = 0,
+        *,
+        authz: dict[str, Any] | None = None,
+        odds: Odds | None = None,
+        address: Address = UNIX,
+        **options: Any,
     ) -> None:
-        super().__init__(seed, odds=odds)
+        super().__init__(seed, odds=odds, address=address)
         self.server.stop()
         self.place = Place(self.host)
         if authz is not None:
@@ -62,6 +70,9 @@ class SecureBench(Bench):
         self.peers.append(peer)
         peer.watch()
         return peer
+
+    def client(self, export: str = "", **options: Any) -> SecurePeer:
+        return self.secure_client(export, **options)
 
     def secure_client(self, export: str = "disk", **options: Any) -> SecurePeer:
         peer = self.secure_peer()
@@ -188,6 +199,11 @@ def test_a_client_that_pauses_gets_everything(seed: int) -> None:
         client.resume()
         for cookie in cookies:
             assert client.good(cookie).data == content
+
+
+def test_random_load(seed: int) -> None:
+    """What the plain server has to stand (tests/exports/test_nbd_random.py): sockets of 700 bytes, drains, pauses."""
+    run(10_000 + seed, SecureBench)
 
 
 def test_nothing_of_the_file_goes_in_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:

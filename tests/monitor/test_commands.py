@@ -272,7 +272,7 @@ def test_export_add_and_query(client: QmpClient) -> None:
         ({"node-name": "nope"}, "Cannot find device='' nor node-name='nope'"),
         ({"type": "nope"}, "Parameter 'type' does not accept value 'nope'"),
         ({"iothread": "nope"}, 'iothread "nope" not found'),
-        ({"bitmaps": ["b"]}, "dirty bitmaps are not supported yet; remove 'bitmaps'"),
+        ({"bitmaps": ["b"]}, "Bitmap 'b' is not found"),
         ({"allocation-depth": True}, "qemu:allocation-depth is not supported yet; remove 'allocation-depth'"),
         ({"name": "taken"}, "NBD server already has export named 'taken'"),
         ({"id": "first"}, "Block export id 'first' is already in use"),

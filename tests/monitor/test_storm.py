@@ -44,6 +44,34 @@ def test_a_hundred_monitors(seed: int) -> None:
         assert max(rounds) <= 4, "somebody starved"
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_hundred_who_do_not_read(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storm from a hundred clients who never read: what is kept for each stays below the bound, those who go on are
+    sent away, and somebody else is served all the time."""
+    bound = 16 << 10
+    monkeypatch.setattr("bottomhalf.chardev.base.UNSENT_BYTES_MAX", bound)
+    with QmpBench(seed, odds=Odds.calm()) as bench:
+        bench.host.network.buffer_bytes = 4096
+        clients = []
+        for number in range(MONITORS):
+            bench.monitor(f"/run/{number}.sock")
+            clients.append(bench.client(f"/run/{number}.sock"))
+            clients[-1].pause()
+        bench.monitor("/run/polite.sock")
+        polite = bench.client("/run/polite.sock")
+        for client in clients:
+            client.send(b'{"execute": "query-commands"}' * COMMANDS)
+        most = 0
+        for _ in range(COMMANDS):
+            assert polite.call("query-version")
+            most = max(most, *(chardev.unsent_bytes for chardev in bench.storage.chardevs.values()))
+        bench.settle()
+        assert 0 < most <= bound
+        connected = sum(chardev.connected for chardev in bench.storage.chardevs.values())
+        assert connected == 1, f"{connected - 1} of those who do not read are still there"
+        bench.end_log()
+
+
 def test_memory_of_those_who_do_not_read(seed: int) -> None:
     """A storm of commands from clients that read nothing: what waits for them is bounded by what they may ask."""
     with QmpBench(seed) as bench:

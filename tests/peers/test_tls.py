@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from tests.peers.programs import Spawned
 pytestmark = pytest.mark.peer
 
 MIB = 1 << 20
+NO_PSK = "needs Python 3.13, whose ssl knows pre-shared keys"
 SECONDS_MAX = 60
 OURS = {name: [sys.executable, "-m", f"bottomhalf.tools.{name}"] for name in ("bh_nbd", "bh_storage_daemon")}
 OUR_NAME = "bh_nbd.py:"  # as it is run here
@@ -221,8 +223,35 @@ def test_anonymous_credentials(
         child.stop()
 
 
-def test_unusual_things_of_openssl(served: Served, require: Callable[[str], str], pki: Pki) -> None:
-    """openssl s_client on a monitor is below; here it only says hello without STARTTLS, and is refused."""
+@pytest.mark.skipif(not hasattr(ssl.SSLContext, "set_psk_server_callback"), reason=NO_PSK)
+def test_keys_that_both_ends_know(
+    spawn: Callable[..., Spawned], require: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Pre-shared keys, with GnuTLS at the other end, in both versions; and the other way round."""
+    keys, wrong = tmp_path / "keys", tmp_path / "wrong"
+    for folder, key in ((keys, "cd"), (wrong, "ee")):
+        folder.mkdir()
+        (folder / "keys.psk").write_text(f"fred:{'ab' * 32}\nqemu:{key * 32}\n")
+    disk = image(tmp_path)
+    old = ",priority=NORMAL:-VERS-TLS1.3:+ECDHE-PSK:+DHE-PSK:+PSK"
+    for number, (server, lister) in enumerate(
+        ((OURS["bh_nbd"], [require("qemu-nbd")]), ([require("qemu-nbd")], OURS["bh_nbd"]))
+    ):
+        path = tmp_path / f"{number}.sock"
+        words = ["--object", f"tls-creds-psk,id=t,dir={keys},endpoint=server", "--tls-creds", "t", "-f", "raw"]
+        child = spawn([*server, *words, "-t", "-e", "0", "-k", path, "-x", "disk", disk], ready=path)
+        cases = ((keys, "", True), (keys, ",username=fred", True), (keys, old, True), (wrong, "", False))
+        for folder, more, admitted in cases:
+            client = ["--object", f"tls-creds-psk,id=t,dir={folder},endpoint=client{more}", "--tls-creds", "t"]
+            listed = run([*lister, *client, "-L", "-k", path])
+            assert ("exports available: 1" in listed.stdout) is admitted, listed.stderr + child.output()
+        uri = f"nbds+unix://fred@/disk?socket={path}&tls-psk-file={keys / 'keys.psk'}"
+        assert run([require("nbdinfo"), "--size", uri]).stdout == f"{4 * MIB}\n"
+        child.stop()
+
+
+def test_a_handshake_without_starttls(served: Served, require: Callable[[str], str], pki: Pki) -> None:
+    """openssl s_client says hello at once: it is no NBD client."""
     done = run([require("openssl"), "s_client", "-unix", served.socket, "-CAfile", pki.good / "ca-cert.pem"], input="")
     assert done.returncode != 0
 
@@ -398,7 +427,8 @@ def test_the_page_leads_to_a_disk(
         served = spawn([*serve, *options, disk], ready=path)
         assert (run([require("nbdinfo"), "--size", uri]).stdout == f"{4 * MIB}\n") is admitted, served.output()
         served.stop()
-        assert "nbds+unix:///disk?socket=" in served.output()
+        said = served.output()
+        assert f"\n  nbds+unix:///disk?socket={path}\n" in said and "&tls-certificates=DIR' copy.raw\n" in said
         assert ("CN=laptop is denied" in served.output()) is not admitted
     served = spawn([*serve, "--tls-anyone", disk], ready=path)
     nobody = tmp_path / "nobody"

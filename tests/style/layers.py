@@ -36,7 +36,7 @@ BESIDE: Final = {
 }
 # Modules beside the packages: what a library user imports. They may import any floor; those that every tool
 # loads, only lazily.
-FACES: Final = frozenset({"__init__", "__main__", "images", "library"})
+FACES: Final = frozenset({"__init__", "__main__", "image_bitmaps", "images", "library"})
 LAZY_FACES: Final = frozenset({"__init__", "__main__"})
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -21,8 +22,10 @@ from bottomhalf.tls.der import (
     BadCertificate,
     read_certificate,
 )
+from bottomhalf.tls.errors import NotAdmitted
+from bottomhalf.tls.stream import TlsStream
 from tests.peers.certificates import name_of
-from tests.tls.ends import authority, client_certificate, server_certificate
+from tests.tls.ends import Place, authority, client_certificate, server_certificate, shake_hands
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,8 @@ from tests.tls.ends import authority, client_certificate, server_certificate
         ([(NameOID.COMMON_NAME, "a\0b")], "CN=a\\00b"),
         ([(NameOID.DOMAIN_COMPONENT, "example"), (NameOID.USER_ID, "u")], "DC=example,UID=u"),
         ([(x509.ObjectIdentifier("1.2.3.4"), "x")], "1.2.3.4=#0C0178"),
+        ([(x509.ObjectIdentifier("1.2.3.4"), "x" * 200)], "1.2.3.4=#0C81C8" + "78" * 200),
+        ([(x509.ObjectIdentifier("1.2.3.4"), "x" * 300)], "1.2.3.4=#0C82012C" + "78" * 300),
         ([], ""),
     ],
 )
@@ -83,6 +88,26 @@ def test_uses() -> None:
     assert read_certificate(client_certificate().der).purposes == {SERVER_PURPOSE, CLIENT_PURPOSE}
     bare = read_certificate(authority().issue("x", key_usage=(), server=False, client=False, is_ca=None).der)
     assert (bare.is_ca, bare.key_usage, bare.purposes) == (None, None, None)
+
+
+@pytest.mark.parametrize("count", [8192, 70_000])
+def test_names_have_a_limit(count: int) -> None:
+    for key in (NameOID.ORGANIZATION_NAME, x509.ObjectIdentifier("1.2.3.4")):
+        with pytest.raises(BadCertificate, match="name of"):
+            read_certificate(authority().issue(name_of((key, "x" * count))).der)
+
+
+def test_a_name_that_cannot_be_read_matters_to_lists_only() -> None:
+    """OpenSSL believes the certificate; whoever asks no list comes in all the same."""
+    place = Place()
+    place.add("/odd", client=authority().issue(name_of((NameOID.ORGANIZATION_NAME, "x" * 9000))))
+    client, server = place.client(directory="/odd", sanity_check=False), place.server()
+    far = client.credentials.session("localhost"), server.credentials.session()
+    shake_hands(*far)
+    stream = TlsStream(None, far[1])  # type: ignore[arg-type]
+    assert server.admit(stream) == ""
+    with pytest.raises(NotAdmitted, match="The peer's certificate cannot be read"):
+        replace(server, authz_id="s0").admit(stream)
 
 
 def test_every_prefix_is_refused() -> None:

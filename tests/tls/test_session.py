@@ -8,7 +8,7 @@ import random
 import pytest
 
 from bottomhalf.tls.errors import TlsError, Truncated
-from bottomhalf.tls.session import HANDSHAKE_BYTES_MAX, Session
+from bottomhalf.tls.session import HANDSHAKE_BYTES_MAX, UNASKED_BYTES_MAX, Session
 from tests.peers.certificates import DAY, NOW
 from tests.tls.ends import HOSTS, Place, authority, server_certificate, sessions, shake_hands
 
@@ -219,6 +219,19 @@ def test_fragments_without_end_meet_the_limit() -> None:
     with pytest.raises(TlsError, match="more than 262144 bytes"):
         for _ in range(HANDSHAKE_BYTES_MAX + 1):
             server.receive(b"\x16" * 64)
+
+
+def test_answers_that_nobody_reads_have_a_limit() -> None:
+    """A peer can ask for new keys (TLS 1.3) as often as it likes; what we owe it is bounded."""
+    client, server = both()
+    client.write(b"x")
+    packet = client.take_output()
+    server.receive(packet[:7])
+    assert server.read_into(memoryview(bytearray(9))) is None
+    server._outgoing.write(bytes(UNASKED_BYTES_MAX + 1))
+    server.receive(packet[7:9])
+    with pytest.raises(TlsError, match="asks for new keys again and again"):
+        server.read_into(memoryview(bytearray(9)))
 
 
 def test_wrong_authority_expired_and_wrong_name() -> None:

@@ -13,10 +13,12 @@ stands on, itself first, and activated after what it stands on. (QEMU: bdrv_inac
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block import permissions
+from bottomhalf.block.dirty import begin_writing
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError, ImageError
 from bottomhalf.block.transaction import Transaction
@@ -37,13 +39,22 @@ def inactivate(graph: Graph, node: Node) -> None:
         for each in going:
             for edge in each.parents:
                 edge.parent.check_inactive(edge)
-        for each in going:
-            if not each.read_only:
-                _wait(graph, each, each.co_inactivate, "Failed to inactivate node")
-        with Transaction() as transaction:
+            for bitmap in each.bitmaps.values():  # which the image takes with it
+                if bitmap.persistent and bitmap.busy:
+                    raise BlockError(f"Failed to inactivate node: Bitmap '{bitmap.name}' is currently in use")
+        try:
             for each in going:
-                _set(transaction, each, False)
-            permissions.refresh(*going, transaction=transaction)
+                if not each.read_only:
+                    _wait(graph, each, each.co_inactivate, "Failed to inactivate node")
+            with Transaction() as transaction:
+                for each in going:
+                    _set(transaction, each, False)
+                permissions.refresh(*going, transaction=transaction)
+        except BaseException:
+            for each in going:
+                with suppress(BlockError):  # then it cannot be written to; what is on its way says more
+                    begin_writing(graph, each)
+            raise
 
 
 def activate(graph: Graph, node: Node) -> None:

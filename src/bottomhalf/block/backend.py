@@ -19,12 +19,13 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, CoQueue, Coroutine, current, kick, move_to, suspend, wait_while
-from bottomhalf.block import changes, copying, permissions
+from bottomhalf.block import changes, copying, permissions, written
 from bottomhalf.block.edge import Edge, Parent
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.block.queue import BackendStatistics, Queue
 from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.block.transaction import Transaction
+from bottomhalf.block.written import CHANGES_BYTES
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE, File
 from bottomhalf.host.request import (
     COMPRESSED,
@@ -73,6 +74,8 @@ class BlockBackend(Parent):
         self._moved = False  # whether users may not know where it lives
         self.root: Edge | None = None
         self.size = 0
+        self.noted = 0  # end of the highest write to the node as it is below; see ``written``
+        self._limits = [0] * 5  # by op: up to where requests need no second look
         self.in_flight = 0
         self.on_resize: Callable[[], object] | None = None
         self.on_moving: Callable[[], AbstractContextManager[None]] | None = None  # see Parent.moving()
@@ -110,7 +113,7 @@ class BlockBackend(Parent):
             self.root = None
             raise
         self.context = node.context
-        self.size = node.size
+        self._set_size(node.size)
 
     def remove(self) -> None:
         """Stop using the node, after what is in flight has ended: a request that looked at its node, and waits, finds
@@ -123,8 +126,9 @@ class BlockBackend(Parent):
                 if self.root is not edge:
                     return  # the section has waited, and somebody else was faster
                 node = edge.node  # as it is now: another may have been put in its place
+                self.settle_written()
                 self.root = None
-                self.size = 0
+                self._set_size(0)
                 node.remove_parent(edge)
                 permissions.loosen(node)
             wait_while(
@@ -179,9 +183,23 @@ class BlockBackend(Parent):
 
     def child_resized(self) -> None:
         if self.root is not None:
-            self.size = self.root.node.size
+            self._set_size(self.root.node.size)
             if self.on_resize is not None:
                 self.on_resize()
+
+    def child_replaced(self, edge: Edge) -> None:
+        self.settle_written()
+        super().child_replaced(edge)
+
+    def settle_written(self) -> None:
+        if self.root is not None:
+            written.note(self.root.node, self.noted)
+        self.noted = 0
+        self._set_size(self.size)
+
+    def _set_size(self, size: int) -> None:
+        self.size = size
+        self._limits = [min(size, self.noted) if changes_bytes else size for changes_bytes in CHANGES_BYTES]
 
     # -- drain --------------------------------------------------------------------------------------------------
 
@@ -295,15 +313,19 @@ class BlockBackend(Parent):
         op = requests[0].op
         if op and not self._may_write(op):
             return self._fail(requests, errno.EPERM)
-        size, total = self.size, 0
+        limit, total = self._limits[op], 0
         for request in requests:
             length = request.length
-            if request.offset + length > size or request.offset < 0:
-                requests = self._fail_out_of_bounds(requests)
-                if not requests:
-                    return requests
-                total = sum(request.length for request in requests)
-                break
+            if request.offset + length > limit or request.offset < 0:
+                end = request.offset + length
+                if limit < end <= self.size and end >= length >= 0 and CHANGES_BYTES[op]:
+                    self.noted = limit = self._limits[WRITE] = self._limits[WRITE_ZEROES] = end
+                else:
+                    requests = self._fail_out_of_bounds(requests)
+                    if not requests:
+                        return requests
+                    total = sum(request.length for request in requests)
+                    break
             total += length
         self._operations[op] += len(requests)
         self._bytes[op] += total
@@ -330,6 +352,9 @@ class BlockBackend(Parent):
             else:
                 good.append(request)
         self._failed += len(requests) - len(good)
+        if good and CHANGES_BYTES[good[0].op]:
+            self.noted = max(self.noted, *[request.offset + request.length for request in good])
+            self._set_size(self.size)
         return good
 
     # -- one request at a time ----------------------------------------------------------------------------------

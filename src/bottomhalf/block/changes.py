@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from bottomhalf.block import permissions
+from bottomhalf.block import permissions, written
 from bottomhalf.block.edge import ROLE_COW, ROLE_FILTER, Edge
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
@@ -72,6 +72,7 @@ def repoint(transaction: Transaction, edge: Edge, node: Node) -> None:
 def _swing(edge: Edge, node: Node, place: int) -> None:
     """Both nodes are drained, so the parent is quiet already and stays so; it ends with its new child's section."""
     assert edge.quiesced_parent and node.quiesce_counter
+    written.settle_above(edge)
     edge.node.parents.remove(edge)
     edge.node = node
     node.parents.insert(place, edge)

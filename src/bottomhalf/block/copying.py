@@ -26,6 +26,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from bottomhalf.aio import current, move_to
+from bottomhalf.block.written import note
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_WRITE, File
 from bottomhalf.host.request import FUA
 
@@ -66,6 +67,7 @@ async def co_copy_range(
             flags |= FUA
 
         async def to(file: File, file_offset: int) -> None:
+            note(node, target_offset + length)
             await node.co_copy_range_to(target_offset, length, file, file_offset, flags)
 
         await source.root.node.co_copy_range_from(offset, length, to)

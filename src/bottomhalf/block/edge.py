@@ -85,6 +85,10 @@ class Parent:
         """The edge is about to lead to ``node``: write that down wherever the parent stores whom it is based on. May
         wait; OSError to refuse."""
 
+    def settle_written(self) -> None:
+        """Note at the nodes below what was written to them and not noted yet: the graph is about to change. Drained.
+        See ``written``."""
+
     def check_inactive(self, edge: Edge) -> None:
         """BlockError if the parent cannot do without the permission to change the node."""
         if edge.held & (PERM_WRITE | PERM_WRITE_UNCHANGED | PERM_RESIZE):

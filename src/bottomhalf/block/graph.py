@@ -43,6 +43,7 @@ class Graph:
         self.backends: list[BlockBackend] = []
         self.drained_all_sections = 0  # that are going on: a new node is born into them
         self._generated = 0
+        self.debugged = False  # a node listens to debug events: the data plane asks before it tells any
         # Told of images that turn out to be damaged: node, text, offset and size of the write that would have
         # destroyed more (None if it was found in another way), whether the node is of no use any more. Any thread.
         self.image_corrupted: Callable[[Node, str, int | None, int | None, bool], object] | None = None

@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from bottomhalf.aio import AioContext, current, suspend
 from bottomhalf.aio.io import Waiter
-from bottomhalf.block import changes, copying, drain, permissions, resize
+from bottomhalf.block import changes, copying, drain, permissions, resize, written
 from bottomhalf.block.edge import ROLE_FILTER, Edge, Parent
 from bottomhalf.block.errors import BlockError, check
+from bottomhalf.block.written import CHANGES_BYTES, note
 from bottomhalf.host.protocol import (
     DATA,
     PERM_ALL,
@@ -47,6 +48,7 @@ from bottomhalf.host.request import DISCARD, FLUSH, FUA, IN_PROGRESS, READ, WRIT
 
 if TYPE_CHECKING:
     from bottomhalf.block.copying import CopyTo
+    from bottomhalf.block.dirty import BitmapKeeper, NamedBitmap
     from bottomhalf.block.graph import Graph
     from bottomhalf.block.resize import Preallocation
     from bottomhalf.block.transaction import Transaction
@@ -99,6 +101,10 @@ class Node(Parent, metaclass=_NodeType):
         self.turning_read_only = False  # in a reopen that is not final yet
         self.inherits_from: Node | None = None  # the parent in whose options its own were given
         self.options: Any = None
+        self.bitmaps: dict[str, NamedBitmap] = {}  # the oldest first; see ``dirty``
+        self.bitmap_keeper: BitmapKeeper | None = None  # stores persistent ones in the image, if it can
+        self.written_end = 0  # bytes up to the end of the highest write; see ``written``
+        self.noted = 0  # up to where it and those below it know
         self.permissions = (0, PERM_ALL)  # (held, shared) that were last applied
         self._complete = False  # the constructor is through
         self._has_submit_batch = type(self).submit_batch is not Node.submit_batch
@@ -199,6 +205,10 @@ class Node(Parent, metaclass=_NodeType):
     def allocated_size(self) -> int | None:
         """Bytes that the node occupies on the host, None if unknown. A node without a say asks its first child."""
         return self.children[0].node.allocated_size() if self.children else None
+
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        """Which children a write up to byte ``end`` goes on to as it is, and up to where there. See ``written``."""
+        return [(self.children[0].node, end)] if self.is_filter and self.children else []
 
     def prefetch(self, offset: int, length: int) -> None:
         """The range will be read soon."""
@@ -393,12 +403,14 @@ class Node(Parent, metaclass=_NodeType):
 
     def add_parent(self, edge: Edge, place: int | None = None) -> None:
         """An edge to a drained node starts drained."""
+        written.settle_above(edge)
         self.parents.insert(len(self.parents) if place is None else place, edge)
         if self.quiesce_counter and not edge.quiesced_parent:
             edge.quiesced_parent = True
             edge.parent.parent_drained_begin()
 
     def remove_parent(self, edge: Edge) -> None:
+        written.settle_above(edge)
         self.parents.remove(edge)
         if edge.quiesced_parent:
             edge.quiesced_parent = False
@@ -447,6 +459,7 @@ class Node(Parent, metaclass=_NodeType):
         self.unquiesce()
 
     def child_replaced(self, edge: Edge) -> None:
+        self.noted = 0
         self.refresh_limits()
         self.refresh_size()
         for above in list(self.parents):
@@ -479,6 +492,8 @@ async def co_submit(submit: Callable[[list[Request]], list[Request]], request: R
     """Give one request to a node's ``submit_batch`` (or another door of it) from a coroutine and wait for its end;
     ``request.result`` tells how it ended."""
     me = current()
+    if CHANGES_BYTES[request.op]:
+        note(node, request.offset + request.length)
     request.owner = waiter = Waiter(me, request, node.describe())
     request.result = IN_PROGRESS
     if submit([request]):

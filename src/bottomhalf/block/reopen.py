@@ -12,10 +12,12 @@ An option that nobody took over may be given again, but not changed and not left
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block import permissions
 from bottomhalf.block.changes import check_place, make_room, repoint, skip_implicit
+from bottomhalf.block.dirty import begin_writing, end_writing
 from bottomhalf.block.drain import check_plain_main
 from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 def reopen(graph: Graph, queue: Mapping[Node, Any]) -> None:
     """Give each node its new options, of the class that its old ones have (``BlockdevOptions``). What they say of
     children by name is carried out; children that are given by options are in the queue themselves, if at all.
-    BlockError, and nothing has changed. Main thread, outside coroutines."""
+    BlockError, and nothing has changed, unless the image of a node that became writable cannot be told so: then that
+    node cannot be written to. Main thread, outside coroutines."""
     check_plain_main(graph, "reopen block nodes")
     for node, options in queue.items():
         _check(node, options)
@@ -40,27 +43,41 @@ def reopen(graph: Graph, queue: Mapping[Node, Any]) -> None:
     with graph.holding(*queue, *ends), graph.drained(*queue, *ends):
         for edge, new in changes:
             make_room(graph, edge.parent, new, edge.name)  # type: ignore[arg-type]  # nodes have children
-        for node in queue:
-            flush(graph, node)
-        # Nothing waits from here on. What was found out before may not hold any more.
-        now = [end for edge, new in changes for end in (edge.node, new)]
-        if now != ends or any(node.closed for node in (*queue, *ends)):
-            raise BlockError("The nodes have changed meanwhile")
-        before = {node: node.options for node in queue}
-        with Transaction() as transaction:
+        try:
             for node, options in queue.items():
-                _take_common(transaction, node, options)
-            for edge, new in changes:
-                check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]
-                repoint(transaction, edge, new)
-            for node, options in queue.items():
-                _check_rest(node, before[node], options, node.reopen(options, transaction))
-            permissions.refresh(*queue, *ends, transaction=transaction)
+                if options.read_only:
+                    end_writing(graph, node)
+                flush(graph, node)
+            _exchange(queue, changes, ends)
+        except BaseException:
+            for node in queue:
+                with suppress(BlockError):  # then it cannot be written to; what is on its way says more
+                    begin_writing(graph, node)
+            raise
         for node in queue:
             node.refresh_limits()
             node.refresh_size()
             for above in list(node.parents):
                 above.parent.child_replaced(above)
+        for node in queue:
+            begin_writing(graph, node)
+
+
+def _exchange(queue: Mapping[Node, Any], changes: list[tuple[Edge, Node]], ends: list[Node]) -> None:
+    """The change itself. Nothing waits. What was found out before the last wait may not hold any more."""
+    now = [end for edge, new in changes for end in (edge.node, new)]
+    if now != ends or any(node.closed for node in (*queue, *ends)):
+        raise BlockError("The nodes have changed meanwhile")
+    before = {node: node.options for node in queue}
+    with Transaction() as transaction:
+        for node, options in queue.items():
+            _take_common(transaction, node, options)
+        for edge, new in changes:
+            check_place(edge.parent, new, edge.name)  # type: ignore[arg-type]
+            repoint(transaction, edge, new)
+        for node, options in queue.items():
+            _check_rest(node, before[node], options, node.reopen(options, transaction))
+        permissions.refresh(*queue, *ends, transaction=transaction)
 
 
 def flush(graph: Graph, node: Node) -> None:

@@ -1,41 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What any node can be asked to do with writes, whatever its driver: turn zero bytes into zero writes, and tell when
-somebody writes beyond a threshold.
+"""What any node can be asked to do with writes, whatever its driver: turn zero bytes into zero writes, tell when
+somebody writes beyond a threshold, and note in bitmaps what is written (see ``dirty``).
 
     detect_zeroes(node, unmap=True)
     set_write_threshold(node, 1 << 30, on_exceeded)
+    watch_bitmaps(node)
 
 Few nodes are asked, and the others must not pay, not even a look at a flag per list. So a node that is asked changes
 its class: to one that is derived from its driver's and looks at writes before the driver gets them, in each of the two
 forms in which they can come. A driver need not know, and a node that is asked no more has its old class again.
 
 A write of zero bytes goes down as a request of its own: the owner's request stays what he made it.
+
+While an image still says that bitmaps in it are valid, nobody may write: they would be wrong after a crash. A node
+that is *sealed* so refuses (EPERM).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+import errno
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.node import Node, co_io
 from bottomhalf.block.zeroes import is_zero
-from bottomhalf.host.request import COMPRESSED, MAY_UNMAP, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.request import COMPRESSED, DISCARD, MAY_UNMAP, WRITE, WRITE_ZEROES, Request
+
+if TYPE_CHECKING:
+    from bottomhalf.block.dirty import NamedBitmap
 
 
 class Watch:
     """What a node is asked to do."""
 
-    __slots__ = ("on_exceeded", "threshold", "zero_flags", "zeroes")
+    __slots__ = ("bitmaps", "follows_size", "on_exceeded", "sealed", "threshold", "zero_flags", "zeroes")
 
     def __init__(self) -> None:
         self.zeroes = False
         self.zero_flags = 0
         self.threshold = 0
         self.on_exceeded: Callable[[int, int], object] | None = None
+        self.bitmaps: tuple[NamedBitmap, ...] = ()  # that follow writes
+        self.sealed = False
+        self.follows_size = False  # there are bitmaps, following writes or not
 
     @property
     def idle(self) -> bool:
-        return not self.zeroes and not self.threshold
+        return not self.zeroes and not self.threshold and not self.follows_size
+
+    def mark(self, requests: Iterable[Request]) -> None:
+        """Somebody writes, or discards."""
+        for bitmap in self.bitmaps:
+            bitmap.mark(requests)
+
+    def mark_range(self, node: Node, offset: int, length: int) -> None:
+        """The same for coroutines. OSError if nobody may."""
+        if self.sealed:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), node.name)
+        if self.bitmaps:
+            self.mark([Request(WRITE, offset, length)])
 
     def written(self, end: int) -> None:
         """Somebody writes up to ``end``."""
@@ -62,10 +86,18 @@ def _watching(kind: type[Any]) -> type[Node]:
         def submit_batch(self, requests: list[Request]) -> list[Request]:
             watch, op = self.watch, requests[0].op
             if op in (WRITE, WRITE_ZEROES):
+                if watch.sealed:
+                    return _refuse(requests)
+                if watch.bitmaps:
+                    watch.mark(requests)
                 if watch.threshold:
                     watch.written(max([request.offset + request.length for request in requests]))
                 if watch.zeroes and op == WRITE:
                     return self._sort_out_zeroes(requests)
+            elif op == DISCARD and self.unmap:
+                if watch.sealed:
+                    return _refuse(requests)
+                watch.mark(requests)
             pending: list[Request] = super().submit_batch(requests)
             return pending
 
@@ -88,6 +120,7 @@ def _watching(kind: type[Any]) -> type[Node]:
 
         async def co_pwrite(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
             watch = self.watch
+            watch.mark_range(self, offset, len(buffer))
             watch.written(offset + len(buffer))
             if watch.zeroes and not flags & COMPRESSED and is_zero(buffer):
                 await super().co_write_zeroes(offset, len(buffer), flags | watch.zero_flags)
@@ -95,10 +128,22 @@ def _watching(kind: type[Any]) -> type[Node]:
                 await super().co_pwrite(offset, buffer, flags)
 
         async def co_write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+            self.watch.mark_range(self, offset, length)
             self.watch.written(offset + length)
             await super().co_write_zeroes(offset, length, flags)
 
+        async def co_discard(self, offset: int, length: int) -> None:
+            if self.unmap:
+                self.watch.mark_range(self, offset, length)
+            await super().co_discard(offset, length)
+
+        def refresh_size(self) -> None:
+            super().refresh_size()
+            for bitmap in self.bitmaps.values():
+                bitmap.follow(self.size)
+
         async def co_copy_range_to(self, offset: int, length: int, *source: Any) -> None:
+            self.watch.mark_range(self, offset, length)
             self.watch.written(offset + length)
             await super().co_copy_range_to(offset, length, *source)
 
@@ -107,9 +152,20 @@ def _watching(kind: type[Any]) -> type[Node]:
     return Watched
 
 
+def _refuse(requests: list[Request]) -> list[Request]:
+    for request in requests:
+        request.result = -errno.EPERM
+    return []
+
+
 def watch_of(node: Node) -> Watch | None:
     """What a node is asked to do, None for nothing."""
     return node.__dict__.get("watch")
+
+
+def unwatched(node: Node) -> type[Node]:
+    """The class that the node has when it is asked nothing: its methods, called with the node, are not watched."""
+    return type(node) if watch_of(node) is None else node.driver_class  # type: ignore[attr-defined]
 
 
 def _change(node: Any, change: Callable[[Watch], object]) -> None:
@@ -152,3 +208,15 @@ def write_threshold(node: Node) -> int:
     """The threshold that has not been exceeded yet, 0 if there is none."""
     watch = watch_of(node)
     return watch.threshold if watch is not None else 0
+
+
+def watch_bitmaps(node: Node) -> None:
+    """Look anew which of the node's bitmaps follow writes, and whether it may be written to. Drained."""
+
+    def change(watch: Watch) -> None:
+        bitmaps = node.bitmaps.values()
+        watch.bitmaps = tuple([bitmap for bitmap in bitmaps if bitmap.enabled and not bitmap.inconsistent])
+        watch.sealed = any(bitmap.read_only for bitmap in bitmaps)
+        watch.follows_size = bool(bitmaps)
+
+    _change(node, change)

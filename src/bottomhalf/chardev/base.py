@@ -58,6 +58,9 @@ class Line(Protocol):
     def set_echo(self, echo: bool) -> None:
         """Whether a terminal there shows what is typed by itself."""
 
+    def rows(self) -> int | None:
+        """Lines of the screen of a terminal there; None if there is none."""
+
     def hang_up(self) -> None:
         """Send the peer away."""
 
@@ -148,6 +151,9 @@ class Chardev:
 
     def set_echo(self, echo: bool) -> None:
         """Most devices are no terminals."""
+
+    def rows(self) -> int | None:
+        return None
 
     def write(self, data: bytes) -> None:
         if self.log_stream is not None:

@@ -50,6 +50,9 @@ class MuxPort:
     def set_echo(self, echo: bool) -> None:
         self._mux.base.set_echo(echo)
 
+    def rows(self) -> int | None:
+        return self._mux.base.rows()
+
     def hang_up(self) -> None:
         self._mux.base.hang_up()
 

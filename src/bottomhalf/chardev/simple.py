@@ -48,6 +48,9 @@ class StdioChardev(StreamChardev):
         if self._stream is not None:
             self._terminal.set_echo(echo, self._signals)
 
+    def rows(self) -> int | None:
+        return self._terminal.rows() if self._stream is not None else None
+
 
 class NullChardev(Chardev):
     """Nobody is ever there."""
@@ -77,6 +80,9 @@ class PtyChardev(Chardev):
 
     def describe(self) -> str:
         return f"pty:{self.name}"
+
+    def rows(self) -> int | None:
+        return self._master.rows() if self._master is not None else None
 
     def start(self) -> None:
         """Look whether somebody is there."""

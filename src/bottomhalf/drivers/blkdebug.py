@@ -117,6 +117,7 @@ class BlkdebugNode(Filter):
             if isinstance(rule, ErrorRule) and not 0 <= rule.error <= ERRNO_MAX:
                 raise BlockError(f"errno {rule.error} of a blkdebug rule is not between 0 and {ERRNO_MAX}")
         super().__init__(graph, name, file=image, read_only=read_only, unmap=unmap, edge_name="image")
+        graph.debugged = True
         self.state = FIRST_STATE
         self._take = take
         self._unshare = unshare

@@ -58,6 +58,9 @@ class BlkverifyNode(Node):
     def open_size(self) -> int:
         return self._test.node.size
 
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        return [(self._raw.node, end), (self._test.node, end)]
+
     def allocated_size(self) -> int | None:
         """QEMU's does not tell either."""
         return None

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bottomhalf.block import Node
+from bottomhalf.block import Graph, Node
 from bottomhalf.block.changes import skip_implicit
 from bottomhalf.block.watching import write_threshold
 from bottomhalf.qapi.block import BlockdevDetectZeroesOptions
 from bottomhalf.qapi.block_info import (
     BlockdevCacheInfo,
     BlockDeviceInfo,
+    BlockDirtyInfo,
     ImageInfo,
     ImageInfoSpecific,
     ImageInfoSpecificFile,
@@ -100,6 +101,29 @@ def _plain_name(node: Node) -> str:
     return ""
 
 
+def in_order_of_opening(graph: Graph) -> list[Node]:
+    """All nodes as QEMU lists them: one whose children were given with it comes after its child "file" and before the
+    others, for that is when they are opened. (Ours are made when all children are there.)"""
+    made = {node: number for number, node in enumerate(graph.nodes.values())}
+    listed: dict[Node, None] = {}
+
+    def add(node: Node) -> None:
+        own = [edge for edge in node.children if edge.node.inherits_from is node and made[edge.node] < made[node]]
+        first = [edge for edge in own if edge.name == "file"]
+        for edge in first:
+            add(edge.node)
+        listed.setdefault(node)
+        for edge in own:
+            if edge not in first:
+                add(edge.node)
+
+    for node in made:
+        above = node.inherits_from
+        if above is None or made.get(above, -1) < made[node] or all(edge.node is not node for edge in above.children):
+            add(node)
+    return list(listed)
+
+
 def describe_node(node: Node) -> BlockDeviceInfo:
     """The node as query-named-block-nodes tells it."""
     name = file_name(node)
@@ -126,7 +150,24 @@ def describe_node(node: Node) -> BlockDeviceInfo:
             no_flush=bool(cache and cache.no_flush),
         ),
         write_threshold=write_threshold(node),
+        dirty_bitmaps=_describe_bitmaps(node) or None,
     )
+
+
+def _describe_bitmaps(node: Node) -> list[BlockDirtyInfo]:
+    """The newest first, as QEMU lists them."""
+    return [
+        BlockDirtyInfo(
+            name=bitmap.name,
+            count=bitmap.dirty_bytes,
+            granularity=bitmap.granularity,
+            recording=bitmap.enabled,
+            busy=bitmap.busy,
+            persistent=bitmap.persistent,
+            inconsistent=bitmap.inconsistent or None,
+        )
+        for bitmap in reversed(node.bitmaps.values())
+    ]
 
 
 def _describe_image(node: Node, name: str) -> ImageInfo:

@@ -47,6 +47,22 @@ if TYPE_CHECKING:
 _WRITERS: Final = WRITING | PERM_RESIZE  # whoever holds one of these needs a file that is open for writing
 
 
+class DiscardCounts:
+    """Discards that went to the file, and how they fared."""
+
+    __slots__ = ("bytes_ok", "failed", "ok")
+
+    def __init__(self) -> None:
+        self.ok = self.failed = self.bytes_ok = 0
+
+    def count(self, length_bytes: int, result: int) -> None:
+        if result:
+            self.failed += 1
+        else:
+            self.ok += 1
+            self.bytes_ok += length_bytes
+
+
 class FileNode(Node):
     """An image file. ``aio`` is "io_uring", "native", "threads", or None for what is best here."""
 
@@ -98,6 +114,7 @@ class FileNode(Node):
         self._use(self.file)
         self._can_discard = True
         self._generations = Generations()
+        self.discards = DiscardCounts()
 
     def describe(self) -> str:
         """Made-up names tell nobody which file it is."""
@@ -215,6 +232,8 @@ class FileNode(Node):
             return  # fallocate would refuse it
         sent = Request(op, offset, length, None, flags if self.unmap else flags & ~MAY_UNMAP)
         await self.engine.co_submit(self.file, sent)
+        if op == DISCARD:
+            self.discards.count(length, sent.result)
         self._generations.written += 1  # now: a flush may have begun meanwhile
         if sent.result == -errno.ENOTSUP:
             if op == DISCARD:

@@ -116,7 +116,7 @@ def _open_preallocate(opening: Opening) -> Node:
 
 
 def _open_copy_before_write(opening: Opening) -> Node:
-    from bottomhalf.block.bitmap import find_bitmap
+    from bottomhalf.block.dirty import find_bitmap
     from bottomhalf.drivers.copy_before_write import CopyBeforeWriteNode
 
     branch = opening.branch

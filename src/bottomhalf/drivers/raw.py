@@ -82,6 +82,10 @@ class RawNode(Node):
             if op == WRITE_ZEROES:
                 for request in requests:
                     request.flags &= ~MAY_UNMAP
+        if self.fixed_size is not None and op != FLUSH:
+            requests = self._inside(requests, self.fixed_size)
+            if not requests:
+                return requests
         if self.offset and op != FLUSH:
             offset = self.offset
             for request in requests:
@@ -90,6 +94,16 @@ class RawNode(Node):
         if op < FLUSH:
             child.debug_event("write_aio" if op else "read_aio")
         return child.submit_batch(requests)
+
+    def _inside(self, requests: list[Request], size: int) -> list[Request]:
+        """Fail those that do not end within the window: a format on top may try to grow, and would write into what lies
+        behind it."""
+        beyond = [request for request in requests if request.offset + request.length > size]
+        if not beyond:
+            return requests
+        self.finish(beyond, -errno.ENOSPC if beyond[0].op else -errno.EIO)
+        failed = {id(request) for request in beyond}
+        return [request for request in requests if id(request) not in failed]
 
     def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
         return self._edge.node.block_status(offset + self.offset, length)
@@ -114,6 +128,9 @@ class RawNode(Node):
 
     def hold_bytes(self) -> Callable[[], object] | None:
         return self._edge.node.hold_bytes()
+
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        return [(self._edge.node, end + self.offset)]
 
     def prefetch(self, offset: int, length: int) -> None:
         self._edge.node.prefetch(offset + self.offset, length)

@@ -209,6 +209,12 @@ def _named_image(opening: Opening, named: str, format: str | None, file: Node) -
         raise BlockError(
             f"The image names a backing file, '{named}', which is not opened unless you say so: give it as backing"
         )
+    return backing_options(opening.graph, named, format, file)
+
+
+def backing_options(graph: Graph, named: str, format: str | None, file: Node) -> BlockdevOptions:
+    """Options for a backing file by its name; ``file`` is what holds the image, beside which a relative one is looked
+    for. BlockError."""
     path = named.removeprefix("file:")
     if ":" in path.partition("/")[0]:
         raise BlockError(f"Could not open backing file: '{named}' is not a path; give the node as backing")
@@ -216,7 +222,7 @@ def _named_image(opening: Opening, named: str, format: str | None, file: Node) -
         path = os.path.join(os.path.dirname(image), path)
     if format is None:
         raise BlockError(f"The image does not say the format of its backing file, '{named}'; give the node as backing")
-    below = {"driver": file_driver(opening.graph, path), "filename": path, "read-only": True}
+    below = {"driver": file_driver(graph, path), "filename": path, "read-only": True}
     options = below if format in ("file", "host_device") else {"driver": format, "read-only": True, "file": below}
     return from_json(BlockdevOptions, options)
 

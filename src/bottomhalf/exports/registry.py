@@ -95,8 +95,6 @@ class ExportRegistry:
         assert isinstance(branch, BlockExportOptionsNbd)
         node = self._graph.find(options.node_name)
         context = self._find_iothread(options.iothread) if options.iothread is not None else None
-        if branch.bitmaps:
-            raise BlockError("dirty bitmaps are not supported yet; remove 'bitmaps'")
         if branch.allocation_depth:
             raise BlockError("qemu:allocation-depth is not supported yet; remove 'allocation-depth'")
         if options.writable and node.read_only:
@@ -128,6 +126,7 @@ class ExportRegistry:
                 exclusive=exclusive,
                 fixed_iothread=options.fixed_iothread,
                 allow_inactive=options.allow_inactive,
+                bitmaps=branch.bitmaps or (),
             )
         except BaseException:
             self._graph.bring_home([node])

@@ -39,6 +39,8 @@ ENGINE_KINDS: Final = ("io_uring", "linux-aio", "threads")
 # What QEMU's users call them: ``aio=``.
 AIO_ENGINES: Final = {"io_uring": "io_uring", "native": "linux-aio", "threads": "threads"}
 
+EXTENT_SIZE_HINT_BYTES: Final = 1 << 20  # for new files, as QEMU
+
 # Permissions of an opened image, bit numbers as in the lock bytes of a file (100 + n held, 200 + n not shared).
 PERM_CONSISTENT_READ: Final = 1
 PERM_WRITE: Final = 2
@@ -296,6 +298,9 @@ class Terminal(Socket, Protocol):
         """Whether the terminal shows what is typed and hands it on line by line, or leaves both to the program; and
         whether ^C and its kin are signals. No effect where there is no terminal. close() restores it."""
 
+    def rows(self) -> int | None:
+        """Lines of the screen now; None if there is none, or nobody knows."""
+
 
 class PtyMaster(Socket, Protocol):
     """Our end of a pseudo-terminal."""
@@ -304,6 +309,9 @@ class PtyMaster(Socket, Protocol):
 
     def hung_up(self) -> bool:
         """Whether nobody has the other end open."""
+
+    def rows(self) -> int | None:
+        """Lines of the screen at the other end now; None if nobody has said so."""
 
 
 class Listener(Protocol):
@@ -399,9 +407,12 @@ class Host(Protocol):
     def is_device(self, path: str) -> bool:
         """Whether the path leads to a block device. False as well if it leads nowhere."""
 
-    def create_file(self, path: str, size: int) -> None:
+    def create_file(
+        self, path: str, size: int, *, nocow: bool = False, extent_size_hint_bytes: int | None = None
+    ) -> None:
         """Make a regular file of zeroes; one that is there loses its content. ``ImageInUse`` if somebody has locked
-        it, OSError; nothing has changed then."""
+        it, OSError; nothing has changed then. The file system is asked not to copy on write, and to allocate so much at
+        a time (None: EXTENT_SIZE_HINT_BYTES, 0: as it likes); whether it listens is its affair."""
 
     def engine(self, kind: str = "auto") -> Engine:
         """Make an engine: one of ENGINE_KINDS, or "auto" for the one that works here and is best for all files (so not

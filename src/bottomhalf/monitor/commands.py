@@ -10,12 +10,15 @@ from bottomhalf.aio import explain
 from bottomhalf.block import BlockError
 from bottomhalf.chardev.addresses import host_address
 from bottomhalf.monitor import (
+    bitmap_commands,
     block_commands,
     char_commands,
+    job_commands,
     node_commands,
     object_commands,
     overlay_commands,
     snapshot_commands,
+    stats_commands,
 )
 from bottomhalf.qapi.block import BlockdevDel, BlockdevOptions, BlockSetWriteThreshold, BlockWriteThreshold
 from bottomhalf.qapi.block_info import BlockDeviceInfo
@@ -75,9 +78,9 @@ def query_block_exports(storage: Storage, arguments: Any) -> list[BlockExportInf
 
 def query_named_block_nodes(storage: Storage, arguments: Any) -> list[BlockDeviceInfo]:
     """query-named-block-nodes."""
-    from bottomhalf.drivers.registry import describe_node
+    from bottomhalf.drivers.describe import describe_node, in_order_of_opening
 
-    return [describe_node(node) for node in reversed(storage.graph.nodes.values())]  # newest first, as QEMU does
+    return [describe_node(node) for node in reversed(in_order_of_opening(storage.graph))]  # newest first, as QEMU does
 
 
 def blockdev_add(storage: Storage, options: BlockdevOptions) -> None:
@@ -186,7 +189,10 @@ HANDLERS: Final[dict[str, Callable[[Storage, Any], Any]]] = {
     "nbd-server-add": nbd_server_add,
     "nbd-server-remove": nbd_server_remove,
     "quit": quit,
+    **bitmap_commands.HANDLERS,
     **block_commands.HANDLERS,
+    **job_commands.HANDLERS,
     **overlay_commands.HANDLERS,
     **snapshot_commands.HANDLERS,
+    **stats_commands.HANDLERS,
 }

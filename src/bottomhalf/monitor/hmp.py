@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from bottomhalf.chardev.base import Chardev, Line
 from bottomhalf.monitor.dispatcher import as_failure
 from bottomhalf.monitor.hmp_table import Output, UsageError, complete, parse_line
+from bottomhalf.monitor.pager import Pager, fits
 from bottomhalf.monitor.readline import LineEditor
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class HmpMonitor:
         self._line: Line | None = None
         self._running = False
         self._editor = LineEditor(PROMPT, lambda text: complete(storage, text))
+        self._pager: Pager | None = None  # a long text is being read
         chardev.attach(self)
         storage.hmp_monitors.append(self)
 
@@ -70,12 +72,16 @@ class HmpMonitor:
         self._line = line
         line.set_echo(False)
         self._editor = LineEditor(PROMPT, self._editor._complete)
+        self._pager = None
         self._print(banner() + "\n")
         self._editor.begin()
         line.write(self._editor.take())
 
     def received(self, data: memoryview) -> None:
         for byte in bytes(data):
+            if self._pager is not None:
+                self._turn_over(byte)
+                continue
             typed = self._editor.key(byte)
             if typed is not None:
                 self._write(self._editor.take())
@@ -88,8 +94,22 @@ class HmpMonitor:
     def _run(self, typed: str) -> None:
         if typed.strip() and "secret" not in typed:  # a password is not to be recalled by whoever comes next
             self._editor.remember(typed)
-        self._print(run_command_line(self.storage, typed, self._editor.history))
+        text = run_command_line(self.storage, typed, self._editor.history)
+        rows = self._line.rows() if self._line is not None else None
+        if rows is not None and not fits(text, rows) and not self.storage.loop.quitting:
+            self._pager = Pager(text, rows)
+            self._write(self._pager.take())
+            return
+        self._print(text)
         if not self.storage.loop.quitting:
+            self._editor.begin()
+
+    def _turn_over(self, byte: int) -> None:
+        assert self._pager is not None
+        self._pager.key(byte)
+        self._write(self._pager.take())
+        if self._pager.done:
+            self._pager = None
             self._editor.begin()
 
     def _print(self, text: str) -> None:

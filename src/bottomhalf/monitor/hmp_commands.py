@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import explain
-from bottomhalf.monitor import hmp_snapshots
+from bottomhalf.monitor import hmp_jobs, hmp_snapshots
 from bottomhalf.monitor.commands import HANDLERS, start_nbd_server
 from bottomhalf.monitor.hmp_table import FLAG, INTEGER, NODE, REST, SIZE, Arg, Entry, Output, UsageError, find
 from bottomhalf.qapi.errors import OptionError
@@ -389,6 +389,7 @@ COMMANDS: Final = [
     ),
     Entry("drive_del", (Arg("id", NODE),), drive_del, "remove a block node"),
     *hmp_snapshots.COMMANDS,
+    *hmp_jobs.COMMANDS,
     Entry(
         "nbd_server_start", (Arg("a", FLAG), Arg("w", FLAG), Arg("uri")), nbd_server_start,
         "serve block nodes on HOST:PORT or unix:PATH; -a exports all, -w writable",
@@ -427,6 +428,7 @@ INFO: Final = [
     ),
     Entry("nodes|qtree", (), info_nodes, "show the block nodes as a tree"),
     Entry("snapshots", (), hmp_snapshots.info_snapshots, "show the snapshots in images"),
+    *hmp_jobs.INFO,
     Entry("exports", (), info_exports, "show the exports"),
     Entry("chardev", (), info_chardev, "show the character devices"),
     Entry("history", (), info_history, "show the command line history"),

@@ -18,17 +18,14 @@ from bottomhalf.block.permissions import cumulative
 from bottomhalf.block.work import carry_out
 from bottomhalf.drivers.qcow2.node import Qcow2Node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ
+from bottomhalf.monitor import bitmap_commands
 from bottomhalf.monitor.snapshot_commands import blockdev_snapshot_delete_internal_sync, blockdev_snapshot_internal_sync
 from bottomhalf.qapi.block import BlockdevOptions, BlockdevSnapshot
 from bottomhalf.qapi.block_snapshots import BlockdevSnapshotDeleteInternalSync, BlockdevSnapshotInternalSync
 from bottomhalf.qapi.block_transaction import (
     Abort,
-    AbortWrapper,
     ActionCompletionMode,
-    BlockdevSnapshotInternalWrapper,
     BlockdevSnapshotSyncArguments,
-    BlockdevSnapshotSyncWrapper,
-    BlockdevSnapshotWrapper,
     ChangeBackingFile,
     NewImageMode,
     TransactionAction,
@@ -199,6 +196,7 @@ def _abort(storage: Storage, arguments: Abort) -> tuple[Undo, Finish]:
 
 _ACTIONS: Final[dict[str, Callable[[Storage, Any], tuple[Undo, Finish]]]] = {
     "abort": _abort,
+    **bitmap_commands.ACTIONS,
     "blockdev-snapshot": _snapshot,
     "blockdev-snapshot-internal-sync": _snapshot_internal,
     "blockdev-snapshot-sync": _snapshot_sync,
@@ -244,10 +242,8 @@ def transaction(storage: Storage, arguments: TransactionCommand) -> None:
 
 
 def _data(action: TransactionAction) -> Struct:
-    wrapper = action.branch
-    assert isinstance(
-        wrapper, AbortWrapper | BlockdevSnapshotWrapper | BlockdevSnapshotInternalWrapper | BlockdevSnapshotSyncWrapper
-    )
+    wrapper: Any = action.branch  # each kind has one with a member of that name
+    assert isinstance(wrapper.data, Struct)
     return wrapper.data
 
 

@@ -24,6 +24,7 @@ from bottomhalf.qapi.types import EventType
 
 if TYPE_CHECKING:
     from bottomhalf.chardev.base import Chardev
+    from bottomhalf.jobs.registry import Jobs
     from bottomhalf.monitor.dispatcher import Dispatcher
     from bottomhalf.monitor.events import Broadcast
     from bottomhalf.monitor.hmp import HmpMonitor
@@ -55,6 +56,7 @@ class Storage:
         self.graph.image_corrupted = self._image_corrupted
         self.chardevs: dict[str, Chardev] = {}
         self.hmp_monitors: list[HmpMonitor] = []
+        self._jobs: Jobs | None = None
         self._tree: Tree | None = None
         self._dispatcher: Dispatcher | None = None
         self._broadcast: Broadcast | None = None
@@ -82,6 +84,15 @@ class Storage:
         node = open_node(self.graph, options, follow_names=follow_names)
         node.monitor_owned = True
         return node
+
+    @property
+    def jobs(self) -> Jobs:
+        """Work in the background."""
+        if self._jobs is None:
+            from bottomhalf.jobs.registry import Jobs
+
+            self._jobs = Jobs(self.loop.main, self.emit, self.report_defect)
+        return self._jobs
 
     def _image_corrupted(self, node: Node, text: str, offset: int | None, size: int | None, fatal: bool) -> None:
         """An image turned out to be damaged, in whatever thread."""
@@ -292,6 +303,8 @@ class Storage:
     def _last_steps(self) -> Iterator[Callable[[], object]]:
         if self._dispatcher is not None:
             yield self._dispatcher.stop
+        if self._jobs is not None:
+            yield self._jobs.close
         yield self.exports.close
         yield self.graph.close
         yield self._finish

@@ -11,6 +11,11 @@ from enum import StrEnum
 from typing import Annotated
 
 from bottomhalf.qapi.block import BlockdevSnapshot
+from bottomhalf.qapi.block_bitmaps import (
+    BlockDirtyBitmapAddWrapper,
+    BlockDirtyBitmapMergeWrapper,
+    BlockDirtyBitmapWrapper,
+)
 from bottomhalf.qapi.block_snapshots import BlockdevSnapshotInternalSync
 from bottomhalf.qapi.export import BlockExportRemoveMode
 from bottomhalf.qapi.types import Command, Doc, Struct, TaggedUnion
@@ -105,6 +110,12 @@ class TransactionActionKind(StrEnum):
     """Kinds of actions."""
 
     ABORT = "abort"
+    BLOCK_DIRTY_BITMAP_ADD = "block-dirty-bitmap-add"
+    BLOCK_DIRTY_BITMAP_CLEAR = "block-dirty-bitmap-clear"
+    BLOCK_DIRTY_BITMAP_DISABLE = "block-dirty-bitmap-disable"
+    BLOCK_DIRTY_BITMAP_ENABLE = "block-dirty-bitmap-enable"
+    BLOCK_DIRTY_BITMAP_MERGE = "block-dirty-bitmap-merge"
+    BLOCK_DIRTY_BITMAP_REMOVE = "block-dirty-bitmap-remove"
     BLOCKDEV_SNAPSHOT = "blockdev-snapshot"
     BLOCKDEV_SNAPSHOT_INTERNAL_SYNC = "blockdev-snapshot-internal-sync"
     BLOCKDEV_SNAPSHOT_SYNC = "blockdev-snapshot-sync"
@@ -115,6 +126,12 @@ class TransactionAction(
     tag="type",
     branches={
         "abort": AbortWrapper,
+        "block-dirty-bitmap-add": BlockDirtyBitmapAddWrapper,
+        "block-dirty-bitmap-clear": BlockDirtyBitmapWrapper,
+        "block-dirty-bitmap-disable": BlockDirtyBitmapWrapper,
+        "block-dirty-bitmap-enable": BlockDirtyBitmapWrapper,
+        "block-dirty-bitmap-merge": BlockDirtyBitmapMergeWrapper,
+        "block-dirty-bitmap-remove": BlockDirtyBitmapWrapper,
         "blockdev-snapshot": BlockdevSnapshotWrapper,
         "blockdev-snapshot-internal-sync": BlockdevSnapshotInternalWrapper,
         "blockdev-snapshot-sync": BlockdevSnapshotSyncWrapper,

@@ -17,14 +17,18 @@ from typing import Any
 
 from bottomhalf.qapi import (
     block,
+    block_bitmaps,
+    block_create,
     block_graph,
     block_info,
     block_snapshots,
+    block_stats,
     block_transaction,
     char,
     control,
     export,
     introspect,
+    jobs,
     objects,
     qom,
     sockets,
@@ -36,8 +40,8 @@ from bottomhalf.qapi.visit import from_json, to_json
 __all__ = ["COMMANDS", "EVENTS", "parse_command", "event_data"]
 
 _MODULES = (
-    block, block_graph, block_info, block_snapshots, block_transaction, char, control, export, introspect, objects, qom,
-    sockets,
+    block, block_bitmaps, block_create, block_graph, block_info, block_snapshots, block_stats, block_transaction, char,
+    control, export, introspect, jobs, objects, qom, sockets,
 )  # fmt: skip
 
 

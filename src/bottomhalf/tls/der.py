@@ -192,9 +192,12 @@ def _name(content: memoryview) -> str:
 
 
 def _attribute(key: str, tag: int, content: memoryview) -> str:
+    length = len(content)
+    if length > NAME_BYTES_MAX:
+        raise BadCertificate(f"an attribute of a name of {length} bytes")
     if tag not in TEXTS or key not in ATTRIBUTES:
-        length = len(content)
-        header = bytes([tag, length]) if length < 0x80 else bytes([tag, 0x82]) + length.to_bytes(2, "big")
+        octets = length.to_bytes((length.bit_length() + 7) // 8 or 1, "big")
+        header = bytes([tag, length]) if length < 0x80 else bytes([tag, 0x80 | len(octets)]) + octets
         return "#" + (header + bytes(content)).hex().upper()
     try:
         text = bytes(content).decode(TEXTS[tag])

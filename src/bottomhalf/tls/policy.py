@@ -22,6 +22,7 @@ from bottomhalf.qom.authz import Authz
 from bottomhalf.qom.object import QomObject
 from bottomhalf.qom.tree import OBJECTS, Tree
 from bottomhalf.qom.values import QomError
+from bottomhalf.tls.der import BadCertificate, read_certificate
 from bottomhalf.tls.errors import NotAdmitted
 from bottomhalf.tls.objects import TlsCreds
 from bottomhalf.tls.stream import TlsStream
@@ -42,7 +43,12 @@ class Security:
 
     def admit(self, stream: TlsStream) -> str:
         """The name of the peer after the handshake, "" if it has shown none. NotAdmitted."""
-        name = self._name(stream)
+        try:
+            name = self._name(stream)
+        except BadCertificate as error:  # OpenSSL has read it, and nobody else need, unless a list is asked
+            if self.authz_id is not None:
+                raise NotAdmitted(f"The peer's certificate cannot be read: {error}") from None
+            name = ""
         if self.authz_id is None:
             return name
         authz = self.tree.user_object(self.authz_id, QomObject)
@@ -58,12 +64,7 @@ class Security:
         der = stream.session.peer_certificate
         if der is None or not self.credentials.verify_peer:
             return ""
-        from bottomhalf.tls.der import BadCertificate, read_certificate
-
-        try:
-            return read_certificate(der).subject
-        except BadCertificate as error:
-            raise NotAdmitted(f"The peer's certificate cannot be read: {error}") from None
+        return read_certificate(der).subject
 
 
 def _credentials(tree: Tree, creds_id: str, endpoint: str) -> TlsCreds:

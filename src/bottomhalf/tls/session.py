@@ -53,7 +53,7 @@ class Session:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._handshake_bytes = 0
-        self._failed = False
+        self._failure: TlsError | None = None  # told again at every call: OpenSSL may think that it can go on
         try:
             self._object = context.wrap_bio(
                 self._incoming, self._outgoing, server_side=server, server_hostname=hostname or None
@@ -68,8 +68,7 @@ class Session:
         if not self.established:
             self._handshake_bytes += len(data)
             if self._handshake_bytes > HANDSHAKE_BYTES_MAX:
-                self._failed = True
-                raise TlsError(f"TLS handshake failed: more than {HANDSHAKE_BYTES_MAX} bytes")
+                raise self._fail(TlsError(f"TLS handshake failed: more than {HANDSHAKE_BYTES_MAX} bytes"))
         self._incoming.write(data)
 
     def receive_eof(self) -> None:
@@ -84,6 +83,8 @@ class Session:
 
     def handshake(self) -> bool:
         """Go on with the handshake; whether it is done. TlsError."""
+        if self._failure is not None:
+            raise self._failure
         if self.established:
             return True
         try:
@@ -91,11 +92,9 @@ class Session:
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLCertVerificationError as error:
-            self._failed = True
-            raise TlsError(self._not_verified(error)) from None
+            raise self._fail(TlsError(self._not_verified(error))) from None
         except ssl.SSLError as error:
-            self._failed = True
-            raise TlsError(f"TLS handshake failed: {_reason(error)}") from None
+            raise self._fail(TlsError(f"TLS handshake failed: {_reason(error)}")) from None
         self.established = True
         return True
 
@@ -109,38 +108,42 @@ class Session:
         is needed. TlsError, Truncated."""
         if self.ended:
             return 0
+        if self._failure is not None:
+            raise self._failure
         if not self._incoming.pending and not self._object.pending() and not self._incoming.eof:
             return None
         try:
             count = self._object.read(len(buffer), buffer)
         except ssl.SSLWantReadError:
             if self._outgoing.pending > UNASKED_BYTES_MAX:
-                self._failed = True
-                raise TlsError("the TLS peer asks for new keys again and again and does not read ours") from None
+                text = "the TLS peer asks for new keys again and again and does not read ours"
+                raise self._fail(TlsError(text)) from None
             return None
-        except ssl.SSLEOFError:
-            self._failed = True
-            raise Truncated("the connection ended without the TLS peer's goodbye (close_notify)") from None
         except ssl.SSLError as error:
-            self._failed = True
-            if error.reason == "UNEXPECTED_EOF_WHILE_READING":
-                raise Truncated("the connection ended without the TLS peer's goodbye (close_notify)") from None
-            raise TlsError(f"TLS session failed: {_reason(error)}") from None
+            if isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING":
+                text = "the connection ended without the TLS peer's goodbye (close_notify)"
+                raise self._fail(Truncated(text)) from None
+            raise self._fail(TlsError(f"TLS session failed: {_reason(error)}")) from None
         if not count:
             self.ended = True
         return int(count)
 
     def write(self, data: Any) -> None:
         """Encrypt bytes. TlsError."""
+        if self._failure is not None:
+            raise self._failure
         try:
             self._object.write(data)
         except ssl.SSLError as error:
-            self._failed = True
-            raise TlsError(f"TLS session failed: {_reason(error)}") from None
+            raise self._fail(TlsError(f"TLS session failed: {_reason(error)}")) from None
+
+    def _fail(self, failure: TlsError) -> TlsError:
+        self._failure = failure
+        return failure
 
     def say_goodbye(self) -> None:
         """Have a close_notify among the output, if the session is in a state to have one."""
-        if self._failed or not self.established:
+        if self._failure is not None or not self.established:
             return
         try:
             self._object.unwrap()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import environ, getpid
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.tools.getopt import VALUE, Option, UsageError, fail, parse, program_name
 from bottomhalf.tools.modes import AIO_MODES, CACHE_MODES
@@ -39,6 +39,7 @@ OPTIONS: Final = (
     Option("persistent", "t"),
     Option("verbose", "v"),
     Option("export-name", "x", VALUE),
+    Option("bitmap", "B", VALUE),
     Option("description", "D", VALUE),
     Option("handshake-limit", takes=VALUE),
     Option("offset", "o", VALUE),
@@ -65,7 +66,6 @@ LATER: Final = (
     Option("connect", "c", VALUE),
     Option("disconnect", "d"),
     Option("allocation-depth", "A"),
-    Option("bitmap", "B", VALUE),
     Option("selinux-label", takes=VALUE),
     Option("trace", "T", VALUE),
 )
@@ -100,6 +100,7 @@ Connection:
 Export:
   -x, --export-name=NAME    name of the export (default "")
   -D, --description=TEXT    text that clients may show
+  -B, --bitmap=NAME         offer a dirty bitmap of the image, as qemu:dirty-bitmap:NAME
   -o, --offset=OFFSET       first byte of the image to serve
   -r, --read-only           refuse writes
   -f, --format=FORMAT       format of the image (raw, qcow2)
@@ -133,6 +134,7 @@ class Settings:
         self.given: dict[str, str] = {}
         self.objects: list[str] = []
         self.files: list[str] = []
+        self.bitmaps: list[str] = []
         self.shared, self.handshake_limit, self.offset = 1, 10, 0
         self.direct = self.no_flush = self.writethrough = False
         self.discard = False
@@ -144,6 +146,8 @@ class Settings:
                 self.files.append(value)
             elif name == "object":
                 self.objects.append(value)
+            elif name == "bitmap":
+                self.bitmaps.append(value)
             elif any(option.name == name for option in LATER):
                 raise UsageError(f"option '--{name}' is not supported yet", "")
             else:
@@ -196,7 +200,7 @@ class Settings:
         if "list" in self.given:
             if self.files:
                 raise UsageError("List mode is incompatible with a file name", "")
-            if PER_DEVICE & self.given.keys():
+            if PER_DEVICE & self.given.keys() or self.bitmaps:
                 raise UsageError("List mode is incompatible with per-device settings", "")
         elif len(self.files) != 1:
             raise UsageError("Invalid number of arguments")
@@ -390,7 +394,7 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
         raise BlockError(f"Failed to blk_new_open '{name}': {error}" + (f"\n{hint}" if hint else "")) from error
     node = _open_window(storage, settings, below, format)
     node.monitor_owned = True
-    options = {
+    options: dict[str, Any] = {
         "type": "nbd",
         "id": EXPORT_ID,
         "node-name": node.name,
@@ -400,6 +404,8 @@ def _set_up(storage: Storage, settings: Settings) -> tuple[NbdExport, NbdServer]
     }
     if "description" in settings.given:
         options["description"] = settings.given["description"]
+    if settings.bitmaps:
+        options["bitmaps"] = settings.bitmaps[::-1]  # as qemu-nbd lists them
     return storage.exports.add(from_json(BlockExportOptions, options)), server
 
 

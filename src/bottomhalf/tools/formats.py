@@ -38,13 +38,23 @@ def probe(head: bytes) -> str:
     return "raw"
 
 
+def encryption(head: bytes) -> str | None:
+    """How the data of a qcow2 image are encrypted, by its first bytes: "aes", "luks" or None."""
+    return {b"\0\0\0\1": "aes", b"\0\0\0\2": "luks"}.get(head[32:36]) if probe(head) == "qcow2" else None
+
+
 def image_format(host: Host, path: str) -> str:
     """The format of an image file. BlockError if it cannot be read."""
+    return probe(image_head(host, path))
+
+
+def image_head(host: Host, path: str) -> bytes:
+    """The first bytes of an image file. BlockError if it cannot be read."""
     try:
         file = host.open_file(path, read_only=True, locking="off")
     except OSError as error:
         raise BlockError(f"Could not open '{path}': {error.strerror}") from error
     try:
-        return probe(file.pread(PROBE_BYTES, 0))
+        return file.pread(PROBE_BYTES, 0)
     finally:
         file.close()

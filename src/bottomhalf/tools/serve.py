@@ -311,17 +311,26 @@ def _introduce(settings: Settings, export: NbdExport, where: str) -> None:
     if settings.quiet:
         print(where, flush=True)
         return
-    quoted = shlex.quote(where)
     kind = "writable" if export.writable else "read-only"
     print(
         f"serving {settings.image} ({settings.format}, {binary_size(export.backend.size)}, {kind})\n"
-        f"\n  {where}\n\n"
+        f"\n  {where}\n\n{_suggestions(settings, where)}\nCtrl-C ends it.",
+        flush=True,
+    )
+
+
+def _suggestions(settings: Settings, where: str) -> str:
+    """What to do with the URI."""
+    if settings.tls is not None:
+        theirs = "ca-cert.pem" + ("" if settings.tls_anyone else ", client-cert.pem, client-key.pem")
+        quoted = shlex.quote(where + ("&" if "?" in where else "?") + "tls-certificates=DIR")
+        return f"  copy it      nbdcopy {quoted} copy.raw\n               (the client's DIR has {theirs})\n"
+    quoted = shlex.quote(where)
+    return (
         f"  copy it      nbdcopy {quoted} copy.raw\n"
         f"  look at it   qemu-img info {quoted}\n"
         f"  measure it   fio --name=disk --ioengine=nbd --uri={quoted} --rw=randread --bs=4k --iodepth=32 "
         "--runtime=10 --time_based\n"
-        "\nCtrl-C ends it.",
-        flush=True,
     )
 
 

@@ -15,7 +15,8 @@ import pytest
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockError, Graph, ImageError, Node
 from bottomhalf.drivers.luks import header as luks_header
-from bottomhalf.drivers.luks.create import LuksOptions, co_amend_keys, co_create
+from bottomhalf.drivers.luks.create import LuksOptions, co_create
+from bottomhalf.drivers.luks.keyslots import SlotChange, co_amend
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.request import READ, WRITE, Request
 from bottomhalf.qapi.block import BlockdevOptions
@@ -227,19 +228,21 @@ def test_slots_come_and_go(disks: Disks, tmp_path: Path) -> None:
     file = disks.open({"driver": "file", "filename": str(path), "node-name": "f"})
     file.monitor_owned = True
 
-    def amend(password: bytes, **how: Any) -> int:
-        return disks.context.run(co_amend_keys(file, password, iter_time=1, **how), what="amend")
+    def amend(password: bytes, state: str = "active", **how: Any) -> list[int]:
+        if state == "active":
+            how["iter_time"] = 1
+        return disks.context.run(co_amend(file, password, SlotChange(state, **how)), what="amend")
 
-    assert amend(PASSWORD, new_password=SECRETS["new"]) == 1
+    assert amend(PASSWORD, new_password=SECRETS["new"]) == [1]
     for secret in ("pw", "new"):
         disks.graph.release(disks.open({"driver": "luks", "file": "f", "key-secret": secret}))
     with pytest.raises(BlockError, match="Refusing to overwrite active keyslot 0"):
-        amend(PASSWORD, new_password=b"x", slot=0)
-    assert amend(SECRETS["new"], state="inactive", slot=0) == 0
+        amend(PASSWORD, new_password=b"x", keyslot=0)
+    assert amend(SECRETS["new"], state="inactive", keyslot=0) == [0]
     with pytest.raises(BlockError, match="Invalid password"):
         disks.open({"driver": "luks", "file": "f", "key-secret": "pw"})
     with pytest.raises(BlockError, match="only active keyslot"):
-        amend(SECRETS["new"], state="inactive")
+        amend(SECRETS["new"], state="inactive", keyslot=1)
     for n in range(7):
         amend(SECRETS["new"], new_password=b"%d" % n)
     with pytest.raises(BlockError, match="all keyslots are in use"):

@@ -171,7 +171,9 @@ def test_keys_and_formats_that_do_not_fit(disks: Disks, tmp_path: Path) -> None:
 
 def test_what_the_library_makes_of_bad_options(tmp_path: Path) -> None:
     for options, text in (
-        ({"encrypt_format": "aes"}, "encrypt_format is"),
+        ({"encrypt_format": "des"}, "encrypt_format is"),
+        ({"encrypt_format": "aes"}, "needs encrypt_secret"),
+        ({"encrypt_format": "aes", "encrypt_secret": "x", "encrypt_hash_alg": "sha1"}, "no option 'encrypt_hash_alg'"),
         ({"encrypt_format": "luks"}, "needs encrypt_secret"),
         ({"encrypt_format": "luks", "encrypt_secret": "x", "encrypt_colour": 1}, "no option 'encrypt_colour'"),
         ({"encrypt_secret": "x"}, "no option 'encrypt_secret'"),

@@ -118,6 +118,8 @@ def _forget(explorer: Explorer) -> None:
 def _resize(change: Callable[[Explorer], int]) -> Callable[[Explorer], None]:
     def resize(explorer: Explorer) -> None:
         ledger, size = explorer.ledger, change(explorer)
+        if explorer.disk.node.header.version == 2 and ledger.snapshots.keys() - ledger.deleted:
+            return  # that is refused
         ledger.sizes.add(size)
         if size < ledger.size:
             ledger.may_put(size, bytes(ledger.size - size))
@@ -142,6 +144,8 @@ def _each_table(explorer: Explorer) -> None:
 def _beside(explorer: Explorer) -> None:
     """Writes that allocate and that do not, a discard and a flush, all at once."""
     ledger, cluster = explorer.ledger, explorer.cluster
+    if ledger.size < 6 * cluster:
+        return  # the disk is too small by now
     data = _data(explorer, cluster)
     for at in (0, 4, 5):
         ledger.may_put(at * cluster, data)

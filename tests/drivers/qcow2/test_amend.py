@@ -127,6 +127,91 @@ def test_power_cuts(seed: int) -> None:
     assert cuts
 
 
+BASE = bytes(range(1, 101)) * 512  # of each sector's bytes any two neighbours differ
+
+
+def snapshot_scene(host: SimHost, backing: bool) -> tuple[Disk, list[bytes]]:
+    """An image whose snapshots have zero clusters, with a place of their own and without, and share a table of them.
+    The contents of the snapshots, then of the disk."""
+    more = {"backing_file": "base.raw", "backing_fmt": "raw"} if backing else {}
+    make(host, "disk.qcow2", size=100 * 512, cluster_size=512, **more)
+    host.add_file("base.raw", BASE)
+    disk, seen = opened_with(host, backing), []
+
+    def keep() -> None:
+        seen.append(disk.content())
+        disk.run(disk.node.snapshots.create(f"s{len(seen)}", date_ns=0))
+
+    disk.run(disk.backend.co_pwrite(0, b"d" * 20 * 512))
+    disk.run(disk.backend.co_write_zeroes(5 * 512, 4 * 512))  # they keep their places
+    disk.run(disk.backend.co_write_zeroes(30 * 512, 3 * 512))
+    disk.run(disk.backend.co_write_zeroes(80 * 512, 3 * 512))
+    keep()
+    keep()  # which has the same tables
+    disk.run(disk.backend.co_pwrite(6 * 512, b"new" * 100))
+    disk.run(disk.backend.co_write_zeroes(12 * 512, 2 * 512, 2))
+    keep()
+    disk.run(disk.backend.co_pwrite(31 * 512, b"newer" * 100))
+    seen.append(disk.content())
+    disk.run(disk.backend.co_flush())
+    return disk, seen
+
+
+def opened_with(host: SimHost, backing: bool) -> Disk:
+    below = {"driver": "raw", "read-only": True, "file": {"driver": "file", "filename": "base.raw", "read-only": True}}
+    return Disk(host, "disk.qcow2", backing=below if backing else None)
+
+
+def good_snapshots(host: SimHost, backing: bool, seen: list[bytes]) -> Header:
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.check_errors, found.findings
+    disk = opened_with(host, backing)
+    assert disk.content() == seen[-1]
+    header = Header.parse(host.content("disk.qcow2"))
+    for snapshot, content in zip(disk.run(disk.node.snapshots.read()), seen, strict=False):
+        disk.run(disk.node.snapshots.apply(snapshot))
+        assert disk.content() == content, snapshot.name
+    disk.close()
+    assert not check(host, "disk.qcow2").corruptions
+    return header
+
+
+@pytest.mark.parametrize("backing", [False, True])
+def test_version_2_for_snapshots_with_zero_clusters(backing: bool) -> None:
+    host = SimHost(1)
+    disk, seen = snapshot_scene(host, backing)
+    disk.run(co_amend(disk.node, AmendOptions(compat="0.10")))
+    disk.close()
+    assert not check(host, "disk.qcow2").leaks
+    assert good_snapshots(host, backing, seen).version == 2
+
+
+@pytest.mark.parametrize("backing", [False, True])
+@pytest.mark.parametrize("op", [READ, WRITE, FLUSH], ids=lambda op: OP_NAMES[op])
+def test_every_failure_on_the_way_to_version_2(backing: bool, op: int) -> None:
+    for position in range(10_000):
+        host = SimHost(position)
+        disk, seen = snapshot_scene(host, backing)
+        fault = host.fault(op=op, errno=errno.EIO, after=position, times=None if position % 2 else 1)
+        try:
+            disk.run(co_amend(disk.node, AmendOptions(compat="0.10")))
+            failed = False
+        except OSError:
+            failed = True
+        hits = fault.hits
+        fault.remove()
+        after = SimHost(position)
+        after.add_file("base.raw", BASE)
+        after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+        header = good_snapshots(after, backing, seen)
+        assert failed or header.version == 2
+        disk.abandon()
+        if not hits:
+            assert not failed
+            return
+    raise AssertionError("there is no end of I/O")
+
+
 @pytest.mark.parametrize("first, second", [("short", LONG), (LONG, "b" * 500), (LONG, LONG + "b"), (LONG, None)])
 def test_the_name_of_the_backing_file_is_one_or_the_other(seed: int, first: str, second: str | None) -> None:
     """Names may be longer than the sector that a power cut leaves whole."""

@@ -4,111 +4,206 @@ but the image opened, no more memory and time than the image's own limits allow.
 
 from __future__ import annotations
 
-import errno
 import random
-import resource
 import struct
 import zlib
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from bottomhalf.block import BlockError, ImageError
+from bottomhalf.drivers.qcow2 import header as header_module
+from bottomhalf.drivers.qcow2 import node as node_module
+from bottomhalf.drivers.qcow2 import references
 from bottomhalf.drivers.qcow2.compression import decompress
+from bottomhalf.drivers.qcow2.counters import Counters
 from bottomhalf.drivers.qcow2.header import Header
-from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED
 from bottomhalf.host.sim import SimHost
-from tests.drivers.qcow2.bench import Disk, check, make
+from tests.drivers.qcow2 import trial as trial_module
+from tests.drivers.qcow2.bench import Disk, make
+from tests.drivers.qcow2.mutants import FORMS, Image, add_bomb, fields_of, form, huge_disk, mutate
+from tests.drivers.qcow2.trial import Limits, Trial, bounded
 
-MUTANTS = 40  # per seed
-MEMORY_BYTES_MAX = 256 << 20
-
-INTERESTING = (0, 1, 2, 0x1FF, 0x200, 0xFFFF, 1 << 31, (1 << 32) - 1, COPIED, COMPRESSED, (1 << 63) - 1, (1 << 64) - 1)
-
-
-def seed_image(seed: int) -> bytes:
-    """An image with some of everything."""
-    chance = random.Random(seed)
-    host = SimHost(seed)
-    extended = chance.random() < 0.3
-    cluster_size = 16384 if extended else chance.choice((512, 4096))
-    shape = {"cluster_size": cluster_size, "extended_l2": extended, "backing_file": "secret"}
-    make(host, "disk.qcow2", size=40 * cluster_size, **shape)
-    disk = Disk(host, "disk.qcow2", backing=None)
-    for n in range(0, 39, 3):
-        disk.run(disk.backend.co_pwrite(n * cluster_size, bytes([n]) * (cluster_size + 7)))
-    disk.run(disk.backend.co_write_zeroes(5 * cluster_size, cluster_size))
-    disk.close()
-    return host.content("disk.qcow2")
+MUTANTS = 100  # per seed
+MUTANTS_LONG = 200  # with --soak
+CRAFTED = (
+    "an L1 table that names one L2 table",
+    "65536 snapshots with L1 tables of 32 MiB, one above the other, in a file of holes",
+    "65536 snapshots with one L1 table",
+    "a refcount table that names one block",
+    "an L1 table of L2 tables in a hole",
+    "bombs",
+    "zstd bombs",
+    "a disk of the largest size",
+)
 
 
-def mutate(image: bytes, chance: random.Random) -> bytes:
-    """Fields of the header and entries of tables, more often than mere bytes."""
-    changed = bytearray(image)
-    header = Header.parse(image)
-    places = [8, 16, 20, 24, 32, 36, 40, 48, 56, 60, 64, 72, 80, 88, 96, 100, 104]
-    for table, entries in (
-        (header.l1_offset, header.l1_size),
-        (header.refcount_table_offset, 2),
-        (int.from_bytes(image[header.l1_offset : header.l1_offset + 8], "big") & 0x00FF_FFFF_FFFF_FE00, 80),
-        (int.from_bytes(image[header.refcount_table_offset :][:8], "big"), 20),
-        (header.header_bytes, 20),
-    ):
-        places += [table + 8 * n for n in range(entries)]
-    for _ in range(chance.choice((1, 1, 2, 5))):
-        at = chance.choice(places)
-        size = chance.choice((1, 4, 8))
-        value = chance.choice((chance.choice(INTERESTING), chance.randrange(1 << 64), chance.randrange(len(image))))
-        if chance.random() < 0.5 and at + 8 <= len(changed):
-            value ^= int.from_bytes(changed[at : at + 8], "big")
-        changed[at : at + size] = (value & ((1 << (8 * size)) - 1)).to_bytes(size, "big")
-    return bytes(changed[: len(image)])
+def test_mutants(seed: int, request: pytest.FixtureRequest) -> None:
+    """Good images with fields, tables and streams changed, and everything that users do with them."""
+    long = request.config.getoption("--soak")
+    seen: Counter[str] = Counter()
+    for number in range(MUTANTS_LONG if long else MUTANTS):
+        mutant(seed, number, seen)
+    print(f"seed {seed}: {dict(seen)}")
+    assert seen["used"] and seen["repaired"] and seen["not an image"] and seen["damaged"]
 
 
-async def use(disk: Disk) -> None:
-    """Read all of it, write here and there; errors are EIO."""
+def mutant(seed: int, number: int, seen: Counter[str]) -> Trial:
+    """One of them, tried."""
+    chance = random.Random(f"mutant {seed} {number}")
+    trial = Trial(mutate(chance.choice(list(FORMS)), chance), chance, Limits(), seen)
+    try:
+        trial.run()
+    except AssertionError as error:
+        raise AssertionError(f"mutant {number} of seed {seed}: {error}") from error.__cause__
+    return trial
+
+
+# -- images made by hand, each the worst of its kind ----------------------------------------------------------------
+
+
+def crafted(name: str, much: int = 1 << 17) -> Image:
+    """``much``: entries of tables, of which a format has a million at most."""
     chance = random.Random(1)
-    for _ in range(6):
-        length = min(disk.size, chance.choice((1, 512, 70_000)))
-        offset = chance.randrange(0, disk.size - length + 1)
-        for what in ("read", "status", "write", "flush"):
-            try:
-                if what == "read":
-                    await disk.backend.co_pread(offset, length)
-                elif what == "status" and length:
-                    await disk.backend.co_block_status(offset, length)
-                elif what == "write" and not disk.node.read_only:
-                    await disk.backend.co_pwrite(offset, b"w" * length)
-                elif what == "flush":
-                    await disk.backend.co_flush()
-            except OSError as error:
-                assert error.errno in (errno.EIO, errno.EFBIG, errno.ENOMEDIUM), error
+    image = Image(bytearray(form("small")), len(form("small")), [name])
+    fields = fields_of("small")
+    end = -(-len(image.data) // 512) * 512
+    if name == "an L1 table that names one L2 table":
+        image.data.extend(image.data[image.number(40) :][:8] * much)
+        image.put(36, much, 4)
+        image.put(40, end)
+    elif name == "65536 snapshots with L1 tables of 32 MiB, one above the other, in a file of holes":
+        table = b"".join(
+            (end + (8 << 20) + 512 * n).to_bytes(8, "big")
+            + (4 << 20).to_bytes(4, "big")
+            + b"\0\1".ljust(24, b"\0")
+            + (16).to_bytes(4, "big")
+            + bytes(16)
+            + b"1"
+            + bytes(7)
+            for n in range(65536)
+        )
+        image.data.extend(table)
+        image.put(60, 65536, 4)
+        image.put(64, end)
+        image.length = 1 << 50
+    elif name == "65536 snapshots with one L1 table":
+        entry = image.number(40).to_bytes(8, "big") + (4 << 20).to_bytes(4, "big") + b"\0\1".ljust(24, b"\0")
+        image.data.extend((entry + (16).to_bytes(4, "big") + bytes(16) + b"1" + bytes(7)) * 65536)
+        image.put(60, 65536, 4)
+        image.put(64, end)
+        image.length = 1 << 40
+    elif name == "a refcount table that names one block":
+        image.data.extend(image.data[image.number(48) :][:8] * much)
+        image.put(48, end)
+        image.put(56, 8 * much // 512, 4)
+        image.length = 1 << 45
+    elif name == "an L1 table of L2 tables in a hole":
+        image.data.extend(b"".join((1 << 40 | n << 9).to_bytes(8, "big") for n in range(much // 8)))
+        image.put(36, much // 8, 4)
+        image.put(40, end)
+        image.length = 1 << 50
+    elif name == "bombs":
+        image = Image(bytearray(form("large clusters")), len(form("large clusters")), [name])
+        add_bomb(image, fields_of("large clusters"), chance)
+    elif name == "zstd bombs":
+        image = Image(bytearray(form("zstd")), len(form("zstd")), [name])
+        add_bomb(image, fields_of("zstd"), chance)
+    else:
+        assert name == "a disk of the largest size"
+        huge_disk(image, fields, random.Random(3))
+    image.length = max(image.length, len(image.data))
+    return image
 
 
-def test_mutants(seed: int) -> None:
-    chance = random.Random(seed)
-    image = seed_image(seed)
-    opened = refused = 0
-    for number in range(MUTANTS):
-        host = SimHost(seed)
-        host.add_file("disk.qcow2", mutate(image, chance))
-        host.add_file("secret", b"secret" * 1000)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            check(host, "disk.qcow2")
-        except (ImageError, OSError) as error:
-            assert isinstance(error, ImageError) or error.errno == errno.EIO, error
-        try:
-            disk = Disk(host, "disk.qcow2", backing=None, **({"read-only": True} if number % 3 == 0 else {}))
-        except BlockError:
-            refused += 1
-        else:
-            opened += 1
-            disk.run(use(disk))
-            disk.close()
-        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_BYTES_MAX
-        assert ("open", "secret") not in host.trace
-    assert opened and refused
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted(name: str, request: pytest.FixtureRequest) -> None:
+    """What takes the most, within the limits too."""
+    if not request.config.getoption("--soak"):
+        Trial(crafted(name), random.Random(1), Limits(), Counter()).run()
+        return
+    for turn in range(6):  # each goes other ways
+        Trial(crafted(name, 1 << 20), random.Random(turn), Limits(), Counter()).run()
+
+
+def test_a_snapshot_of_exabytes() -> None:
+    """Applying it would take an L1 table that no image may have; nothing is placed, and nothing counted, for that."""
+    image = Image(bytearray(form("extended")), len(form("extended")))
+    image.put(next(each.at for each in fields_of("extended") if each.name == "snapshot's disk size"), 1 << 62)
+    host = SimHost(1)
+    host.add_file("disk.qcow2", bytes(image.data))
+    disk = Disk(host, "disk.qcow2")
+    before = disk.content()
+    (snapshot,) = disk.run(disk.node.snapshots.read())
+    with bounded(Limits()), pytest.raises(ImageError, match="needs too large an L1 table"):
+        disk.run(disk.node.snapshots.apply(snapshot))
+    assert disk.content() == before
+    disk.close()
+
+
+# -- the harness can fail -------------------------------------------------------------------------------------------
+
+
+def fails(image: Image, text: str, seeds: int = 12) -> None:
+    """Some way through the image finds it."""
+    with pytest.raises(AssertionError, match=text):
+        for number in range(seeds):
+            Trial(image, random.Random(number), Limits(processor_s=2.0), Counter()).run()
+
+
+def test_planted_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the limit on L1 tables an image gets memory until there is none."""
+    image = Image(bytearray(form("small")), len(form("small")), ["a large L1 table"])
+    image.put(36, 1 << 28, 4)
+    image.length = 1 << 40
+    Trial(image, random.Random(1), Limits(), Counter()).run()
+    monkeypatch.setattr(header_module, "L1_BYTES_MAX", 1 << 40)
+    fails(image, "MemoryError|Overwork|bytes")
+
+
+def test_planted_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the limit on tables that are read, many snapshots keep the processor busy."""
+    name = "65536 snapshots with one L1 table"
+    monkeypatch.setattr(references, "TABLE_BYTES_FREE", 1 << 60)
+    fails(crafted(name), "TooLong|Overwork", seeds=1)
+
+
+def test_planted_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that lets names through opens the file that an image names."""
+    image = Image(bytearray(form("usual")), len(form("usual")), ["nothing"])
+    Trial(image, random.Random(1), Limits(), Counter()).run()
+    open_anything = trial_module.open_node
+    monkeypatch.setattr(trial_module, "open_node", lambda *given, follow_names: open_anything(*given))
+    fails(image, "opened \\['secret.raw'\\]")
+
+
+def test_planted_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking without a limit unpacks it all."""
+    Trial(crafted("bombs"), random.Random(1), Limits(), Counter()).run()
+
+    def unbounded(data: bytes, size: int, kind: int) -> bytes:
+        return b"".join([zlib.decompressobj(-12).decompress(data) for _ in range(4)])[:size]
+
+    monkeypatch.setattr(node_module, "decompress", unbounded, raising=False)
+    fails(crafted("bombs"), "MemoryError")
+
+
+def test_planted_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repair that says that all is well, and writes nothing."""
+    image = Image(bytearray(form("small")), len(form("small")), ["a leak"])
+    image.put(image.number(image.number(48)) + 2 * 4, 7, 2)
+
+    async def nothing(self: object, cluster: int, count: int) -> None:
+        pass
+
+    monkeypatch.setattr(Counters, "set_refcount", nothing)
+    with pytest.raises(AssertionError):
+        for number in range(12):
+            Trial(image, random.Random(number), Limits(), Counter()).run()
+
+
+# -- single fields --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

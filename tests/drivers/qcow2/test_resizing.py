@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import random
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bottomhalf
 from bottomhalf.aio import gather, sleep_ns
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
@@ -26,6 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"cluster_size": 512, "data_file": "data.raw", "data_file_raw": True},
 ]
 POSITIONS_MAX = 400
+MIB = 1 << 20
 
 
 def resized(opened: Disk, model: bytearray, size: int, mode: str = "off") -> None:
@@ -212,3 +215,160 @@ def test_refusals() -> None:
         with pytest.raises(OSError, match="Can't resize a v2 image which has snapshots"):
             opened.run(co_resize(opened.node, 512))
         assert opened.size == 100 * 512
+
+
+def test_a_power_cut_while_it_grows_over_a_longer_backing_file(seed: int) -> None:
+    """The backing file behind the old end is never seen: the header tells the new size after the zeroes are there."""
+    host = SimHost(seed)
+    host.add_file("backing.raw", b"B" * 200 * 512)
+    make(host, "disk.qcow2", size=80 * 512 + 512, cluster_size=1024)
+    backing = {"driver": "file", "filename": "backing.raw", "read-only": True}
+    states: dict[bytes, bytes] = {}
+
+    def note() -> None:
+        states.update((state.digest, state.files["disk.qcow2"]) for state in host.survivors("disk.qcow2"))
+
+    with disk(host, "disk.qcow2", backing=backing) as opened:
+        host.before_durable = note
+        opened.run(opened.backend.co_truncate(190 * 512))
+        note()
+        host.before_durable = None
+    sizes = set()
+    for content in states.values():
+        after = SimHost(seed)
+        after.add_file("disk.qcow2", content)
+        after.add_file("backing.raw", b"B" * 200 * 512)
+        with disk(after, "disk.qcow2", backing=backing) as reopened:
+            sizes.add(reopened.size)
+            assert reopened.content() == (b"B" * 81 * 512).ljust(reopened.size, b"\0")
+    assert sizes == {81 * 512, 190 * 512}
+
+
+@pytest.mark.parametrize("size", [20 * 512, 300 * 512])
+@pytest.mark.parametrize("op", [WRITE, FLUSH])
+def test_a_change_that_failed_does_not_happen_with_the_next_flush(op: int, size: int) -> None:
+    """Whoever was told that it failed goes on with the size that he sees, and finds tomorrow what he wrote up to there.
+    (It is the new one if what failed was giving back what is behind a nearer end.)"""
+    old = 100 * 512
+    for position in range(100):
+        host = SimHost(position)
+        make(host, "disk.qcow2", size=old, cluster_size=512)
+        with disk(host, "disk.qcow2") as opened:
+            opened.run(opened.backend.co_pwrite(0, b"x" * old))
+            opened.run(opened.backend.co_flush())
+            fault = host.fault(path="disk.qcow2", op=op, errno=errno.EIO, after=position, times=1)
+            try:
+                opened.run(opened.backend.co_truncate(size))
+            except OSError as error:
+                assert error.errno == errno.EIO
+            else:
+                assert opened.size == size
+                fault.remove()
+                break
+            assert fault.hits == 1
+            seen = opened.size
+            assert seen == old or seen == size < old
+            opened.run(opened.backend.co_pwrite(0, b"y" * seen))
+            opened.run(opened.backend.co_flush())
+        with disk(host, "disk.qcow2") as opened:
+            assert opened.content() == b"y" * seen
+    assert position
+
+
+@pytest.mark.parametrize("shape", [{}, {"version": 2}, {"cluster_size": 16384, "extended_l2": True}], ids=str)
+def test_a_power_cut_shows_nothing_of_a_longer_backing_file(shape: dict[str, Any]) -> None:
+    """The header says that there is more only when it reads as zeroes."""
+    shape = {"cluster_size": 512, **shape}
+    old, new = 10 * shape["cluster_size"] + 512, 200 * shape["cluster_size"]
+    backing = {"driver": "file", "filename": "base.raw", "read-only": True}
+    grown = 0
+    for position in range(1000):
+        host = SimHost(position)
+        host.add_file("base.raw", b"b" * new)
+        make(host, "disk.qcow2", size=old, backing_file="base.raw", backing_fmt="raw", **shape)
+        opened = Disk(host, "disk.qcow2", backing=backing)
+        opened.run(opened.backend.co_pwrite(0, b"mine" * 100))
+        opened.run(opened.backend.co_flush())
+        fault = host.fault(op=FLUSH, errno=errno.EIO, after=position, times=None)
+        try:
+            opened.run(co_resize(opened.node, new, Preallocation.OFF))
+        except OSError:
+            pass
+        hits = fault.hits
+        fault.remove()
+        for chance in range(4):
+            after = SimHost(chance)
+            after.add_file("base.raw", b"b" * new)
+            after.add_file("disk.qcow2", host.survivor("disk.qcow2"))
+            assert not check(after, "disk.qcow2").corruptions
+            with disk(after, "disk.qcow2", backing=backing) as survivor:
+                content = survivor.content()
+                grown += survivor.size > old
+            assert content == (b"mine" * 100).ljust(old, b"b") + bytes(len(content) - old)
+        opened.abandon()
+        if not hits:
+            assert grown
+            return
+    raise AssertionError("there is no end of flushes")
+
+
+def test_a_resize_by_name_hides_what_a_longer_backing_file_has(tmp_path: Path) -> None:
+    """bottomhalf.resize() and amend() have to look at that file, and so they need to be allowed to."""
+    base, path = tmp_path / "base.raw", tmp_path / "disk.qcow2"
+    base.write_bytes(b"b" * 3 * MIB)
+    for version, grow in ((2, bottomhalf.resize), (3, bottomhalf.resize), (3, _amend_size)):
+        bottomhalf.create(
+            path, format="qcow2", size=3 * MIB, version=version, backing_file=str(base), backing_fmt="raw"
+        )
+        bottomhalf.resize(path, MIB, shrink=True)
+        with pytest.raises(BlockError, match="names a backing file"):
+            grow(path, 3 * MIB)
+        grow(path, 3 * MIB, follow_names=True)
+        with bottomhalf.open(path, backing_files=True) as disk:
+            assert disk.pread(3 * MIB, 0) == b"b" * MIB + bytes(2 * MIB)
+
+
+def _amend_size(path: Path, size: int, **more: Any) -> None:
+    bottomhalf.amend(path, size=size, **more)
+
+
+@pytest.mark.parametrize("over", [b"", b"B" * 300 * 512], ids=["alone", "over a backing file"])
+def test_a_power_cut_while_it_becomes_smaller(seed: int, over: bytes) -> None:
+    """What was behind the end does not come back when it grows again, whatever of it was given back; and with few
+    tables in memory nobody sees the backing file where something else was."""
+    host = SimHost(seed)
+    make(host, "disk.qcow2", size=300 * 512, cluster_size=512)
+    options: dict[str, Any] = {"l2-cache-size": 1024}
+    if over:
+        host.add_file("backing.raw", over)
+        options["backing"] = {"driver": "file", "filename": "backing.raw", "read-only": True}
+    states: dict[bytes, bytes] = {}
+
+    def note() -> None:
+        states.update((state.digest, state.files["disk.qcow2"]) for state in host.survivors("disk.qcow2"))
+
+    with disk(host, "disk.qcow2", **options) as opened:
+        opened.run(opened.backend.co_pwrite(0, b"x" * 300 * 512))
+        opened.run(opened.backend.co_flush())
+        for table in (0, 64):  # as many as memory has room for have to be written
+            opened.run(opened.backend.co_write_zeroes(table * 512, 512))
+        host.before_durable = note
+        opened.run(opened.backend.co_truncate(74 * 512))
+        note()
+        host.before_durable = None
+    sizes = set()
+    for content in states.values():
+        after = SimHost(seed)
+        after.add_file("disk.qcow2", content)
+        if over:
+            after.add_file("backing.raw", over)
+        with disk(after, "disk.qcow2", **options) as reopened:
+            sizes.add(reopened.size)
+            found = reopened.content()
+            assert found[512 : 64 * 512] + found[65 * 512 :] == b"x" * (reopened.size - 1024)
+            reopened.run(reopened.backend.co_truncate(74 * 512))
+            reopened.run(reopened.backend.co_truncate(290 * 512))
+            assert reopened.content() == found[: 74 * 512] + bytes(216 * 512)
+        result = check(after, "disk.qcow2")
+        assert not result.corruptions, result.findings
+    assert sizes == {74 * 512, 300 * 512}

@@ -17,12 +17,15 @@ import pytest
 from bottomhalf.block import ImageError
 from bottomhalf.block.graph import Graph
 from bottomhalf.drivers.qcow2 import metadata as metadata_module
+from bottomhalf.drivers.qcow2 import tables
 from bottomhalf.drivers.qcow2.counters import FREED_OTHER
-from bottomhalf.drivers.qcow2.layout import COPIED
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED
 from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.node import Qcow2Node
-from bottomhalf.drivers.qcow2.overlap import Places
+from bottomhalf.drivers.qcow2.reading import Reader
+from bottomhalf.drivers.qcow2.refcounts import entries_of_block, refcount_max
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
+from bottomhalf.drivers.qcow2.switching import Switch
 from bottomhalf.drivers.qcow2.writing import Writer
 from tests.drivers.qcow2 import schedules
 from tests.drivers.qcow2.history import History, Wrong
@@ -124,20 +127,17 @@ def nobody_is_drained(patch: pytest.MonkeyPatch) -> None:
 def a_snapshot_leaves_the_flags(patch: pytest.MonkeyPatch) -> None:
     """The disk's tables say that clusters are its own, which the snapshot has, too."""
 
-    async def share(self: Snapshots, counted: Any) -> None:
-        l1 = list(self._metadata.l1)
-        await original(self, counted)
-        for index, entry in enumerate(l1):
-            if entry & COPIED:
-                self._metadata.set_l1(index, entry)
-                table = await self._metadata.l2_table(index)
-                assert table is not None
-                for at in range(0, len(table.entries), self._mapping.words):
-                    if table.entries[at] and not table.entries[at] & 1 << 62:
-                        table.entries[at] |= COPIED
+    async def split(self: Snapshots, offset: int, place: int, switch: Switch) -> None:
+        await original(self, offset, place, switch)
+        at = next(n for n, (cluster, _) in enumerate(switch._pieces) if cluster == place << self._mapping.cluster_bits)
+        entries = tables.unpack(switch._pieces[at][1])
+        for n in range(0, len(entries), self._mapping.words):
+            if entries[n] and not entries[n] & COMPRESSED:
+                entries[n] |= COPIED
+        switch._pieces[at] = (switch._pieces[at][0], tables.pack(entries))
 
-    original = Snapshots._share_disk
-    patch.setattr(Snapshots, "_share_disk", share)
+    original = Snapshots._split
+    patch.setattr(Snapshots, "_split", split)
 
 
 @mistake
@@ -163,7 +163,7 @@ def old_clusters_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 @mistake
 def the_unpacked_cluster_is_not_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Its place has other content by now."""
-    patch.setattr(Qcow2Node, "forget_unpacked", lambda self: None)
+    patch.setattr(Reader, "forget_unpacked", lambda self: None)
 
 
 @mistake
@@ -213,7 +213,7 @@ def a_cluster_is_not_filled_up(patch: pytest.MonkeyPatch) -> None:
 def a_snapshot_counts_shared_clusters_once_too_seldom(patch: pytest.MonkeyPatch) -> None:
     """Counters become greater than they can: so it was, with compressed clusters and counters of two bits."""
 
-    async def check_room(self: Snapshots, l1: Any) -> None: ...
+    async def check_room(self: Snapshots, clusters: Any, more: Any) -> None: ...
 
     async def refer(self: Metadata, cluster: int) -> None:
         index, at = divmod(cluster, self._per_block)
@@ -221,14 +221,16 @@ def a_snapshot_counts_shared_clusters_once_too_seldom(patch: pytest.MonkeyPatch)
         assert block is not None
         self._set(index, block, at, block[at] + 1 & (1 << (1 << self.header.refcount_order)) - 1)
 
+    async def count(self: Switch, cluster: int, change: int) -> None:
+        await original(self, cluster, change)
+        order = self._metadata.header.refcount_order
+        index, at = divmod(cluster, entries_of_block(self._metadata.header.cluster_bits, order))
+        self._blocks[index][at] &= refcount_max(order)
+
+    original = Switch.count
     patch.setattr(Snapshots, "_check_room", check_room)
     patch.setattr(Metadata, "refer", refer)
-
-
-@mistake
-def a_snapshots_tables_stay_its_own(patch: pytest.MonkeyPatch) -> None:
-    """With ``overlap-check=all`` the disk could not write to a table that was a deleted snapshot's: so it was."""
-    patch.setattr(Places, "own", lambda self, offset: None)
+    patch.setattr(Switch, "count", count)
 
 
 @mistake_with(data_file="data.raw", data_file_raw=True)

@@ -104,3 +104,20 @@ def test_a_pseudo_terminal_comes_and_goes(place: Place) -> None:
         received(pty)
     assert caught.value.errno == errno.EIO
     pty.close()
+
+
+def test_lines_of_a_pseudo_terminal(place: Place) -> None:
+    """Nobody has said how many, until somebody does."""
+    pty = place.host.open_pty()
+    assert pty.rows() is None
+    if isinstance(place.host, SimHost):
+        place.host.streams.ptys[pty.name].screen_rows = 33
+    else:
+        import fcntl
+        import struct
+        import termios
+
+        with open(pty.name, "r+b", buffering=0) as person:
+            fcntl.ioctl(person.fileno(), termios.TIOCSWINSZ, struct.pack("4H", 33, 80, 0, 0))
+    assert pty.rows() == 33
+    pty.close()

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new LUKS header with one password, and the change of passwords later.
-
-Order of what is written: a slot's material first, then, after a flush, the header that calls it active; a slot that is
-given up becomes inactive first, then its material is overwritten. A crash in between leaves a header that can be opened
-with a password that was valid before or after."""
+"""A new LUKS header with one password. (``keyslots`` adds others and takes them away.)"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.luks import keys
-from bottomhalf.drivers.luks.ciphers import key_sizes, load_cryptography
+from bottomhalf.drivers.luks.ciphers import check_key, load_cryptography
 from bottomhalf.drivers.luks.header import (
     DIGEST_BYTES,
     HASHES,
@@ -23,10 +19,10 @@ from bottomhalf.drivers.luks.header import (
     WORK_MAX,
     Header,
 )
-from bottomhalf.drivers.luks.node import co_load
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
+    from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
 
 ITERATION_TIME_MS_MAX = 60_000
 _ALGORITHMS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
@@ -44,6 +40,14 @@ class LuksOptions:
     hash_alg: str = "sha256"
     iter_time: int = keys.ITERATION_TIME_MS
 
+    @classmethod
+    def of(cls, given: QCryptoBlockCreateOptionsLUKS, password: bytes) -> LuksOptions:
+        """From the schema's options."""
+        names = {each.name for each in fields(cls)} - {"password"}
+        chosen: dict[str, Any] = {name: value for name in names if (value := getattr(given, name))}
+        words: dict[str, Any] = {name: str(value) for name, value in chosen.items() if name != "iter_time"}
+        return replace(cls(password, iter_time=chosen.get("iter_time", keys.ITERATION_TIME_MS)), **words)
+
     def header(self) -> Header:
         """The header without keys. BlockError for what cannot be."""
         load_cryptography()
@@ -59,7 +63,7 @@ class LuksOptions:
             ivgen = f"essiv:{self.ivgen_hash_alg or 'sha256'}"
         mode = f"{self.cipher_mode}-{ivgen}"
         key_bytes = 2 * size if self.cipher_mode == "xts" else size
-        key_sizes("aes", mode)
+        check_key("aes", mode, key_bytes)
         header = Header("aes", mode, self.hash_alg, 0, key_bytes)
         place = MATERIAL_ALIGN
         for slot in header.slots:
@@ -69,9 +73,15 @@ class LuksOptions:
         return header
 
 
-async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple[Header, bytes]:
-    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key."""
+async def co_create(
+    node: Node, options: LuksOptions, *, base: int = 0, detached: bool = False
+) -> tuple[Header, bytes]:
+    """Write a new header and its only slot at byte ``base`` of a node; the header and the disk's key. With ``detached``
+    the disk is not behind it, but in a file of its own, from the first byte on."""
     host, header = node.context.host, options.header()
+    size = header.payload * SECTOR_BYTES
+    if detached:
+        header.payload = 0
     raw = bytearray(host.random_bytes(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80  # RFC 9562: version 4
     text = raw.hex()
@@ -81,13 +91,12 @@ async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple
 
     def derive() -> bytes:
         digest_time = max(options.iter_time // 8, 1)
-        header.digest_iterations = _measured(header, DIGEST_BYTES, digest_time, node)
+        header.digest_iterations = measured(header, DIGEST_BYTES, digest_time, node)
         header.digest = keys.digest_of(header, key)
-        iterations = _measured(header, header.key_bytes, options.iter_time, node)
+        iterations = measured(header, header.key_bytes, options.iter_time, node)
         return keys.close_slot(header, header.slots[0], key, options.password, iterations, host.random_bytes)
 
     material = await node.context.thread_pool.call(derive)
-    size = header.payload * SECTOR_BYTES
     first = bytearray(size)
     start = header.slots[0].offset * SECTOR_BYTES
     first[start : start + len(material)] = material
@@ -96,64 +105,7 @@ async def co_create(node: Node, options: LuksOptions, *, base: int = 0) -> tuple
     return header, key
 
 
-async def co_amend_keys(
-    node: Node,
-    password: bytes,
-    *,
-    state: str = "active",
-    new_password: bytes | None = None,
-    slot: int | None = None,
-    iter_time: int = keys.ITERATION_TIME_MS,
-    base: int = 0,
-    detached: bool = False,
-    force: bool = False,
-) -> int:
-    """Add a password to the header at byte ``base`` of a node ("active") or take a slot away ("inactive"); the slot.
-
-    ``password`` opens the header. BlockError, OSError. The last slot, without which nobody gets at the data, goes only
-    with ``force``."""
-    header, materials = await co_load(node, base=base, detached=detached)
-    pool, host = node.context.thread_pool, node.context.host
-    used, key = await pool.call(keys.unlock, header, materials, password)
-    if slot is not None and not 0 <= slot < SLOTS:
-        raise BlockError(f"Invalid slot {slot} is specified; it is 0 to {SLOTS - 1}")
-    if state == "inactive":
-        place = used if slot is None else slot
-        if not header.slots[place].active:
-            raise BlockError(f"Slot {place} is already inactive")
-        if sum(each.active for each in header.slots) == 1 and not force:
-            raise BlockError("Attempt to erase the only active keyslot which will erase all the data in the image")
-        header.slots[place] = replace(header.slots[place], active=False, iterations=0, salt=bytes(SALT_BYTES))
-        await node.co_pwrite(base, memoryview(header.to_bytes()))
-        await node.co_flush()
-        noise = host.random_bytes(header.material_bytes)
-        await node.co_pwrite(base + header.slots[place].offset * SECTOR_BYTES, memoryview(noise))
-        await node.co_flush()
-        return place
-    if state != "active":
-        raise BlockError(f"state is active or inactive, not '{state}'")
-    if new_password is None:
-        raise BlockError("'new-secret' is required to activate a keyslot")
-    if slot is None:
-        slot = next((n for n, each in enumerate(header.slots) if not each.active), None)
-        if slot is None:
-            raise BlockError("Can't add a keyslot - all keyslots are in use")
-    elif header.slots[slot].active and not force:
-        raise BlockError(f"Refusing to overwrite active keyslot {slot} - please erase it first")
-
-    def derive() -> bytes:
-        iterations = _measured(header, header.key_bytes, iter_time, node)
-        return keys.close_slot(header, header.slots[slot], key, new_password, iterations, host.random_bytes)
-
-    material = await pool.call(derive)
-    await node.co_pwrite(base + header.slots[slot].offset * SECTOR_BYTES, memoryview(material))
-    await node.co_flush()
-    await node.co_pwrite(base, memoryview(header.to_bytes()))
-    await node.co_flush()
-    return slot
-
-
-def _measured(header: Header, size: int, time_ms: int, node: Node) -> int:
+def measured(header: Header, size: int, time_ms: int, node: Node) -> int:
     """Iterations for a time; never so many that all eight slots together would be refused when they are read."""
     blocks = -(-size // HASHES[header.hash])
     most = WORK_MAX // (2 * SLOTS * blocks)

@@ -20,13 +20,20 @@ _SHIFT: Final = SECTOR_BYTES.bit_length() - 1
 
 
 class CryptFile:
-    """Reads and writes of whole sectors. What is neither goes on as it is."""
+    """Reads and writes of whole sectors. What is neither goes on as it is. ``by_guest``: the vectors do not follow
+    from the file's offsets, and so whoever has this does not submit anything to it, but encrypts and decrypts."""
 
-    __slots__ = ("_cipher", "_node")
+    __slots__ = ("_cipher", "_node", "by_guest")
 
-    def __init__(self, node: Callable[[], Node], cipher: SectorCipher) -> None:
+    def __init__(self, node: Callable[[], Node], cipher: SectorCipher, *, by_guest: bool = False) -> None:
         self._node = node
         self._cipher = cipher
+        self.by_guest = by_guest
+
+    @property
+    def node(self) -> Node:
+        """The file."""
+        return self._node()
 
     @property
     def name(self) -> str:
@@ -38,6 +45,10 @@ class CryptFile:
 
     def describe(self) -> str:
         return self._node().describe()
+
+    def decrypt(self, pieces: list[tuple[int, memoryview]]) -> None:
+        """Decrypt in place what was stored at these bytes."""
+        self._cipher.decrypt([(offset >> _SHIFT, view) for offset, view in pieces])
 
     def encrypted(self, offset: int, data: Any) -> memoryview:
         """A copy of data as it is to be stored at byte ``offset``."""

@@ -80,19 +80,19 @@ class Header:
         header = cls(
             _text(cipher, "cipher name"),
             _text(mode, "cipher mode"),
-            _text(hash_, "hash"),
+            _text(hash_, "hash spec"),
             payload,
             key_bytes,
             digest,
             salt,
             iterations,
-            _text(uuid, "uuid"),
+            uuid.partition(b"\0")[0].decode("ascii", "surrogateescape"),
             [],
         )
         for n in range(SLOTS):
             state, count, slot_salt, offset, stripes = _SLOT.unpack_from(data, _FIXED.size + n * _SLOT.size)
             if state not in (ACTIVE, INACTIVE):
-                raise ImageError(f"Keyslot {n} state is corrupted: {state:#x}")
+                raise ImageError(f"Keyslot {n} state (active/disable) is corrupted")
             header.slots.append(KeySlot(state == ACTIVE, count, slot_salt, offset, stripes))
         return header
 
@@ -100,9 +100,9 @@ class Header:
         """ImageError for numbers that cannot be, or that would keep us busy for too long."""
         size = HASHES.get(self.hash)
         if size is None:
-            raise ImageError(f"LUKS hash '{self.hash}' is not supported")
+            raise ImageError(f"Hash algorithm '{self.hash}' not supported")
         if not self.digest_iterations > 0:
-            raise ImageError("LUKS key digest iteration count is zero")
+            raise ImageError("LUKS key iteration count is zero")
         sectors = self.material_bytes // SECTOR_BYTES
         work, places = self.digest_iterations, []
         for n, slot in enumerate(self.slots):
@@ -138,7 +138,7 @@ class Header:
             self.digest,
             self.digest_salt,
             self.digest_iterations,
-            self.uuid.encode(),
+            self.uuid.encode("ascii", "surrogateescape"),
         )
         return fixed + b"".join(
             _SLOT.pack(ACTIVE if each.active else INACTIVE, each.iterations, each.salt, each.offset, each.stripes)
@@ -148,6 +148,8 @@ class Header:
 
 def _text(field_bytes: bytes, what: str) -> str:
     head, end, _ = field_bytes.partition(b"\0")
-    if not end or not head.isascii() or (head and not head.decode().isprintable()):
-        raise ImageError(f"the LUKS header's {what} is not text that ends in a zero byte")
+    if not end:
+        raise ImageError(f"LUKS header {what} is not NUL terminated")
+    if not head.isascii() or (head and not head.decode().isprintable()):
+        raise ImageError(f"the LUKS header's {what} is not text")
     return head.decode()

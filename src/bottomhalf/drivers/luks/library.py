@@ -3,34 +3,77 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from bottomhalf.block.errors import BlockError
+from bottomhalf.block.resize import Preallocation, co_resize
 from bottomhalf.drivers.luks.create import LuksOptions, co_create
 from bottomhalf.drivers.luks.header import SECTOR_BYTES
+from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
+from bottomhalf.qapi.errors import OptionError
+from bottomhalf.qapi.types import members
+from bottomhalf.qapi.visit import from_json
+from bottomhalf.qom.values import QomError
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Node
+    from bottomhalf.block import Graph, Node
 
-_PREFIX = "encrypt_"
+SECRET: Final = "secret"
+_PREFIX: Final = "encrypt_"
 
 
 def take_options(options: dict[str, Any], *, prefix: str = _PREFIX) -> LuksOptions:
-    """Take what is about encryption out of ``options``. ``secret`` is the password, str or bytes. ValueError."""
+    """Take what is about encryption out of ``options``. ``secret`` is the password, str or bytes. ValueError, and
+    BlockError for values that there are not."""
+    password = take_password(options, prefix=prefix)
     given = {name.removeprefix(prefix): options.pop(name) for name in list(options) if name.startswith(prefix)}
-    password = given.pop("secret", None)
+    known = sorted({member.attribute for member in members(QCryptoBlockCreateOptionsLUKS)} - {"key_secret"})
+    for name in given:
+        if name not in known:
+            raise ValueError(f"encryption has no option {prefix + name!r}, but {', '.join(known)}")
+    values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    try:
+        return LuksOptions.of(from_json(QCryptoBlockCreateOptionsLUKS, values), password)
+    except OptionError as error:
+        raise BlockError(str(error)) from error
+
+
+def take_password(options: dict[str, Any], *, prefix: str = _PREFIX) -> bytes:
+    """Take the password out of ``options``. ValueError if there is none."""
+    password = options.pop(f"{prefix}secret", None)
     if isinstance(password, str):
         password = password.encode()
     if not isinstance(password, bytes):
         raise ValueError(f"an encrypted image needs {prefix}secret, its password")
-    known = sorted(set(LuksOptions.__dataclass_fields__) - {"password"})
-    for name in given:
-        if name not in known:
-            raise ValueError(f"encryption has no option {prefix + name!r}, but {', '.join(known)}")
-    return LuksOptions(password, **given)
+    return password
 
 
-async def co_make(file: Node, options: LuksOptions, size: int) -> None:
-    """A LUKS volume of ``size`` bytes in an empty file. What was never written reads as noise."""
-    header, _ = await co_create(file, options)
-    await file.co_truncate(header.payload * SECTOR_BYTES + size)
-    await file.co_flush()
+def know_password(graph: Graph, password: str | bytes) -> None:
+    """Let a graph that has no secret objects know one password, by the name ``SECRET``."""
+    known = password.encode() if isinstance(password, str) else password
+
+    def find(name: str) -> bytes:
+        if name != SECRET:
+            raise QomError(f"No secret with id '{name}'")
+        return known
+
+    graph.find_secret = find
+
+
+async def co_make(
+    file: Node | None, options: LuksOptions, size: int, *, header_node: Node | None = None, preallocation: str = "off"
+) -> None:
+    """A LUKS volume of ``size`` bytes in a file. What was never written reads as noise. With ``header_node`` the header
+    comes there, and there may be no file yet. In the context of the nodes. OSError, BlockError."""
+    holder = header_node or file
+    assert holder is not None
+    begin = 0 if header_node is not None else options.header().payload * SECTOR_BYTES
+    if file is not None:  # before the header, which a node that does not grow by itself would have no room for
+        mode = Preallocation.FALLOC if preallocation == "metadata" else Preallocation(preallocation)
+        if mode != Preallocation.OFF:
+            await file.co_truncate(0)
+        await co_resize(file, begin + size, mode)
+    await co_create(holder, options, detached=header_node is not None)
+    if file is not None and file is not holder:
+        await file.co_flush()
+    await holder.co_flush()

@@ -18,7 +18,7 @@ from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_DATA, ROLE_IMAGE, ROLE_METADATA, ROLE_PRIMARY
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.luks import keys
-from bottomhalf.drivers.luks.ciphers import SectorCipher, key_sizes
+from bottomhalf.drivers.luks.ciphers import SectorCipher, check_key
 from bottomhalf.drivers.luks.crypting import CryptFile
 from bottomhalf.drivers.luks.header import HEADER_BYTES, SECTOR_BYTES, Header
 from bottomhalf.host.request import DISCARD, FLUSH, NO_FALLBACK, WRITE_ZEROES, Request
@@ -53,8 +53,7 @@ async def co_load(
     from ``base``. OSError, ImageError."""
     header = Header.parse(await co_read(node, base, HEADER_BYTES))
     header.check(detached=detached)
-    if header.key_bytes not in key_sizes(header.cipher, header.mode):
-        raise ImageError(f"a key of {header.key_bytes} bytes does not fit {header.cipher}-{header.mode}")
+    check_key(header.cipher, header.mode, header.key_bytes)
     materials: list[bytes | None] = []
     for n, slot in enumerate(header.slots):
         start, size = slot.offset * SECTOR_BYTES, header.material_bytes
@@ -121,6 +120,9 @@ class LuksNode(Node):
 
     def open_size(self) -> int:
         return max(self._file.node.size - self.payload, 0)
+
+    def written_below(self, end: int) -> list[tuple[Node, int]]:
+        return [(self._file.node, end + self.payload)]
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         op = requests[0].op

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
-from bottomhalf.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
+from bottomhalf.drivers.qcow2.expanding import co_expand
 
 if TYPE_CHECKING:
+    from bottomhalf.drivers.qcow2.header import Header
     from bottomhalf.drivers.qcow2.metadata import Metadata
     from bottomhalf.drivers.qcow2.node import Qcow2Node
 
@@ -126,16 +127,26 @@ def _set_names(node: Qcow2Node, options: AmendOptions) -> None:
 
 async def co_rebase(node: Qcow2Node, backing: str | None, format: str | None) -> None:
     """Name another backing file, or none; nothing is read from either. BlockError, OSError."""
-    header = node.header
-    if backing is not None and header.raw_data:
-        raise BlockError("Cannot set a backing file for an image with a raw data file")
+    check_backing(node, backing, format)
     async with node.metadata.lock:
-        header.backing_file = backing or None
-        kept = None if format is None or not backing else format.encode("utf-8", "surrogateescape")
-        header.set_extension(layout.EXTENSION_BACKING_FORMAT, kept)
-        header.to_bytes()  # whether it fits
+        _set_backing(node.header, backing, format)
         node.metadata.header_changed()
         await node.metadata.commit()
+
+
+def check_backing(node: Qcow2Node, backing: str | None, format: str | None) -> None:
+    """BlockError, ImageError if the image cannot name that backing file."""
+    if backing is not None and node.header.raw_data:
+        raise BlockError("Cannot set a backing file for an image with a raw data file")
+    header = replace(node.header, extensions=list(node.header.extensions))
+    _set_backing(header, backing, format)
+    header.to_bytes()  # whether it fits
+
+
+def _set_backing(header: Header, backing: str | None, format: str | None) -> None:
+    header.backing_file = backing or None
+    kept = None if format is None or not backing else format.encode("utf-8", "surrogateescape")
+    header.set_extension(layout.EXTENSION_BACKING_FORMAT, kept)
 
 
 # -- version --------------------------------------------------------------------------------------------------------
@@ -161,15 +172,7 @@ async def _upgrade(node: Qcow2Node) -> None:
 async def _downgrade(node: Qcow2Node) -> None:
     """Version 2 has no clusters that read as zeroes by their entry: they become what reads so without it."""
     header, metadata = node.header, node.metadata
-    for snapshot in await _snapshots(node):
-        l1 = tables.unpack(await metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
-        for entry in l1:
-            if offset := entry & OFFSET_MASK:
-                table = tables.unpack(await metadata.read(offset, header.cluster_size))
-                if any(found & ZERO and not found & COMPRESSED for found in table):
-                    raise BlockError(f"snapshot '{snapshot.name}' has zero clusters, which version 2 cannot have")
-    for index in range(len(metadata.l1)):
-        await _expand(node, index)
+    await co_expand(node)
     async with metadata.lock:
         await metadata.commit()
         header.version = 2
@@ -178,27 +181,6 @@ async def _downgrade(node: Qcow2Node) -> None:
         header.header_bytes = layout.HEADER_BYTES_V2
         metadata.header_changed()
         await metadata.commit()
-
-
-async def _expand(node: Qcow2Node, index: int) -> None:
-    """Let the zero clusters of an L2 table read as zeroes without saying so: unallocated, or written if there is a
-    backing file to be seen through that."""
-    metadata, mapping, size = node.metadata, node.mapping, node.mapping.cluster_size
-    for at in range(mapping.entries):
-        table = await metadata.l2_table(index)
-        if table is None:
-            return
-        entry = table.entries[at]
-        if entry & COMPRESSED or not entry & ZERO:
-            continue
-        cluster = (index << mapping.l1_shift >> mapping.cluster_bits) + at
-        start = cluster << mapping.cluster_bits
-        if node.header.backing_file is not None and start < node.size:
-            await node.co_pwrite(start, memoryview(bytes(min(size, node.size - start))))
-        else:
-            async with metadata.lock:
-                await metadata.make_room_for_changes()
-                await node.writer.link(cluster, 0, 0)
 
 
 # -- counters -------------------------------------------------------------------------------------------------------

@@ -18,32 +18,46 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import layout, overlap, rebuilding, refcounts, snapshots
+from bottomhalf.drivers.qcow2.findings import FINDINGS_MAX
 from bottomhalf.drivers.qcow2.findings import CheckResult as CheckResult
 from bottomhalf.drivers.qcow2.header import Header
-from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SNAPSHOT_TABLE_BYTES_MAX
+from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.references import NONE, PAGE_ENTRIES, References, Unfinished
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
 
+# A repair that makes the file longer brings to light what was behind its end: counters, which are leaks.
+REPAIRS_MAX: Final = 3
+KNOWN_MAX: Final = 1 << 20  # L2 tables whose counters are remembered
+
 
 async def co_check(file: Node, header: Header, repair: str | None = None) -> CheckResult:
     """Check the image in ``file``. ``repair`` is "leaks" or "all"; the node must be writable then, and ``header`` is
     changed with the image. What is wrong is in the result, I/O errors too."""
-    found = await _co_check(file, header, repair)
-    if found.failure or not (found.corruptions_fixed or found.leaks_fixed):
-        return found
-    again = await _co_check(file, header, None)
-    again.corruptions_fixed, again.leaks_fixed = found.corruptions_fixed, found.leaks_fixed
-    texts, again.findings = again.findings, found.findings
-    for text in texts:
-        again.say(text)
-    return again
+    found = CheckResult()
+    for _ in range(REPAIRS_MAX):
+        size = file.size
+        found = _both(found, await _co_check(file, header, repair))
+        longer = file.size != size
+        if found.failure or not (found.corruptions_fixed or found.leaks_fixed or longer):
+            return found
+        if not longer:
+            break
+    return _both(found, await _co_check(file, header, None))
+
+
+def _both(before: CheckResult, now: CheckResult) -> CheckResult:
+    """What was repaired before, and what is found now."""
+    now.corruptions_fixed += before.corruptions_fixed
+    now.leaks_fixed += before.leaks_fixed
+    now.findings = [*before.findings, *now.findings][:FINDINGS_MAX]
+    return now
 
 
 async def co_repair_dirty(file: Node, header: Header) -> None:
@@ -120,9 +134,7 @@ class _Checker:
         header, metadata, result = self._header, self._metadata, self._result
         if not header.snapshot_count:
             return
-        room = min(SNAPSHOT_TABLE_BYTES_MAX, max(metadata.file.size - header.snapshots_offset, 0))
-        data = await metadata.read(header.snapshots_offset, room)
-        self._scan = scan = snapshots.scan(data, header.snapshot_count, header.version)
+        self._scan = scan = snapshots.scan(await snapshots.co_table(metadata), header.snapshot_count, header.version)
         hint = "You can force-remove {} with qemu-img check -r all"
         failed = "ERROR failed to read the snapshot table"
         for number, length in scan.oversized:
@@ -177,8 +189,13 @@ class _Checker:
         table = metadata.refcount_table
         blocks = {n for n, entry in enumerate(table[: -(-clusters // per_block)]) if entry}
         blocks.update(first // per_block for first, _ in references.counted())
+        seen: set[int] = set()
         for index in sorted(blocks):
             start = index * per_block
+            place = metadata.block_offset(index) if index < len(table) else 0
+            if place in seen and place and not references.counts_in(start, per_block):
+                continue  # a block that counts other clusters, too, which has been said
+            seen.add(place)
             try:
                 block = await metadata.block(index)
             except (OSError, ImageError) as error:
@@ -257,26 +274,28 @@ class _Checker:
         metadata, mapping = self._metadata, self._mapping
         if mend:
             await metadata.find_places()
-        seen: set[int] = set()
+        known: dict[int, int | None] = {}  # counters of L2 tables
         for l1_index, entry in enumerate(metadata.l1):
             offset = entry & OFFSET_MASK
             if not offset:
                 continue
-            stored = await self._stored(offset)
+            first = offset not in known
+            if first and len(known) < KNOWN_MAX:
+                known[offset] = await self._stored(offset)
+            stored = known[offset] if offset in known else await self._stored(offset)
             if stored is not None and (stored == 1) != bool(entry & COPIED):
                 text = f"L2 cluster: l1_index={l1_index} l1_entry={entry:x}"
                 if self._copied(mend, text, stored, metadata.header.l1_offset, overlap.ACTIVE_L1):
                     metadata.set_l1(l1_index, entry ^ COPIED)
-            if offset in seen or offset & mapping.cluster_mask or offset >= metadata.file.size:
+            if not first or offset in self._references.empty:
                 continue
-            seen.add(offset)
+            if offset & mapping.cluster_mask or offset >= metadata.file.size:
+                continue
             if mend:
                 async with metadata.lock:
                     await metadata.make_room_for_changes()
             table = await metadata.l2_table(l1_index)
             assert table is not None
-            if not any(table.entries):
-                continue
             for at in range(0, len(table.entries), mapping.words):
                 found = table.entries[at]
                 if found & COMPRESSED or not found & OFFSET_MASK or mapping.external:

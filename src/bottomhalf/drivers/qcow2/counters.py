@@ -63,6 +63,10 @@ class Counters:
     async def read(self, offset: int, length: int) -> bytearray:
         raise NotImplementedError
 
+    async def at(self, event: str) -> None:
+        """The work comes by a point that QEMU has a name for: blkdebug may have the next request fail, or wait here."""
+        await self.file.co_debug_event(event)
+
     # -- refcounts ----------------------------------------------------------------------------------------------
 
     def block_offset(self, index: int) -> int:
@@ -80,6 +84,7 @@ class Counters:
             return None
         if entry & self.mapping.cluster_mask:
             raise ImageError(f"Refblock offset {entry:#x} unaligned (reftable index: {index:#x})")
+        await self.at("refblock_load")
         data = await self.read(entry, self.mapping.cluster_size)
         block = refcounts.unpack(data, self.header.refcount_order)
         excess = len(self._blocks) - self.settings.refcount_blocks + 1
@@ -110,11 +115,12 @@ class Counters:
         return found
 
     async def refer(self, cluster: int) -> None:
-        """One reference more to a cluster that has some. With the lock held. ImageError if that cannot be counted,
-        which who asks has made sure of, unless the image is damaged."""
+        """One reference more to a cluster that has some. With the lock held. ImageError if it has none, or as many as
+        can be counted, which who asks has made sure of, unless the image is damaged."""
         index, at = divmod(cluster, self._per_block)
         block = await self._block(index)
-        assert block is not None and block[at], "a cluster without references has no place for more"
+        if block is None or not block[at]:
+            raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
         if block[at] >= refcounts.refcount_max(self.header.refcount_order):
             raise ImageError(f"cluster {cluster} is referred to more often than its counter can say")
         self._set(index, block, at, block[at] + 1)
@@ -144,6 +150,8 @@ class Counters:
     async def allocate(self, count: int) -> tuple[int, int, bool]:
         """Up to ``count`` clusters side by side, at least one: (the first one's number, how many, whether they were
         never written). Their counters are one. With the lock held. OSError, ImageError if the tables are damaged."""
+        await self.at("cluster_alloc")
+        await self.at("refblock_alloc")
         per_block = self._per_block
         index, at = divmod(self._hint, per_block)
         while True:
@@ -236,6 +244,7 @@ class Counters:
         """Step 4: nothing on the disk refers to what was freed."""
         if not self._freed:
             return
+        await self.at("cluster_free")
         self._epoch += 1
         oldest = min(self._active, default=self._epoch)
         per_block = self._per_block

@@ -6,10 +6,14 @@ Cluster 0 has the header, 1 the refcount table, 2 the first refcount block; L1 f
 
 from __future__ import annotations
 
+import errno
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from bottomhalf.block.errors import BlockError
+from bottomhalf.aio import move_to
+from bottomhalf.block.errors import BlockError, ImageError
+from bottomhalf.block.using import co_using
 from bottomhalf.drivers.qcow2 import layout, refcounts, tables
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.layout import (
@@ -21,14 +25,18 @@ from bottomhalf.drivers.qcow2.layout import (
     REFCOUNT_ORDER_MAX,
 )
 from bottomhalf.drivers.qcow2.metadata import refresh_sizes
-from bottomhalf.drivers.qcow2.node import Qcow2Node
+from bottomhalf.drivers.qcow2.node import Qcow2Node, co_read_header
 from bottomhalf.drivers.qcow2.preallocation import MODES, co_preallocate
 from bottomhalf.drivers.qcow2.runtime import Settings
+from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
 from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2, BlockdevQcow2Version
 
 if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
+    from bottomhalf.drivers.qcow2.encryption import OldEncryption
+
+SIZE_MAX: Final = (1 << 63) - 1  # an offset of a file
 
 
 @dataclass(frozen=True)
@@ -47,17 +55,24 @@ class CreateOptions:
     preallocation: str = "off"
     data_file: str | None = None  # the name by which the image knows it
     data_file_raw: bool = False
-    encrypt: LuksOptions | None = None
+    encrypt: LuksOptions | OldEncryption | None = None
 
     @classmethod
-    def of(cls, given: BlockdevCreateOptionsQcow2, data_file: str | None = None) -> CreateOptions:
-        """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there."""
+    def of(
+        cls,
+        given: BlockdevCreateOptionsQcow2,
+        data_file: str | None = None,
+        encrypt: LuksOptions | OldEncryption | None = None,
+    ) -> CreateOptions:
+        """From the schema's options; ``data_file`` is the name of what ``data-file`` stands for there, and ``encrypt``
+        what its ``encrypt`` says, with the password."""
         names = {field.name for field in fields(cls)} - {"version", "data_file", "encrypt"}
         chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
         for name in ("preallocation", "compression_type", "backing_fmt"):
             if name in chosen:
                 chosen[name] = str(chosen[name])
-        return cls(version=2 if given.version == BlockdevQcow2Version.V2 else 3, data_file=data_file, **chosen)
+        version = 2 if given.version == BlockdevQcow2Version.V2 else 3
+        return cls(version=version, data_file=data_file, encrypt=encrypt, **chosen)
 
     @property
     def preallocates(self) -> str:
@@ -113,8 +128,8 @@ class CreateOptions:
                 )
             for wanted, what in (
                 (self.lazy_refcounts, "Lazy refcounts"),
-                (self.extended_l2, "Extended L2 entries"),
-                (self.compression_type != "zlib", "Non-zlib compression type"),
+                (self.extended_l2, "Extended L2 entries are"),
+                (self.compression_type != "zlib", "Non-zlib compression type is"),
                 (self.data_file is not None, "External data files are"),
             ):
                 if wanted:
@@ -140,15 +155,55 @@ class CreateOptions:
 
 def create(file: Node, options: CreateOptions, data_file: Node | None = None) -> None:
     """Make an image in ``file``, which is empty, and its data in ``data_file`` if the options name one. Plain code in
-    the home thread. OSError, BlockError."""
-    what = f"the making of an image in {file.describe()}"
-    header = options.header()
-    file.context.run(_co_begin(file, header), what=what)
-    node = Qcow2Node(file.graph, file=file, header=header, data_file=data_file)
+    the main thread, which sees to it that nobody else has the nodes. OSError, BlockError."""
+    file.graph.context.run(co_create(file, options, data_file), what=f"the making of an image in {file.describe()}")
+
+
+async def co_create(
+    file: Node, options: CreateOptions, data_file: Node | None = None, *, asks: bool = False
+) -> None:
+    """create() from a coroutine of the main context. With ``asks`` it takes the permissions that it needs; else the
+    caller has them. OSError, BlockError."""
+    graph, header = file.graph, options.header()
+    async with _allowed(file, PERM_WRITE | PERM_RESIZE, asks):
+        await move_to(file.context)
+        if asks:
+            await _co_empty(file)
+        await _co_begin(file, header)
+        try:
+            await co_read_header(file)  # there are files that keep nothing
+        except ImageError as error:
+            raise BlockError("Image is not in qcow2 format") from error
+    what = f"an image in {file.describe()}"
+    node: Qcow2Node = await graph.co_run(
+        lambda: Qcow2Node(graph, file=file, header=header, data_file=data_file), what
+    )
     try:
-        file.context.run(_co_grow(node, options), what=what)
+        async with _allowed(node, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, asks):
+            await move_to(file.context)
+            await _co_grow(node, options)
+            if data_file is not None:
+                await data_file.co_flush()
+            await file.co_flush()
     finally:
-        file.graph.forget(node)
+        await graph.co_run(lambda: graph.forget(node), what)
+    await move_to(graph.context)
+
+
+def _allowed(node: Node, held: int, asks: bool) -> AbstractAsyncContextManager[None]:
+    return co_using(node, held) if asks else nullcontext()
+
+
+async def _co_empty(file: Node) -> None:
+    """What was in the file is not to be seen in clusters that are allocated and not written. It keeps its size, for not
+    every node grows when it is written to; one that cannot change its size keeps its content."""
+    size = file.size
+    try:
+        await file.co_truncate(0)
+        await file.co_truncate(size)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EINVAL):
+            raise
 
 
 async def _co_begin(file: Node, header: Header) -> None:
@@ -169,8 +224,17 @@ async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
         from bottomhalf.drivers.qcow2.encryption import co_encrypt_new
 
         await co_encrypt_new(node, options.encrypt)
-    await node.co_truncate(options.size)
-    Settings.default(node.header).apply(node.metadata)  # of a disk of that size
-    await co_preallocate(node, 0, options.size, options.preallocates)
+    try:
+        if options.size > SIZE_MAX:
+            raise BlockError("Image size cannot be negative")  # which it is in 64 bits
+        await node.co_truncate(options.size)
+        Settings.default(node.header).apply(node.metadata)  # of a disk of that size
+        await co_preallocate(node, 0, options.size, options.preallocates)
+    except ImageError:
+        raise
+    except BlockError as error:
+        raise BlockError(f"Could not resize image: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"Could not resize image: {error.strerror}", error.filename) from error
     async with node.metadata.lock:
         await node.metadata.commit()

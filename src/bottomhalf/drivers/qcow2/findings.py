@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 FINDINGS_MAX: Final = 1000  # that are kept as text; all are counted
+FINDING_CHARACTERS_MAX: Final = 1024  # a snapshot's name, which stands in some, has up to 65535
 
 STATUS_WHOLE: Final = 0
 STATUS_FAILED: Final = 1
@@ -42,7 +43,7 @@ class CheckResult:
 
     def say(self, finding: str) -> None:
         if len(self.findings) < FINDINGS_MAX:
-            self.findings.append(finding)
+            self.findings.append(finding[:FINDING_CHARACTERS_MAX])
 
     def give_up(self, why: str) -> None:
         """The check ends here; the numbers are what was found before."""

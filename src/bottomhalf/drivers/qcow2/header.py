@@ -277,7 +277,7 @@ class Header:
             raise ImageError("L1 table is too small")
 
     def _check_table(self, name: str, offset: int, length: int) -> None:
-        if length and (offset % self.cluster_size or offset + length >= 1 << 63):
+        if length and (not offset or offset % self.cluster_size or offset + length >= 1 << 63):
             raise ImageError(f"{name} offset invalid")
 
     # -- writing ------------------------------------------------------------------------------------------------

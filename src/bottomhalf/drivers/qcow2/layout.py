@@ -40,6 +40,7 @@ LAZY_REFCOUNTS: Final = 1
 # Autoclear: who does not know one of them clears it before the first write.
 BITMAPS: Final = 1
 RAW_DATA: Final = 2
+AUTOCLEAR_KNOWN: Final = BITMAPS | RAW_DATA
 
 FEATURE_NAMES: Final = (  # kind (0 incompatible, 1 compatible, 2 autoclear), bit, name
     (0, 0, "dirty bit"),
@@ -59,6 +60,10 @@ EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
 EXTENSION_CRYPTO: Final = 0x0537BE77
 EXTENSION_DATA_FILE: Final = 0x44415441
+
+# Header field crypt_method.
+CRYPT_AES: Final = 1  # the vectors count from the disk's beginning
+CRYPT_LUKS: Final = 2  # and here from the file's
 
 ZLIB: Final = 0
 ZSTD: Final = 1

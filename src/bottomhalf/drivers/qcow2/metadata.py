@@ -124,6 +124,7 @@ class Metadata(Counters):
         header = self.header
         self.l1 = tables.unpack(await self.read(header.l1_offset, header.l1_size * 8))
         size = header.refcount_table_clusters << header.cluster_bits
+        await self.at("reftable_load")
         self.refcount_table = tables.unpack(await self.read(header.refcount_table_offset, size))
         self.virgin = (self.file.size + self.mapping.cluster_mask) >> header.cluster_bits
 
@@ -163,6 +164,7 @@ class Metadata(Counters):
             raise ImageError(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
         queue = self._loading[index] = CoQueue(f"L2 table {index} of {self.file.name}")
         try:
+            await self.at("l2_load")
             data = await self.read(offset, self.mapping.cluster_size)
             if (known := self.l2.get(index)) is not None:
                 return known  # it was copied meanwhile
@@ -327,6 +329,21 @@ class Metadata(Counters):
         self.l1 = array("Q", l1)
         self.move_l1(entries, cluster)
 
+    def turn_to(self, l1: array[int], refcount_table: array[int], blocks: Iterable[int]) -> None:
+        """The header on the disk names these, and the blocks of these indexes lie elsewhere (see ``switching``). What
+        was in memory of the old ones is dropped. With the lock held."""
+        self.l1, self.refcount_table = l1, refcount_table
+        self.l2.clear()
+        for index in blocks:
+            self._blocks.pop(index, None)
+            self._dirty_blocks.pop(index, None)
+            self.places.add(overlap.REFCOUNT_BLOCK, refcount_table[index])
+        header, size = self.header, self.mapping.cluster_size
+        self.places.add(overlap.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * size)
+        self.places.add(overlap.ACTIVE_L1, header.l1_offset, header.l1_size * 8)
+        for entry in l1:
+            self.places.add(overlap.ACTIVE_L2, entry & OFFSET_MASK)
+
     async def use_counters(self, order: int, table: array[int], offset: int) -> None:
         """All counters have been written anew, with another width, below a table at ``offset``: let the header name
         that. Nothing else is waiting to be written. With the lock held. OSError, and the old ones are in use."""
@@ -400,6 +417,14 @@ class Metadata(Counters):
             await self._data().co_flush()
         self._check_places(changed)
         blocks = [] if late else list(self._block_pages())
+        for event, happens in (
+            ("refblock_update_part", blocks),
+            ("reftable_grow", self._table_moved),
+            ("l1_grow_write_table", self._l1_moved),
+            ("l2_alloc_write", any(table.fresh for table in changed)),
+        ):
+            if happens:
+                await self.at(event)
         await self.write([*blocks, *self._fresh_tables(changed), *self._moved_tables()])
         await self.file.co_flush()
         if not late:
@@ -414,9 +439,11 @@ class Metadata(Counters):
             self._table_moved = False
             self._dirty_table.clear()
         if self._l1_moved:
+            await self.at("l1_grow_activate_table")
             self._l1_moved = False
             self._dirty_l1.clear()
         if self._dirty_table:
+            await self.at("reftable_update")
             packed = tables.pack(self.refcount_table)
             await self.write(list(pages_of(self.header.refcount_table_offset, packed, self._dirty_table)))
             await self.file.co_flush()
@@ -425,6 +452,10 @@ class Metadata(Counters):
             await self.write_header()
             self._header_dirty = False
         pieces = list(pages_of(self.header.l1_offset, tables.pack(self.l1), self._dirty_l1))
+        if pieces:
+            await self.at("l1_update")
+        if any(table.dirty for table in changed):
+            await self.at("l2_update")
         for table in changed:
             pieces += pages_of(table.offset, tables.pack(table.entries), table.dirty)
         if pieces:

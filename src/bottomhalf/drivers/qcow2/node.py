@@ -18,21 +18,23 @@ from bottomhalf.block import BlockError, ImageError, Node
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.edge import ROLE_COW, ROLE_DATA, ROLE_IMAGE
 from bottomhalf.block.node import co_io
+from bottomhalf.block.written import fits_in
 from bottomhalf.block.zeroes import fill_zeroes
-from bottomhalf.drivers.qcow2 import layout, resizing, vmstate
-from bottomhalf.drivers.qcow2.check import CheckResult, co_check, co_repair_dirty
+from bottomhalf.drivers.qcow2 import layout, opening, resizing, vmstate
+from bottomhalf.drivers.qcow2.check import CheckResult, co_check
 from bottomhalf.drivers.qcow2.cleaning import Cleaner
-from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.direct import DirectReads
 from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.keeping import KeptBitmaps
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.layout import ZERO as ZERO_FLAG
 from bottomhalf.drivers.qcow2.metadata import Metadata
+from bottomhalf.drivers.qcow2.reading import Reader
 from bottomhalf.drivers.qcow2.runtime import CHANGEABLE, Settings
 from bottomhalf.drivers.qcow2.snapshotting import Snapshots
 from bottomhalf.drivers.qcow2.squeezing import Squeezer
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
-from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
+from bottomhalf.drivers.qcow2.together import Passage
 from bottomhalf.drivers.qcow2.trouble import Trouble
 from bottomhalf.drivers.qcow2.writing import Writer
 from bottomhalf.host import protocol
@@ -105,9 +107,10 @@ class Qcow2Node(DirectReads):
         if cipher is not None:
             from bottomhalf.drivers.luks.crypting import CryptFile
 
-            self.crypt = CryptFile(lambda: self._file.node, cipher)
+            by_guest = header.crypt_method == layout.CRYPT_AES
+            self.crypt = CryptFile(lambda: self._data.node, cipher, by_guest=by_guest)
             self.request_alignment = layout.SECTOR_BYTES
-            self._aligner = Aligner(self, self._submit)
+            self._aligner = Aligner(self, self._submit_by_guest if by_guest else self._submit)
         self.refresh_limits()
         self._begin_with(header)
 
@@ -122,8 +125,8 @@ class Qcow2Node(DirectReads):
         self._squeezer = Squeezer(self, self.writer)
         self._trouble = Trouble(self)
         self._cleaner = Cleaner(self)
-        self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster that was read last: entry, content
-        self._forgotten = 0  # how often it had to be forgotten
+        self.reader = Reader(self)
+        self.bitmap_keeper: KeptBitmaps = KeptBitmaps(self, self._guarded)
         self.size = header.size
 
     async def open(self) -> None:
@@ -131,38 +134,18 @@ class Qcow2Node(DirectReads):
         header = self.header
         if header.crypt_method and self.crypt is None:
             raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
-        if header.crypt_method and header.external:
-            raise BlockError("encrypted qcow2 images with an external data file are not supported yet")
         if header.external and self._data is self._file:
             raise BlockError("'data-file' is required for this image")
         if not header.external and self._data is not self._file:
             raise BlockError("'data-file' can only be set for images with an external data file")
         writable = self.active and not self.read_only
         if writable:
-            self._check_writable()
-            if header.incompatible & layout.DIRTY:
-                await co_repair_dirty(self.file, header)
+            await opening.co_make_writable(self)
         await self.metadata.open()
-        if writable and self._clear_unknown():
+        await self.bitmap_keeper.load()
+        if writable and opening.clear_unknown(self):
             await self._co_commit()
-
-    def _check_writable(self) -> None:
-        """BlockError if the image must not be written."""
-        header = self.header
-        if header.incompatible & layout.CORRUPT:
-            raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-        if header.extension(layout.EXTENSION_BITMAPS) is not None and header.autoclear & layout.BITMAPS:
-            raise BlockError(
-                "the image has bitmaps, which cannot be kept up to date yet; open it read-only or remove them"
-            )
-
-    def _clear_unknown(self) -> bool:
-        """What we do not know is not true any more after the first write. Whether there was such a thing."""
-        unknown = bool(self.header.autoclear & ~layout.RAW_DATA)
-        if unknown:
-            self.header.autoclear &= layout.RAW_DATA
-            self.metadata.header_changed()
-        return unknown
+        await self.bitmap_keeper.co_begin_writing()
 
     # -- the shape of the node ----------------------------------------------------------------------------------
 
@@ -208,6 +191,13 @@ class Qcow2Node(DirectReads):
             return self.finish(requests, 0)
         return [request for request in requests if self.start(request, self._guarded(self._co_change(request)))]
 
+    def _submit_by_guest(self, requests: list[Request]) -> list[Request]:
+        """Where vectors depend on the guest's offsets, nothing goes on to the file with the host's."""
+        op = requests[0].op
+        if op == READ:
+            return [r for r in requests if self.start(r, self._guarded(self.co_pread(r.offset, r.buffer)))]
+        return self._write_slowly(requests) if op == WRITE else self._submit(requests)
+
     async def _co_change(self, request: Request) -> None:
         """Serve a flush, a discard or a zero write, which is aligned."""
         op = request.op
@@ -227,13 +217,10 @@ class Qcow2Node(DirectReads):
             raise OSError(errno.EIO, str(error), self.name) from error
 
     def _read(self, requests: list[Request]) -> list[Request]:
-        metadata, mapping, backing = self.metadata, self.mapping, self.backing
+        metadata, mapping, backing, tick = self.metadata, self.mapping, self.backing, self.metadata.tick
         l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
-        tick = metadata.tick
         last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.data.size
-        mapped: list[Request] = []
-        below: list[Request] = []
-        slow: list[Request] = []
+        mapped, below, slow = list[Request](), list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             table = l2.get(offset >> l1_shift)
@@ -278,6 +265,8 @@ class Qcow2Node(DirectReads):
 
     def _pass(self, mapped: list[Request]) -> list[Request]:
         """Send requests with the host's offsets to the file."""
+        if self.graph.debugged:
+            self.file.debug_event("read_aio" if mapped[0].op == READ else "write_aio")
         pending = (self.crypt or self._data.node).submit_batch(mapped)
         if pending:
             metadata = self.metadata
@@ -293,9 +282,9 @@ class Qcow2Node(DirectReads):
         metadata, mapping = self.metadata, self.mapping
         l2, l1, l1_shift = metadata.l2, metadata.l1, mapping.l1_shift
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
-        extended, file_size, tick = mapping.extended, self.data.size, metadata.tick
-        mapped: list[Request] = []
-        slow: list[Request] = []
+        extended, tick, data = mapping.extended, metadata.tick, self.data
+        known = data.noted if data.noted <= data.size else data.size
+        mapped, slow = list[Request](), list[Request]()
         for request in requests:
             offset, length = request.offset, request.length
             index = offset >> l1_shift
@@ -313,21 +302,25 @@ class Qcow2Node(DirectReads):
                     entry = table.entries[offset >> bits & last]
                     if entry & COPIED and entry & OFFSET_MASK and not entry & _NOT_PLAIN:
                         host = (entry & OFFSET_MASK) + inside
-                fits = host and host + length <= file_size and not (host - inside) & mask
+                fits = host and not (host - inside) & mask
                 flags = request.flags
-                if fits and not (flags & _SPECIAL and (flags & COMPRESS or metadata.dirty)):
+                if fits and not (flags & _SPECIAL and (flags & COMPRESS or metadata.dirty)) and (
+                    host + length <= known or fits_in(data, host + length)
+                ):
                     request.offset = host
                     mapped.append(request)
                     continue
             slow.append(request)
         pending = self._pass(mapped) if mapped else []
-        squeezed = [request for request in slow if request.flags & COMPRESS]
+        return pending + self._write_slowly(slow) if slow else pending
+
+    def _write_slowly(self, requests: list[Request]) -> list[Request]:
+        pending: list[Request] = []
+        squeezed = [request for request in requests if request.flags & COMPRESS]
         if squeezed:
-            slow = [request for request in slow if not request.flags & COMPRESS]
-            pending = pending + [r for r in squeezed if self.start(r, self._guarded(self._squeezer.co_serve(r)))]
-        if slow:
-            pending = pending + self._start_writes(slow)
-        return pending
+            requests = [request for request in requests if not request.flags & COMPRESS]
+            pending = [r for r in squeezed if self.start(r, self._guarded(self._squeezer.co_serve(r)))]
+        return pending + self._start_writes(requests) if requests else pending
 
     def _start_writes(self, requests: list[Request]) -> list[Request]:
         """Enter one coroutine for writes that have to allocate or to look up; those that it has not finished."""
@@ -360,59 +353,7 @@ class Qcow2Node(DirectReads):
         if self.crypt is not None and (offset | len(buffer)) & (layout.SECTOR_BYTES - 1):
             await co_io(self, READ, offset, len(buffer), buffer, 0)  # comes back in whole sectors
             return
-        data = self.crypt or self.data
-        reads: list[Request] = []
-        below: list[Request] = []
-        epoch = self.metadata.begin(1)
-        try:
-            at = 0
-            while at < len(buffer):
-                for run in await self.metadata.runs(offset + at, len(buffer) - at):
-                    part = buffer[at : at + run.length]
-                    if run.kind == DATA:
-                        self._read_from(data, run.host, part, reads)
-                    elif run.kind == SQUEEZED:
-                        content = await self._unpack(run.host)
-                        start = (offset + at) & self.mapping.cluster_mask
-                        part[:] = content[start : start + run.length]
-                    elif run.kind == UNALLOCATED and self.backing is not None:
-                        self._read_from(self.backing, offset + at, part, below)
-                    else:
-                        fill_zeroes(part)
-                    at += run.length
-            if reads:
-                await co_submit_all(data, reads)
-            if below and self.backing is not None:
-                await co_submit_all(self.backing, below)
-        finally:
-            self.metadata.end(epoch, 1)
-
-    @staticmethod
-    def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
-        """What the node has of the range; behind its end are zeroes."""
-        count = max(min(len(part), node.size - offset), 0)
-        if count:
-            requests.append(Request(READ, offset, count, part[:count]))
-        if count < len(part):
-            fill_zeroes(part[count:])
-
-    async def _unpack(self, entry: int) -> bytes:
-        if self._unpacked[0] == entry:
-            return self._unpacked[1]
-        offset, length = self.mapping.squeezed(entry)
-        forgotten = self._forgotten
-        data = await self.metadata.read(offset, length)
-        content: bytes = await self.context.thread_pool.call(
-            decompress, bytes(data), self.mapping.cluster_size, self.header.compression_type
-        )
-        if forgotten == self._forgotten:  # else the entry may mean something else soon
-            self._unpacked = entry, content
-        return content
-
-    def forget_unpacked(self) -> None:
-        """A compressed cluster is not used any more: its place may get other content."""
-        self._unpacked = (0, b"")
-        self._forgotten += 1
+        await self.reader.co_read(offset, buffer)
 
     @property
     def can_compress(self) -> bool:
@@ -538,12 +479,14 @@ class Qcow2Node(DirectReads):
         settings = self.metadata.settings
         try:
             await self._co_write_all()
+            self.bitmap_keeper.release()
         finally:
             self.metadata.settings = settings
 
     async def co_activate(self) -> None:
         settings = self.metadata.settings
         self._cleaner.stop()
+        self.bitmap_keeper.release()
         self._begin_with(await co_read_header(self.file))
         settings.apply(self.metadata)
         await self.open()
@@ -558,7 +501,7 @@ class Qcow2Node(DirectReads):
         """All runtime options may change, and read-only images may become writable if nothing speaks against it."""
         metadata, old = self.metadata, self.metadata.settings
         if not self.read_only:
-            self._check_writable()
+            opening.check_writable(self.header)
             if self.header.incompatible & layout.DIRTY and not metadata.is_marked_dirty:
                 raise BlockError("the image was not closed properly; open it anew for writing, which repairs it")
         elif metadata.is_marked_dirty:  # nothing may wait here, and later nothing can be written
@@ -570,7 +513,7 @@ class Qcow2Node(DirectReads):
     def _reopened(self) -> None:
         self._cleaner.start()
         if not self.read_only:
-            self._clear_unknown()
+            opening.clear_unknown(self)
 
     def detach_context(self) -> None:
         self._cleaner.stop()
@@ -588,7 +531,10 @@ class Qcow2Node(DirectReads):
 
     async def _co_write_all(self) -> None:
         self.metadata.settings = replace(self.metadata.settings, lazy=False)
-        await self._guarded(self._co_settle())
+        try:
+            await self.bitmap_keeper.co_store()
+        finally:
+            await self._guarded(self._co_settle())
 
     async def _co_settle(self) -> None:
         async with self.metadata.lock:

@@ -176,15 +176,16 @@ async def co_find_places(metadata: Metadata) -> None:
 
 async def _find_snapshots(metadata: Metadata) -> None:
     header, places = metadata.header, metadata.places
-    room = min(layout.SNAPSHOT_TABLE_BYTES_MAX, max(metadata.file.size - header.snapshots_offset, 0))
     try:
-        found, length = snapshots.parse(
-            await metadata.read(header.snapshots_offset, room), header.snapshot_count, header.cluster_size
-        )
+        found, length = await snapshots.co_read(metadata)
     except ImageError:
         return  # whoever reads snapshots says it
     places.add(SNAPSHOT_TABLE, header.snapshots_offset, length)
+    room = PLACES_MAX
     for snapshot in found:
+        room -= snapshot.l1_size * 8 + header.cluster_size >> header.cluster_bits
+        if room < 0:
+            return  # they overlap, or there are too many
         places.add(INACTIVE_L1, snapshot.l1_offset, snapshot.l1_size * 8)
         if places.protected & INACTIVE_L2 and len(places) < PLACES_MAX:
             l1 = tables.unpack(await metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
@@ -192,7 +193,7 @@ async def _find_snapshots(metadata: Metadata) -> None:
 
 
 def _add_all(places: Places, kind: int, entries: Iterable[int]) -> None:
-    for entry in entries:
+    for entry in filter(None, entries):  # in large clusters most are zero
         if len(places) >= PLACES_MAX:
             return
         if entry & OFFSET_MASK:

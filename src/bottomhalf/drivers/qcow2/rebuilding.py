@@ -5,6 +5,9 @@ Where a cluster that is in use has no counter, or the tables of counters are the
 by one cannot be trusted: a block of counters may lie where something else does. So new blocks and a new table are
 written where nobody refers to anything, durably, and then the header names them. A crash before that leaves the image
 as it was. The old blocks are leaks afterwards.
+
+Where the file has been cut off, entries lead to clusters behind its end. Nothing is put there either, or a guest would
+write to it.
 """
 
 from __future__ import annotations
@@ -68,6 +71,6 @@ def _free(references: References, hint: int, count: int) -> int:
     run = 0
     cluster = hint
     while run < count:
-        run = 0 if references.of(cluster) else run + 1
+        run = 0 if references.of(cluster) or cluster in references.beyond else run + 1
         cluster += 1
     return cluster - count

@@ -59,20 +59,20 @@ def empty(cluster_bits: int, order: int) -> array[int]:
     return array(_CODES.get(order, "B"), [0]) * entries_of_block(cluster_bits, order)
 
 
-def _unpack_bits(data: bytes | bytearray | memoryview, order: int) -> bytes:
-    """Counters of less than a byte stand in it from the least significant bit on."""
+def _unpack_bits(data: bytes | bytearray | memoryview, order: int) -> bytearray:
+    """Counters of less than a byte stand in it from the least significant bit on. (A block of clusters of 2 MiB has
+    16 million counters of a bit, so no loop goes over them.)"""
     width, per_byte = 1 << order, 8 >> order
-    mask = (1 << width) - 1
-    spread = [bytes(byte >> n * width & mask for n in range(per_byte)) for byte in range(256)]
-    return b"".join(spread[byte] for byte in data)
+    mask, packed = (1 << width) - 1, bytes(data)
+    counters = bytearray(len(packed) * per_byte)
+    for n in range(per_byte):
+        counters[n::per_byte] = packed.translate(bytes(byte >> n * width & mask for byte in range(256)))
+    return counters
 
 
 def _pack_bits(block: array[int], order: int) -> bytes:
     width, per_byte = 1 << order, 8 >> order
-    raw = block.tobytes()
-    packed = bytearray(len(raw) // per_byte)
+    raw, packed = block.tobytes(), 0
     for n in range(per_byte):
-        shift = n * width
-        for at, value in enumerate(raw[n::per_byte]):
-            packed[at] |= value << shift
-    return bytes(packed)
+        packed |= int.from_bytes(raw[n::per_byte], "little") << n * width
+    return packed.to_bytes(len(raw) // per_byte, "little")

@@ -6,7 +6,8 @@ that a table lies a petabyte away; none of that may take longer, or more memory,
 
 * counts are kept in pages, which exist where something is counted;
 * a table that several entries name is read once, and what is found there counts that many times;
-* L1 tables of snapshots that together are larger than the file overlap, and so do bitmap tables: the check ends;
+* L1 tables of snapshots that together are much larger than what the file stores overlap, or are in holes, and so are
+  bitmap tables: the check ends;
 * tables that do not begin where a cluster does are read as QEMU reads them, but not more than a few.
 
 What is found is worded as QEMU words it, because scripts match on that.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import bitmaps, layout, refcounts, tables
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
+from bottomhalf.host.protocol import ZERO as ZEROES
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.findings import CheckResult
@@ -33,6 +35,12 @@ PAGE_ENTRIES: Final = 1 << PAGE_BITS
 NONE: Final = array("I", [0]) * PAGE_ENTRIES
 UNALIGNED_TABLES_MAX: Final = 64  # L2 tables that are read although they cannot be
 CHUNK_BYTES: Final = 1 << 20  # of a table that are read at a time
+# Of L1 tables of snapshots, and of bitmap tables, that are read, beside what the file really stores: four times that,
+# as file systems compress. An honest disk of 64 TB has 1 MiB of L1 table, in clusters of 64 KiB. Where L2 tables take
+# more than that it is asked whether they are in holes, before they are read.
+TABLE_BYTES_FREE: Final = 8 << 20
+TABLE_SHARE: Final = 4
+BEYOND_MAX: Final = 1 << 16
 _ALL: Final = (1 << SUBCLUSTERS) - 1
 
 
@@ -54,6 +62,10 @@ class References:
         self._most = min(refcounts.refcount_max(header.refcount_order), (1 << 32) - 1)
         self._pages: dict[int, array[int]] = {}
         self._unaligned = 0
+        self._room = 0
+        self._l2_room = self._table_room()
+        self.beyond: set[int] = set()  # clusters behind the end that something refers to nevertheless
+        self.empty: set[int] = set()  # places of L2 tables without entries
         self.rebuild = False  # the counters on the disk cannot be mended one by one
 
     # -- counts -------------------------------------------------------------------------------------------------
@@ -77,6 +89,10 @@ class References:
         page = self._pages.get(first >> PAGE_BITS, NONE)
         at = first & (PAGE_ENTRIES - 1)
         return page[at : at + count]
+
+    def counts_in(self, first: int, count: int) -> bool:
+        """Whether something is counted among so many clusters."""
+        return any(number in self._pages for number in range(first >> PAGE_BITS, (first + count - 1 >> PAGE_BITS) + 1))
 
     @property
     def end(self) -> int:
@@ -107,6 +123,9 @@ class References:
                 f"{offset:#x} size {length:#x}",
                 times,
             )
+            first = offset >> self._bits
+            if first - self.clusters < BEYOND_MAX and len(self.beyond) < BEYOND_MAX:
+                self.beyond.update(range(first, min((offset + length - 1 >> self._bits) + 1, first + BEYOND_MAX)))
             return False
         most = self._most
         for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
@@ -155,20 +174,16 @@ class References:
                     self.rebuild = True
 
     async def _count_tables(self, active: array[int], snapshots: list[Snapshot]) -> None:
-        named = Counter(offset for offset in map(self._place_of, active) if offset)  # by how many L1 entries
+        named = Counter(map(self._place_of, filter(None, active)))  # by how many L1 entries
+        named.pop(0, None)
         actively = Counter(named) if snapshots else named
         inactive = array("Q")
-        room = self._file_bytes + (1 << self._bits)
+        self._room = self._table_room()
         for snapshot in snapshots:
-            l1 = await self._snapshot_l1(snapshot)
-            room -= len(l1) * 8
-            if room < 0:
-                self._result.give_up("ERROR: the L1 tables of snapshots overlap")
-                raise Unfinished
-            for entry in l1:
-                if entry:
+            if self._has_l1(snapshot):
+                async for entry in self._entries(snapshot.l1_offset, snapshot.l1_size * 8):
                     offset = self._place_of(entry)
-                    if not named[offset] or entry & layout.L1_RESERVED:
+                    if not offset or not named[offset] or entry & layout.L1_RESERVED:
                         inactive.append(entry)
                     if offset:
                         named[offset] += 1
@@ -189,21 +204,42 @@ class References:
         offset = entry & OFFSET_MASK
         return 0 if offset & self._mapping.cluster_mask or offset >= self._file_bytes else offset
 
-    async def _snapshot_l1(self, snapshot: Snapshot) -> array[int]:
-        """A snapshot's L1 table; empty if it cannot be."""
+    def _table_room(self) -> int:
+        """Bytes of tables that may be read."""
+        stored = self._metadata.file.allocated_size()
+        return TABLE_BYTES_FREE + TABLE_SHARE * (self._file_bytes if stored is None else stored)
+
+    def _has_l1(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot's L1 table can be, and is not behind the end of the file, where there are zeroes."""
         which = f"ERROR snapshot {snapshot.id} ({snapshot.name})"
         if snapshot.l1_offset & ((1 << self._bits) - 1):
             self._wrong(
                 f"{which} l1_offset={snapshot.l1_offset:#x}: L1 table is not cluster aligned; "
                 "snapshot table entry corrupted"
             )
-            return array("Q")
+            return False
         if snapshot.l1_size * 8 > L1_BYTES_MAX:
             self._wrong(f"{which} l1_size={snapshot.l1_size:#x}: L1 table is too large; snapshot table entry corrupted")
-            return array("Q")
-        if not self.refer(snapshot.l1_offset, snapshot.l1_size * 8):
-            return array("Q")
-        return tables.unpack(await self._metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
+            return False
+        self._take_room(snapshot.l1_size * 8, "L1 tables of snapshots")
+        return self.refer(snapshot.l1_offset, snapshot.l1_size * 8)
+
+    def _take_room(self, length: int, what: str) -> None:
+        self._room -= length
+        if self._room < 0:
+            self._result.give_up(f"ERROR: the {what} are larger than what the file stores")
+            raise Unfinished
+
+    async def _entries(self, offset: int, length: int) -> AsyncIterator[int]:
+        """The numbers of a table that are not zero. Where the file has a hole nothing is read."""
+        metadata, end = self._metadata, min(offset + length, self._file_bytes)
+        while offset < end:
+            status, count = await metadata.file.co_block_status(offset, min(CHUNK_BYTES, end - offset))
+            whole = max(count & ~7, min(8, end - offset))
+            if count < 8 or not status & ZEROES:
+                for entry in filter(None, tables.unpack(await metadata.read(offset, -(-whole // 8) * 8))):
+                    yield entry
+            offset += whole
 
     async def _count_table(self, offset: int, times: int, active: int) -> None:
         """An L2 table that so many L1 entries name, some of them the disk's own."""
@@ -215,8 +251,17 @@ class References:
                 raise Unfinished
         if not self.refer(offset, 1 << self._bits, times):
             return  # behind the end of the file there are zeroes
-        table = tables.unpack(await self._metadata.read(offset, self._mapping.cluster_size))
-        if any(table) and self._count_l2(table, times, active):
+        size = self._mapping.cluster_size
+        self._l2_room -= size
+        if self._l2_room < 0:
+            status, count = await self._metadata.file.co_block_status(offset, min(size, self._file_bytes - offset))
+            if status & ZEROES and count >= min(size, self._file_bytes - offset):
+                self.empty.add(offset)
+                return
+        table = tables.unpack(await self._metadata.read(offset, size))
+        if not any(table):
+            self.empty.add(offset)
+        elif self._count_l2(table, times, active):
             await self._metadata.write([(offset, tables.pack(table))])
 
     def _count_l2(self, table: array[int], times: int, active: int) -> bool:
@@ -298,19 +343,10 @@ class References:
         except ImageError as error:
             self._result.give_up(f"ERROR {error}")
             raise Unfinished from error
-        room = self._file_bytes + (1 << self._bits)
+        self._room = self._table_room()
         for bitmap in found:
-            if not self.refer(bitmap.table_offset, bitmap.table_size * 8):
-                continue
-            room -= bitmap.table_size * 8
-            if room < 0:
-                self._result.give_up("ERROR: bitmap tables overlap")
-                raise Unfinished
-            await self._count_bitmap(bitmap.table_offset, bitmap.table_size * 8)
-
-    async def _count_bitmap(self, offset: int, length: int) -> None:
-        for start in range(0, length, CHUNK_BYTES):
-            part = await self._metadata.read(offset + start, min(CHUNK_BYTES, length - start))
-            for entry in tables.unpack(part):
-                if bitmaps.data_offset(entry):
-                    self.refer(bitmaps.data_offset(entry), 1 << self._bits)
+            self._take_room(bitmap.table_size * 8, "bitmap tables")
+            if self.refer(bitmap.table_offset, bitmap.table_size * 8):
+                async for entry in self._entries(bitmap.table_offset, bitmap.table_size * 8):
+                    if bitmaps.data_offset(entry):
+                        self.refer(bitmaps.data_offset(entry), 1 << self._bits)

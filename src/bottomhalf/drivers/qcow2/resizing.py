@@ -8,8 +8,9 @@ header says that it is there. So is the rest of the last cluster, and what may l
 since a request that was on its way when the disk became smaller may have arrived there afterwards.
 
 A smaller one gives back what lies behind the new end: whole L2 tables with all they lead to, and the rest of the last
-one entry by entry. What is left of the last cluster behind the end is zeroed before, or it would come back when the
-disk grows again. Snapshots keep their own size, and everything in it.
+one entry by entry. Not before the header tells the new size, or after a power cut the backing file would be seen where
+entries are gone already. If the power goes then, they are left, and given back before the disk grows again. What is
+left of the last cluster behind the end is zeroed before all that. Snapshots keep their own size, and everything in it.
 
 Behind the disk's end lies VM state that no snapshot has yet (see ``vmstate``), and where that begins depends on the
 size; it is forgotten.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from bottomhalf.block.watching import unwatched
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST
 from bottomhalf.drivers.qcow2.layout import L1_BYTES_MAX
 from bottomhalf.drivers.qcow2.metadata import refresh_sizes
@@ -39,6 +41,7 @@ async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") ->
     entries = -(-size >> mapping.l1_shift)
     if entries * 8 > L1_BYTES_MAX:
         raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
+    node.bitmap_keeper.check_resize()
     try:
         if size < old:
             await _shrink(node, size)
@@ -65,12 +68,14 @@ async def _shrink(node: Qcow2Node, size: int) -> None:
     metadata, mapping, header = node.metadata, node.mapping, node.header
     behind = min(-size & mapping.cluster_mask, header.size - size)
     if behind:
-        await node.co_write_zeroes(size, behind)
+        # Nobody asked for that: not a write that a threshold or a bitmap would want to know of.
+        await unwatched(node).co_write_zeroes(node, size, behind)
     async with metadata.lock:
         await metadata.find_places()
-        await node.snapshots.forget_tables(-(-size >> mapping.l1_shift))
-        await _unlink(node, -(-size >> mapping.cluster_bits))
         await _publish(node, size)
+        await metadata.at("l1_shrink_free_l2_clusters")
+        await _forget_behind(node, size)
+        await metadata.commit()
     if mapping.external:
         await node.data.co_truncate(size)
 
@@ -85,11 +90,10 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
                 await node.data.co_truncate(old)
         await node.data.co_truncate(size)
     async with metadata.lock:
-        await metadata.find_places()
-        await node.snapshots.forget_tables(-(-old >> mapping.l1_shift))
-        await _unlink(node, -(-old >> mapping.cluster_bits))
+        await _forget_behind(node, old)
         entries = -(-size >> mapping.l1_shift)
         if entries > header.l1_size:
+            await metadata.at("l1_grow_alloc_table")
             clusters = -(-entries * 8 // mapping.cluster_size)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
@@ -112,6 +116,13 @@ async def _zero_behind(node: Qcow2Node, old: int, size: int) -> None:
         end = max(end, min(size, backing.size))
     if end > old:
         await node.writer.co_zero(old, end - old, unmap=False, discard=False, behind=True)
+
+
+async def _forget_behind(node: Qcow2Node, size: int) -> None:
+    """Give back what the guest has had behind the end, and VM state that lies there. With the lock held."""
+    await node.metadata.find_places()
+    await node.snapshots.forget_tables(-(-size >> node.mapping.l1_shift))
+    await _unlink(node, -(-size >> node.mapping.cluster_bits))
 
 
 async def _unlink(node: Qcow2Node, cluster: int) -> None:

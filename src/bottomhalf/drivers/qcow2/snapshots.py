@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.metadata import Metadata
 
 EXTRA_BYTES_MAX: Final = 1024
+FIRST_BYTES: Final = 65536  # of a table that are read at first
 # L1 offset and size, lengths of id and name, date (s, ns), VM clock (ns), VM state size (32 bits), extra data's length
 ENTRY: Final = struct.Struct(">QIHHIIQII")
 _EXTRA: Final = struct.Struct(">QQ")  # VM state size, disk size
@@ -56,8 +57,35 @@ async def co_read(metadata: Metadata) -> tuple[list[Snapshot], int]:
     header = metadata.header
     if not header.snapshot_count:
         return [], 0
+    return parse(await co_table(metadata), header.snapshot_count, header.cluster_size)
+
+
+async def co_table(metadata: Metadata) -> bytearray:
+    """The table's bytes, and perhaps some behind it; as much of it as the file has. OSError.
+
+    How long it is only its entries say, each where the next one begins. So it is read in steps: an image that says that
+    a file of terabytes is its table does not cost more than the entries that it has."""
+    header = metadata.header
     room = min(SNAPSHOT_TABLE_BYTES_MAX, max(metadata.file.size - header.snapshots_offset, 0))
-    return parse(await metadata.read(header.snapshots_offset, room), header.snapshot_count, header.cluster_size)
+    length = min(room, FIRST_BYTES + 2 * ENTRY.size * header.snapshot_count)
+    while True:
+        data = await metadata.read(header.snapshots_offset, length)
+        if length == room or _end(data, header.snapshot_count) <= length:
+            return data
+        del data  # before there is a larger one
+        length = min(room, 4 * length)
+
+
+def _end(data: bytearray, count: int) -> int:
+    """Where the table ends, if all of it is there; else something behind ``data``."""
+    at = 0
+    for _ in range(count):
+        at = -(-at // 8) * 8
+        if at + ENTRY.size > len(data):
+            return len(data) + 1
+        fields = ENTRY.unpack_from(data, at)
+        at += ENTRY.size + fields[2] + fields[3] + fields[8]
+    return at
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Internal snapshots: other disks that live in the image, made, put in the disk's place, and taken away.
 
-A snapshot is a copy of the L1 table. Everything below is shared with the disk, and so each cluster that the L1 table
-leads to, L2 tables and data, is counted once more, and the disk's entries lose their flag COPIED: the next write to
-such a cluster goes elsewhere. Nothing of the guest's is copied, however large the disk is.
+A snapshot is an L1 table of its own. The data below it are shared with the disk, and so each of their clusters is
+counted once more, and the disk's entries lose their flag COPIED: the next write to such a cluster goes elsewhere.
+Nothing of the guest's is copied, however large the disk is.
 
-Each of the three ends with one write of the header, and is there or not there after a crash:
+Each of the three ends with one write of the header, and is there or not there after a crash, which leaks clusters at
+worst:
 
-* make: count everything once more and take the flags away, durably; write the L1 copy and the new snapshot table; let
-  the header name that table. A crash before leaks the counts. (Between the two halves of the first step check tells of
-  flags that do not fit the counts; that is what it does to QEMU's images too, and no write can go wrong there.)
+* make: the snapshot gets the disk's L1 and L2 tables as they are; the disk gets new ones, without the flags, and new
+  refcount blocks, all named by that write (see ``switching``).
 * apply: count what the snapshot has once more; write its L1 table to a new place; let the header name that, with the
   snapshot's size of the disk; then count down what the disk had.
-* delete: write a snapshot table without it; let the header name that; then count down. Where a count has become one the
-  disk's entry gets its flag back.
+* delete: write a snapshot table without it, refcount blocks in which what it shared is counted once less, and L2 tables
+  and L1 of the disk in which entries have got their flag back where the count has become one; let the header name all
+  of these. Then count down what it had alone.
+
+L2 tables are not shared with the disk: one more is written for each when a snapshot is made, 8 bytes for each cluster.
+(They were, until a crash between the counters and the flags was found to leave entries that check complains of.) Those
+in images of others may be.
 
 Nothing may be on its way to the image meanwhile: a write that was looked up before would land in the snapshot. So these
 are called in a drained section, and hold the tables' lock. (QEMU: qcow2_snapshot_create, _goto, _delete.)
@@ -23,8 +28,8 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import ImageError
@@ -32,6 +37,7 @@ from bottomhalf.drivers.qcow2 import layout, overlap, refcounts, snapshots, tabl
 from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
+from bottomhalf.drivers.qcow2.switching import Switch
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.node import Qcow2Node
@@ -81,80 +87,77 @@ class Snapshots:
                 raise OSError(errno.EFBIG, f"an image has at most {layout.SNAPSHOTS_MAX} snapshots", node.name)
             await metadata.find_places()
             await metadata.settle()
-            await self._check_room(metadata.l1)
-            taken: list[int] = []
-            counted = array("Q")
+            made = Snapshot(
+                id=id,
+                name=name,
+                l1_offset=header.l1_offset,
+                l1_size=header.l1_size,
+                date_s=date_ns // 1_000_000_000 & 0xFFFFFFFF,
+                date_ns=date_ns % 1_000_000_000,
+                vm_clock_ns=vm_clock_ns,
+                vm_state_bytes=vm_state_bytes,
+                disk_bytes=header.size,
+                icount=None,
+            )
+            # VM state lies behind the disk's end: the snapshot has it from now on, and the disk has not.
+            disk = metadata.l1[: -(-header.size >> mapping.l1_shift)]
+            blocks = await self._blocks_of(disk)
+            switch = Switch(metadata)
             try:
-                l1_clusters = self._clusters(len(metadata.l1) * 8)
-                first = await metadata.allocate_together(l1_clusters)
-                taken += range(first, first + l1_clusters)
-                made = Snapshot(
-                    id=id,
-                    name=name,
-                    l1_offset=first << mapping.cluster_bits,
-                    l1_size=len(metadata.l1),
-                    date_s=date_ns // 1_000_000_000 & 0xFFFFFFFF,
-                    date_ns=date_ns % 1_000_000_000,
-                    vm_clock_ns=vm_clock_ns,
-                    vm_state_bytes=vm_state_bytes,
-                    disk_bytes=header.size,
-                    icount=None,
-                )
-                where, table_clusters = await self._place_table([*known, made], taken)
-                await self._share_disk(counted)
-                copy = array("Q", [entry & ~COPIED for entry in metadata.l1])
-                await metadata.write([(made.l1_offset, tables.pack(copy)), (where, table_clusters)])
-                await metadata.commit(counters=True)
+                where = await self._write_table([*known, made], switch)
+                first_l1 = await switch.take(self._clusters(len(metadata.l1) * 8)) if metadata.l1 else 0
+                places = [await switch.take(1) if entry & OFFSET_MASK else 0 for entry in disk]
+                await switch.reserve(blocks)
+                l1 = array("Q", [0]) * len(metadata.l1)
+                for index, place in enumerate(places):
+                    if place:
+                        await self._split(disk[index] & OFFSET_MASK, place, switch)
+                        l1[index] = place << mapping.cluster_bits | COPIED
+                fields = {"snapshot_count": len(known) + 1, "snapshots_offset": where}
+                await switch.turn(l1, first_l1, fields, self._old_table(known_bytes), forward=True)
             except BaseException:
-                metadata.free_all(taken)
-                metadata.free_all(counted)
-                with suppress(OSError, ImageError):  # the one that is on its way says enough
-                    await metadata.count_down()  # nothing on the disk refers to the snapshot
-                    await self._own_again()
+                switch.give_up()
                 raise
-            self._name_table(len(known) + 1, where, known_bytes)
+            metadata.places.add(overlap.SNAPSHOT_TABLE, where)
             metadata.places.add(overlap.INACTIVE_L1, made.l1_offset, made.l1_size * 8)
-            await metadata.commit(counters=True)
-            await self.forget_tables(-(-header.size >> mapping.l1_shift))  # VM state: the snapshot has it now
             await metadata.settle()
             return made
 
-    async def _check_room(self, l1: Iterable[int]) -> None:
-        """OSError if what an L1 table leads to cannot be counted once more. (As often as it does: compressed clusters
-        share those of the file. Nobody has more references from one table than the counter says, so only the counters
-        that could become too great if all of them were doubled need a closer look.)"""
+    async def _blocks_of(self, l1: Iterable[int]) -> set[int]:
+        """The refcount blocks of the data below an L1 table. OSError, ImageError as in _check_room()."""
+        header = self._node.header
+        found: set[int] = set()
+        per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
+        more: Counter[int] = Counter()
+        for entry in l1:
+            if entry & OFFSET_MASK:
+                clusters = self._of_table(await self._read_table(entry & OFFSET_MASK))
+                await self._check_room(clusters, more)
+                found.update(cluster // per_block for cluster in clusters)
+        return found
+
+    async def _check_room(self, clusters: Iterable[int], more: Counter[int]) -> None:
+        """OSError if what a table leads to cannot be counted once more; ImageError if it is not counted. To a cluster
+        of several compressed ones tables lead as often: ``more`` is how often they did so far."""
         most = refcounts.refcount_max(self._node.header.refcount_order)
-        added: dict[int, int] = {}
-        async for cluster in self._clusters_of(l1):
+        for cluster in clusters:
             count = await self._metadata.refcount(cluster)
-            if 2 * count > most:
-                added[cluster] = added.get(cluster, 0) + 1
-                if count + added[cluster] > most:
-                    text = f"a cluster is used {count} times, more cannot be counted (at most {most} by this image)"
+            if not count:
+                raise ImageError(f"cluster {cluster} is in use and not counted; the image has to be repaired")
+            if 2 * count > most:  # else there is room for as many as there are already
+                more[cluster] += 1
+                if count + more[cluster] > most:
+                    text = f"a cluster would be used more than {most} times, which cannot be counted"
                     raise OSError(errno.EINVAL, text, self._node.name)
 
-    async def _share_disk(self, counted: array[int]) -> None:
-        """Count everything of the disk once more, and note that nothing is its own. In memory, as far as there is
-        room."""
-        metadata, mapping = self._metadata, self._mapping
-        for index, l1_entry in enumerate(metadata.l1):
-            if not l1_entry & OFFSET_MASK:
-                continue
-            await metadata.make_room_for_changes()
-            table = await metadata.l2_table(index)
-            assert table is not None
-            for cluster in self._of_table(table.entries):
-                await metadata.refer(cluster)
-                counted.append(cluster)
-            for n in range(mapping.entries):
-                entry = table.entries[n * mapping.words]
-                if entry & COPIED:
-                    bitmap = table.entries[n * mapping.words + 1] if mapping.extended else 0
-                    metadata.set_entry(table, n, entry & ~COPIED, bitmap)
-            cluster = (l1_entry & OFFSET_MASK) >> mapping.cluster_bits
-            await metadata.refer(cluster)
-            counted.append(cluster)
-            metadata.set_l1(index, l1_entry & ~COPIED)
+    async def _split(self, offset: int, place: int, switch: Switch) -> None:
+        """The disk gets a copy of the L2 table, which is the snapshot's: all below belongs to both."""
+        entries = await self._read_table(offset)
+        for cluster in self._of_table(entries):
+            await switch.count(cluster, 1)
+        for at in range(0, len(entries), self._mapping.words):
+            entries[at] &= ~COPIED
+        await switch.write(place, tables.pack(entries))
 
     async def forget_tables(self, first: int) -> None:
         """Give back all L2 tables from this one on and what they lead to. With the lock held."""
@@ -174,6 +177,8 @@ class Snapshots:
     async def apply(self, snapshot: Snapshot) -> None:
         """Let the disk be what the snapshot is, with its size and its VM state. OSError, ImageError."""
         node, metadata, mapping, header = self._node, self._metadata, self._mapping, self._node.header
+        if node.bitmaps:  # they could not say what has changed
+            raise OSError(errno.EBUSY, "Device has active dirty bitmaps", node.name)
         async with metadata.lock:
             await metadata.find_places()
             await metadata.settle()
@@ -181,12 +186,14 @@ class Snapshots:
             if size % layout.SECTOR_BYTES or size < 0:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
-            await self._check_room(wanted)
+            more: Counter[int] = Counter()
+            async for cluster in self._clusters_of(wanted):
+                await self._check_room([cluster], more)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
-            clusters = self._clusters(length * 8)
-            length = clusters * mapping.cluster_size // 8
             if length * 8 > layout.L1_BYTES_MAX:
-                length = layout.L1_BYTES_MAX // 8
+                raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
+            clusters = self._clusters(length * 8)
+            length = min(clusters * mapping.cluster_size, layout.L1_BYTES_MAX) // 8
             counted = array("Q")
             first = await metadata.allocate_together(clusters)
             try:
@@ -197,7 +204,7 @@ class Snapshots:
                 metadata.free_all(counted)
                 raise
             metadata.l2.clear()
-            node.forget_unpacked()
+            node.reader.forget_unpacked()
             metadata.replace_l1([entry & OFFSET_MASK for entry in wanted], length, first)
             metadata.free_all(before)
             header.size = size
@@ -229,51 +236,72 @@ class Snapshots:
 
     async def delete(self, snapshot: Snapshot) -> None:
         """Take a snapshot away. OSError, ImageError."""
-        metadata = self._metadata
+        metadata, mapping, header = self._metadata, self._mapping, self._node.header
         async with metadata.lock:
             known, known_bytes = await self._read()
             await metadata.find_places()
             await metadata.settle()
-            l1 = await self._l1_of(snapshot)
-            unused = [cluster async for cluster in self._clusters_of(l1)]
-            first = snapshot.l1_offset >> self._mapping.cluster_bits
-            unused += range(first, first + self._clusters(snapshot.l1_size * 8))
+            wanted = await self._l1_of(snapshot)
+            gone = Counter([cluster async for cluster in self._clusters_of(wanted)])
+            first = snapshot.l1_offset >> mapping.cluster_bits
+            gone.update(range(first, first + self._clusters(snapshot.l1_size * 8)))
+            shared = [cluster for cluster, count in gone.items() if await metadata.refcount(cluster) > count]
             left = [each for each in known if each.id != snapshot.id]
-            taken: list[int] = []
+            switch = Switch(metadata)
             try:
-                where, data = await self._place_table(left, taken)
-                if left:
-                    await metadata.write([(where, data)])
+                where = await self._write_table(left, switch)
+                l1, replaced, owned = await self._own_again({cluster: gone[cluster] for cluster in shared}, switch)
+                changed = l1 != metadata.l1
+                first_l1 = await switch.take(self._clusters(len(l1) * 8)) if changed else 0
+                per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
+                await switch.reserve(cluster // per_block for cluster in shared)
+                for cluster in shared:
+                    await switch.count(cluster, -gone.pop(cluster))
+                unused = [*self._old_table(known_bytes), *replaced]
+                if changed:
+                    first = header.l1_offset >> mapping.cluster_bits
+                    unused += range(first, first + self._clusters(header.l1_size * 8))
+                fields = {"snapshot_count": len(left), "snapshots_offset": where}
+                await switch.turn(l1, first_l1, fields, unused, forward=False)
             except BaseException:
-                metadata.free_all(taken)
+                switch.give_up()
                 raise
-            self._name_table(len(left), where, known_bytes)
-            metadata.free_all(unused, FREED_SNAPSHOT)
-            await metadata.commit(counters=True)
-            await self._own_again()
+            metadata.places.add(overlap.SNAPSHOT_TABLE, where)
+            for offset in owned:
+                metadata.places.own(offset)
+            metadata.free_all(gone.elements(), FREED_SNAPSHOT)
             await metadata.settle()
 
-    async def _own_again(self) -> None:
-        """Entries of the disk that lead to what nobody else uses get their flag."""
+    async def _own_again(self, less: dict[int, int], switch: Switch) -> tuple[array[int], list[int], list[int]]:
+        """Entries of the disk that lead to what nobody else uses, when counters have become less, get their flag, in
+        new tables. The L1 table that leads to those, the places of the old ones, and the offsets of tables that are the
+        disk's alone from then on."""
         metadata, mapping = self._metadata, self._mapping
+        l1, replaced, owned = array("Q", metadata.l1), [], []
         for index, l1_entry in enumerate(metadata.l1):
             offset = l1_entry & OFFSET_MASK
             if not offset:
                 continue
-            await metadata.make_room_for_changes()
-            table = await metadata.l2_table(index)
-            assert table is not None
-            for n in range(mapping.entries):
-                entry = table.entries[n * mapping.words]
+            entries, changed = await self._read_table(offset), False
+            for at in range(0, len(entries), mapping.words):
+                entry = entries[at]
                 if entry & (COPIED | COMPRESSED) or not mapping.has_place(entry):
                     continue
-                if await metadata.refcount((entry & OFFSET_MASK) >> mapping.cluster_bits) == 1:
-                    bitmap = table.entries[n * mapping.words + 1] if mapping.extended else 0
-                    metadata.set_entry(table, n, entry | COPIED, bitmap)
-            if await metadata.refcount(offset >> mapping.cluster_bits) == 1:
-                metadata.places.own(offset)
-                if not l1_entry & COPIED:
-                    metadata.set_l1(index, l1_entry | COPIED)
+                cluster = (entry & OFFSET_MASK) >> mapping.cluster_bits
+                if cluster in less and await metadata.refcount(cluster) - less[cluster] == 1:
+                    entries[at] |= COPIED
+                    changed = True
+            cluster = offset >> mapping.cluster_bits
+            alone = cluster in less and await metadata.refcount(cluster) - less[cluster] == 1
+            if changed:
+                place = await switch.take(1)
+                await switch.write(place, tables.pack(entries))
+                replaced.append(cluster)
+                l1[index] = place << mapping.cluster_bits | COPIED
+            elif alone:
+                l1[index] = l1_entry | COPIED
+                owned.append(offset)
+        return l1, replaced, owned
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -321,25 +349,24 @@ class Snapshots:
                 for cluster in self._of_table(tables.unpack(await metadata.read(offset, mapping.cluster_size))):
                     yield cluster
 
-    async def _place_table(self, entries: list[Snapshot], taken: list[int]) -> tuple[int, bytes]:
-        """Room for a snapshot table, noted in ``taken``: its offset (0 for an empty one), and its bytes."""
+    async def _read_table(self, offset: int) -> array[int]:
+        """An L2 table as it is written. OSError, ImageError."""
+        if offset & self._mapping.cluster_mask:
+            raise ImageError(f"L2 table offset {offset:#x} unaligned")
+        return tables.unpack(await self._metadata.read(offset, self._mapping.cluster_size))
+
+    async def _write_table(self, entries: list[Snapshot], switch: Switch) -> int:
+        """Write a snapshot table to a new place: its offset, 0 for an empty one."""
         if not entries:
-            return 0, b""
+            return 0
         data = snapshots.pack(entries, self._node.header.size)
         if len(data) > layout.SNAPSHOT_TABLE_BYTES_MAX:
             raise OSError(errno.EFBIG, "the snapshot table would be too large", self._node.name)
-        count = self._clusters(len(data))
-        first = await self._metadata.allocate_together(count)
-        taken += range(first, first + count)
-        return first << self._mapping.cluster_bits, data
+        first = await switch.take(self._clusters(len(data)))
+        await switch.write(first, data)
+        return first << self._mapping.cluster_bits
 
-    def _name_table(self, count: int, where: int, old_bytes: int) -> None:
-        """From the next commit on the header names this table, and the old one is not used."""
-        header, metadata = self._node.header, self._metadata
-        if old_bytes:
-            first = header.snapshots_offset >> self._mapping.cluster_bits
-            metadata.free_all(range(first, first + self._clusters(old_bytes)))
-        header.snapshot_count, header.snapshots_offset = count, where
-        if where:
-            metadata.places.add(overlap.SNAPSHOT_TABLE, where)
-        metadata.header_changed()
+    def _old_table(self, length: int) -> range:
+        """The clusters of the snapshot table that the header names now, which has so many bytes."""
+        first = self._node.header.snapshots_offset >> self._mapping.cluster_bits
+        return range(first, first + self._clusters(length))

@@ -96,7 +96,9 @@ class Squeezer:
                     runs.append((at, bytearray(data)))
             for at, run in runs:
                 run.extend(bytes(-(at + len(run)) % SECTOR_BYTES))
+            await metadata.at("write_compressed")
             await metadata.write(runs)
+            await metadata.at("l2_update_compressed")
             for cluster, entry in entries.items():
                 await self._writer.link(cluster, entry, 0)
                 del taken[cluster]
@@ -110,6 +112,7 @@ class Squeezer:
         """The host offset for so many bytes, less than a cluster; the clusters that they touch are ``taken``, and have
         one reference more."""
         metadata, bits, size = self._metadata, self._mapping.cluster_bits, self._mapping.cluster_size
+        await metadata.at("cluster_alloc_bytes")
         at = metadata.packing
         room = -at % size
         if room and await metadata.refcount(at >> bits) >= refcounts.refcount_max(metadata.header.refcount_order):

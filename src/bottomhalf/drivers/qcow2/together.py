@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from bottomhalf.aio import Coroutine, current, suspend
 from bottomhalf.aio.coroutine import Waitable
+from bottomhalf.block import Node
 from bottomhalf.block.errors import check
+from bottomhalf.block.written import CHANGES_BYTES, note
 from bottomhalf.host.request import OP_NAMES, Request
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Node
     from bottomhalf.drivers.luks.crypting import CryptFile
     from bottomhalf.drivers.qcow2.metadata import Metadata
 
@@ -46,6 +47,9 @@ async def co_submit_all(node: Node | CryptFile, requests: list[Request]) -> None
     for request in requests:
         request.owner = batch
     offsets = [request.offset for request in requests]
+    if CHANGES_BYTES[requests[0].op]:
+        end = max([request.offset + request.length for request in requests])
+        note(node if isinstance(node, Node) else node.node, end)
     pending = node.submit_batch(requests)
     if pending:
         batch.add(len(pending))

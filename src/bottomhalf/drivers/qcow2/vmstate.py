@@ -35,10 +35,12 @@ async def co_save(node: Qcow2Node, offset: int, buffer: memoryview) -> None:
         raise OSError(errno.EFBIG, "the VM state is too large for the image", node.name)
     if entries > header.l1_size:
         async with metadata.lock:
+            await metadata.at("l1_grow_alloc_table")
             clusters = -(-entries * 8 >> mapping.cluster_bits)
             first = await metadata.allocate_together(clusters)
             metadata.move_l1(clusters * mapping.cluster_size // 8, first)
             await metadata.commit()
+    await metadata.at("vmstate_save")
     if node.crypt is not None:
         await co_io(node, WRITE, start, len(buffer), buffer)  # in whole sectors
     else:
@@ -47,6 +49,7 @@ async def co_save(node: Qcow2Node, offset: int, buffer: memoryview) -> None:
 
 async def co_load(node: Qcow2Node, offset: int, buffer: memoryview) -> None:
     """Read a piece of the state; zeroes where nothing was stored. OSError, ImageError."""
+    await node.metadata.at("vmstate_load")
     start = _base(node) + offset
     known = max(min((len(node.metadata.l1) << node.mapping.l1_shift) - start, len(buffer)), 0)
     if known:

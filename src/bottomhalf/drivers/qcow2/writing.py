@@ -29,11 +29,13 @@ _ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
 class _Batch:
     """Data that are ready to be written, and the entries to be set when they are."""
 
-    __slots__ = ("clusters", "links", "pieces")
+    __slots__ = ("clusters", "guests", "links", "padded", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Any]] = []
+        self.guests: list[int] = []  # where the guest has them
         self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
+        self.padded = False  # some have around them what was there before
         self.clusters: set[int] = set()  # guest clusters among the links
 
 
@@ -44,6 +46,7 @@ class Writer:
         self._node = node
         self._metadata = node.metadata
         self._mapping = node.mapping
+        self.hides = 0  # bytes of a backing file that is yet to come, and must not be seen through zeroes
 
     # -- writes -------------------------------------------------------------------------------------------------
 
@@ -120,15 +123,18 @@ class Writer:
         host = entry & OFFSET_MASK
         if not mapping.extended and not entry & ZERO:
             batch.pieces.append((host + inside, data))
+            batch.guests.append((cluster << mapping.cluster_bits) + inside)
             return
         start, end = self._units(inside, len(data))
         whole = data
         touched = self._bits(start, end)
         if not mapping.extended or bitmap & touched != touched:
             whole = await self._filled(cluster, start, end, inside, data, zeroes=True)
+            batch.padded = batch.padded or whole is not data
         else:
             start = inside
         batch.pieces.append((host + start, whole))
+        batch.guests.append((cluster << mapping.cluster_bits) + start)
         if mapping.extended:
             link = entry, (bitmap | touched) & ~(touched << SUBCLUSTERS)
         else:
@@ -169,8 +175,10 @@ class Writer:
                 end = unit_end
         fill = not virgin or self._node.crypt is not None  # zeroes of the file, decrypted, are noise
         whole = await self._filled(cluster, start, end, inside, data, zeroes=fill)
+        batch.padded = batch.padded or whole is not data
         at = start if len(whole) == end - start else inside
         batch.pieces.append(((first << bits) + at, whole))
+        batch.guests.append((cluster << bits) + at)
 
     async def _filled(
         self, cluster: int, start: int, end: int, inside: int, data: memoryview, *, zeroes: bool
@@ -185,6 +193,7 @@ class Writer:
         around = [(start, inside), (stop, min(end, max(limit - base, stop)))]
         if not zeroes and all([await self._reads_as_zeroes(base + a, b - a) for a, b in around]):
             return data
+        await self._metadata.at("cow_read")
         buffer = bytearray(end - start)
         with memoryview(buffer) as view:
             for a, b in around:
@@ -219,9 +228,16 @@ class Writer:
         """Write the data, then set the entries."""
         crypt = self._node.crypt
         if crypt is not None:
-            batch.pieces = [(offset, crypt.encrypted(offset, data)) for offset, data in batch.pieces]
+            pairs = zip(batch.pieces, batch.guests, strict=True)
+            batch.pieces = [
+                (place, crypt.encrypted(guest if crypt.by_guest else place, data)) for (place, data), guest in pairs
+            ]
+        if batch.padded:
+            await self._metadata.at("cow_write")
+        await self._metadata.at("write_aio")
         await self._metadata.write_data(batch.pieces)
-        batch.pieces = []
+        batch.padded = False
+        batch.pieces, batch.guests = [], []
         while batch.links:
             cluster, entry, bitmap = batch.links[0]
             await self.link(cluster, entry, bitmap)
@@ -246,7 +262,7 @@ class Writer:
             offset, length = mapping.squeezed(old)
             last = (offset + length - 1) >> mapping.cluster_bits
             metadata.free_all(range(offset >> mapping.cluster_bits, last + 1), why)
-            self._node.forget_unpacked()
+            self._node.reader.forget_unpacked()
         elif old & OFFSET_MASK and not mapping.external:
             metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits, why)
 
@@ -316,7 +332,8 @@ class Writer:
         metadata, mapping, node = self._metadata, self._mapping, self._node
         entry, bitmap = await self.entry(cluster)
         has_content = mapping.has_place(entry) or entry & COMPRESSED
-        needs_hiding = node.backing is not None and (cluster << mapping.cluster_bits) < node.backing.size
+        below = max(node.backing.size if node.backing is not None else 0, self.hides)
+        needs_hiding = cluster << mapping.cluster_bits < below
         if not has_content and not needs_hiding:
             return
         await metadata.make_room_for_changes()

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bottomhalf.aio import AioContext, wait_while
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node
+from bottomhalf.exports.nbd.dirty_bitmaps import ShownBitmaps
 from bottomhalf.host.protocol import PERM_ALL, PERM_CONSISTENT_READ, PERM_RESIZE, PERM_WRITE
 from bottomhalf.host.request import FLUSH
 from bottomhalf.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, FLAG_CAN_MULTI_CONN, MAX_REQUEST, MAX_STRING
 from bottomhalf.wire.nbd.export import READ_ONLY_FLAGS, WRITABLE_FLAGS, ExportInfo
 
 if TYPE_CHECKING:
+    from bottomhalf.block.dirty import NamedBitmap
     from bottomhalf.exports.nbd.connection import Connection
+    from bottomhalf.qapi.common import BlockDirtyBitmap
 
 
 @dataclass
@@ -53,6 +56,7 @@ class NbdExport:
         exclusive: bool = False,
         fixed_iothread: bool = False,
         allow_inactive: bool = False,
+        bitmaps: Sequence[str | BlockDirtyBitmap] = (),
     ) -> None:
         if writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
@@ -81,6 +85,7 @@ class NbdExport:
         )
         try:
             self.backend.insert(node)
+            self._bitmaps = ShownBitmaps(graph, node, bitmaps, writable=writable)
         except BaseException:
             self.backend.close()
             raise
@@ -112,8 +117,13 @@ class NbdExport:
             minimum_block_size=self.alignment,
             preferred_block_size=max(4096, self.alignment),
             maximum_block_size=MAX_REQUEST,
-            contexts=(CONTEXT_BASE_ALLOCATION,),
+            contexts=(CONTEXT_BASE_ALLOCATION, *self.bitmaps),
         )
+
+    @property
+    def bitmaps(self) -> Mapping[str, NamedBitmap]:
+        """Those that clients may ask for, by metadata context."""
+        return self._bitmaps.by_context
 
     def attach(self, connection: Connection) -> None:
         """A client has chosen this export. Main thread."""
@@ -168,4 +178,5 @@ class NbdExport:
                 self.backend.request(FLUSH, 0, 0)
             except OSError:
                 pass  # the disk failed; whoever cared has flushed, and was told
+        self._bitmaps.release(self.backend.graph)
         self.backend.close()

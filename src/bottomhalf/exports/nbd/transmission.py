@@ -70,6 +70,7 @@ class Transmission:
         self._filled = 0  # of the arena, while anybody but us uses it
         self._structured = negotiated.structured_replies
         self._contexts = negotiated.contexts
+        self._bitmaps = export.bitmaps
         self._direct = connection.secure is None  # bytes of the file may go to the socket as they are
         self._header_size = OFFSET_DATA_SIZE if self._structured else SIMPLE_REPLY_SIZE
         self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
@@ -431,7 +432,9 @@ class Transmission:
                 waiting += self._submit([request], began_ns)
                 continue
             if request.op == BLOCK_STATUS:
-                reply, looks = block_status_reply(self._backend, request, self._contexts, looks_left)
+                reply, looks = block_status_reply(
+                    self._backend, self._bitmaps, request, self._contexts, looks_left
+                )
                 looks_left -= looks
                 self.output.send(reply)
                 continue

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from bottomhalf.host.linux.event import LinuxEvent
 from bottomhalf.host.linux.file import LinuxFile
+from bottomhalf.host.linux.file_hints import give_hints
 from bottomhalf.host.linux.memory import LinuxArena
 from bottomhalf.host.linux.poller import make_poller
 from bottomhalf.host.memory_file import lend_path
-from bottomhalf.host.protocol import ENGINE_KINDS, PERM_RESIZE, PERM_WRITE
+from bottomhalf.host.protocol import ENGINE_KINDS, EXTENT_SIZE_HINT_BYTES, PERM_RESIZE, PERM_WRITE
 
 if TYPE_CHECKING:
     from bottomhalf.host import protocol
@@ -99,7 +100,9 @@ class LinuxHost:
     ) -> LinuxFile:
         return LinuxFile(path, read_only=read_only, direct=direct, locking=locking)
 
-    def create_file(self, path: str, size: int) -> None:
+    def create_file(
+        self, path: str, size: int, *, nocow: bool = False, extent_size_hint_bytes: int | None = None
+    ) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
         file = LinuxFile(path)
         try:
@@ -107,6 +110,8 @@ class LinuxHost:
                 raise OSError(errno.ENOTSUP, "it is a block device, which has its size already", path)
             file.set_permissions(PERM_WRITE | PERM_RESIZE, 0)
             file.truncate(0)
+            hint = EXTENT_SIZE_HINT_BYTES if extent_size_hint_bytes is None else extent_size_hint_bytes
+            give_hints(file.fileno(), nocow, hint)
             file.truncate(size)
         finally:
             file.close()

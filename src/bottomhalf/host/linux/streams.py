@@ -70,6 +70,14 @@ class LinuxStream:
         self._input = self._output = -1
 
 
+def _rows(fd: int) -> int | None:
+    """Lines of the terminal at a descriptor."""
+    try:
+        return os.get_terminal_size(fd).lines or None
+    except OSError:
+        return None  # no terminal
+
+
 class LinuxStdio(LinuxStream):
     """Standard input and output (host.protocol.Terminal)."""
 
@@ -99,6 +107,9 @@ class LinuxStdio(LinuxStream):
             settings[3] &= ~termios.ISIG
         termios.tcsetattr(0, termios.TCSANOW, settings)
 
+    def rows(self) -> int | None:
+        return _rows(1) if os.isatty(0) else None
+
     def close(self) -> None:
         os.set_blocking(0, self._blocking)
         if self._settings is not None:
@@ -122,6 +133,9 @@ class LinuxPty(LinuxStream):
         asked = select.poll()
         asked.register(self._input, 0)
         return any(mask & select.POLLHUP for _, mask in asked.poll(0))
+
+    def rows(self) -> int | None:
+        return _rows(self._input)
 
 
 def open_stream(input_path: str | None, output_path: str | None, mode: str) -> LinuxStream:

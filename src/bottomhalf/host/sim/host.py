@@ -152,7 +152,9 @@ class SimHost:
         self.world.note("open", path)
         return SimFile(self.world, self.faults, self.latency, inode, read_only, direct, locking)
 
-    def create_file(self, path: str, size: int) -> None:
+    def create_file(
+        self, path: str, size: int, *, nocow: bool = False, extent_size_hint_bytes: int | None = None
+    ) -> None:
         if path not in self.disk.files:
             self.add_file(path, b"")
         file = self.open_file(path)

@@ -120,6 +120,7 @@ class SimSocket(Descriptor):
         self._inbound = inbound
         self._outbound = outbound
         self.echo = True  # of a terminal
+        self.screen_rows: int | None = None  # of a terminal
         self._error = 0  # to be told once, when the bytes that came before it are read
         self._is_dead = False  # reset
         self._is_shut = False  # by shutdown() of this side
@@ -229,6 +230,10 @@ class SimSocket(Descriptor):
     def set_echo(self, echo: bool, signals: bool = True) -> None:
         """Of a terminal: noted for tests, which type and read what they please."""
         self.echo = echo
+
+    def rows(self) -> int | None:
+        """Of a terminal: what a test says."""
+        return self.screen_rows
 
     # Ending
 

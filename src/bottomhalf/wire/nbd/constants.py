@@ -172,6 +172,7 @@ REPLY_TYPE_NAMES: Final = {
 
 CONTEXT_BASE_ALLOCATION: Final = "base:allocation"
 CONTEXT_ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+CONTEXT_DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"  # and the bitmap's name
 STATE_HOLE: Final = 1 << 0  # base:allocation
 STATE_ZERO: Final = 1 << 1  # base:allocation
 STATE_DIRTY: Final = 1 << 0  # qemu:dirty-bitmap:NAME
