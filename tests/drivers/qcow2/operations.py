@@ -324,14 +324,14 @@ def reopens(scene: Scene, **options: Any) -> None:
 def checks(scene: Scene, repair: str | None = None) -> None:
     """A check says in its result what it could not read; its users tell theirs."""
     found = check(scene.host, IMAGE, repair)
-    if found.failure:
-        raise OSError(None, found.failure)
+    if found.failure or found.check_errors:
+        raise OSError(None, found.failure or str(found.findings))
 
 
 async def checks_itself(disk: Disk, scene: Scene) -> None:
     found = await disk.node.co_check()
-    if found.failure:
-        raise OSError(None, found.failure)
+    if found.failure or found.check_errors:
+        raise OSError(None, found.failure or str(found.findings))
 
 
 async def inactivate(disk: Disk) -> None:
