@@ -60,7 +60,7 @@ IMAGES: Final[list[dict[str, Any]]] = [
     {"cluster_size": 16384, "size": 7 * 16384 + 2048, "extended_l2": True},
     {"cluster_size": 16384, "size": 6 * 16384, "extended_l2": True, "backing": True},
 ]
-COUNTS_TOO_SMALL: Final = "more cannot be counted"
+COUNTS_TOO_SMALL: Final = "cannot be counted"
 
 
 class Schedule:

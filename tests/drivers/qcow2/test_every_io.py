@@ -88,7 +88,8 @@ def one(operation: Operation, kind: Kind, position: int, of: Shape, survivors: i
         operation.act(scene)
     except (OSError, BlockError, ImageError) as error:
         told = error
-    _hear(kind, fault, told)
+    if told is not None or not operation.repairs:  # a repair looks again, and may find all well the next time
+        _hear(kind, fault, told)
     allowed, deep = [scene.flushed, scene.live, after], survivors > 1 or position % 2 == 0
     if not operation.makes or told is None:
         for _ in range(survivors):
