@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 from bottomhalf.block.zeroes import fill_zeroes
 from bottomhalf.drivers.qcow2.compression import decompress
 from bottomhalf.drivers.qcow2.tables import DATA, SQUEEZED, UNALLOCATED
-from bottomhalf.drivers.qcow2.together import co_submit_all
-from bottomhalf.host.request import READ, Request
+from bottomhalf.drivers.qcow2.together import co_submit_all, read_from
+from bottomhalf.host.request import Request
 
 if TYPE_CHECKING:
-    from bottomhalf.block import Node
-    from bottomhalf.drivers.luks.crypting import CryptFile
     from bottomhalf.drivers.qcow2.node import Qcow2Node
 
 
@@ -47,14 +45,14 @@ class Reader:
                 for run in await metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
-                        _read_from(data, run.host, part, reads)
+                        read_from(data, run.host, part, reads)
                         guests.append((offset + at, part))
                     elif run.kind == SQUEEZED:
                         content = await self._unpack(run.host)
                         start = (offset + at) & node.mapping.cluster_mask
                         part[:] = content[start : start + run.length]
                     elif run.kind == UNALLOCATED and backing is not None:
-                        _read_from(backing, offset + at, part, below)
+                        read_from(backing, offset + at, part, below)
                     else:
                         fill_zeroes(part)
                     at += run.length
@@ -88,12 +86,3 @@ class Reader:
         """A compressed cluster is not used any more: its place may get other content."""
         self._unpacked = (0, b"")
         self._forgotten += 1
-
-
-def _read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
-    """Note what is to be read for ``part``: what the node has of the range; behind its end are zeroes."""
-    count = max(min(len(part), node.size - offset), 0)
-    if count:
-        requests.append(Request(READ, offset, count, part[:count]))
-    if count < len(part):
-        fill_zeroes(part[count:])

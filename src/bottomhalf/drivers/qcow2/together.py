@@ -10,7 +10,8 @@ from bottomhalf.aio.coroutine import Waitable
 from bottomhalf.block import Node
 from bottomhalf.block.errors import check
 from bottomhalf.block.written import CHANGES_BYTES, note
-from bottomhalf.host.request import OP_NAMES, Request
+from bottomhalf.block.zeroes import fill_zeroes
+from bottomhalf.host.request import OP_NAMES, READ, Request
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.luks.crypting import CryptFile
@@ -78,3 +79,12 @@ class Passage:
         self._metadata.end(self.epoch, len(requests))
         if owner is not None:
             owner.complete(requests)
+
+
+def read_from(node: Node | CryptFile, offset: int, part: memoryview, requests: list[Request]) -> None:
+    """Note what is to be read for ``part``: what the node has of the range; behind its end are zeroes."""
+    count = max(min(len(part), node.size - offset), 0)
+    if count:
+        requests.append(Request(READ, offset, count, part[:count]))
+    if count < len(part):
+        fill_zeroes(part[count:])
