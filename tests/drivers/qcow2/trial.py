@@ -45,7 +45,17 @@ from tests.drivers.qcow2.mutants import SECRET, Image
 
 READ_WRITE: Final = PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE
 SENSIBLE: Final = frozenset(
-    (errno.EIO, errno.EFBIG, errno.ENOMEDIUM, errno.EINVAL, errno.ENOTSUP, errno.ENOSPC, errno.EEXIST, errno.ENOENT)
+    (
+        errno.EIO,
+        errno.EBUSY,
+        errno.EFBIG,
+        errno.ENOMEDIUM,
+        errno.EINVAL,
+        errno.ENOTSUP,
+        errno.ENOSPC,
+        errno.EEXIST,
+        errno.ENOENT,
+    )
 )
 Opened = tuple[AioContext, BlockBackend, Qcow2Node]
 CONTENT_BYTES_MAX: Final = 4 << 20  # a disk that is larger is read in places
