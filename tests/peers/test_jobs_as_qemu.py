@@ -140,3 +140,48 @@ def test_qemu_reads_the_image(
             found.pop(differs, None)
         described.append(found)
     assert described[0] == described[1]
+
+
+def test_qemu_opens_a_volume_with_the_password_that_was_added(require: Callable[[str], str], tmp_path: Path) -> None:
+    """LUKS made and amended by jobs, with its header in front and in a file of its own. (QEMU's daemon ends when it is
+    asked to amend one, so it only reads.)"""
+    pytest.importorskip("cryptography")
+    for name in "fgh":
+        (tmp_path / name).write_bytes(b"\xee" * 10_000)
+    luks = {"driver": "luks", "size": MIB, "key-secret": "s", "iter-time": 10}
+    volume = {"driver": "luks", "node-name": "l", "file": "f", "key-secret": "s"}
+    apart = {"driver": "luks", "node-name": "m", "file": "g", "header": "h", "key-secret": "s"}
+    add = {"driver": "luks", "state": "active", "new-secret": "t", "iter-time": 10}
+    lines: list[tuple[str, dict[str, object]]] = [
+        ("qmp_capabilities", {}),
+        ("object-add", {"qom-type": "secret", "id": "s", "data": "abc"}),
+        ("object-add", {"qom-type": "secret", "id": "t", "data": "def"}),
+        *(("blockdev-add", {"driver": "file", "node-name": n, "filename": f"{tmp_path}/{n}"}) for n in "fgh"),
+        ("blockdev-create", {"job-id": "a", "options": {**luks, "file": "f"}}),
+        ("blockdev-create", {"job-id": "b", "options": {**luks, "file": "g", "header": "h", "preallocation": "full"}}),
+        ("blockdev-add", volume),
+        ("blockdev-add", apart),
+        ("x-blockdev-amend", {"job-id": "c", "node-name": "l", "options": add}),
+        ("x-blockdev-amend", {"job-id": "d", "node-name": "m", "options": add}),
+        (
+            "x-blockdev-amend",
+            {"job-id": "e", "node-name": "l", "options": {"driver": "luks", "state": "inactive", "old-secret": "s"}},
+        ),
+        ("query-jobs", {}),
+        ("quit", {}),
+    ]
+    said = converse(OURS["qemu-storage-daemon"], [json.dumps({"execute": n, "arguments": a}) for n, a in lines])
+    assert not [each for each in said if '"return"' not in each[1]]
+    jobs = json.loads(said[-2][1])["return"]
+    assert len(jobs) == 5 and not any("error" in job for job in jobs), jobs
+    assert (tmp_path / "g").stat().st_size == MIB
+    for password, options, opens in (
+        ("def", f"driver=luks,key-secret=s,file.filename={tmp_path}/f", True),
+        ("abc", f"driver=luks,key-secret=s,file.filename={tmp_path}/f", False),
+        ("def", f"driver=luks,key-secret=s,file.filename={tmp_path}/g,header.filename={tmp_path}/h", True),
+    ):
+        words = ["--object", f"secret,id=s,data={password}", "--image-opts", options, "-c", "write -P 7 0 64k"]
+        ran = subprocess.run(
+            [require("qemu-io"), *words, "-c", "read -P 7 0 64k"], capture_output=True, text=True, timeout=SECONDS_MAX
+        )
+        assert (ran.returncode == 0) == opens, ran.stdout + ran.stderr

@@ -84,7 +84,7 @@ LONG: Final[dict[str, Form]] = {
     "block full": Form(360, 12_000),
     "backing": Form(360, 11_000),
     "lazy": Form(360, 9_500),
-    "small cache": Form(360, 8_500),
+    "small cache": Form(360, 12_000),
     "keeps discarded": Form(360, 10_500),
     "data file": Form(350, 7_500),
     "raw data file": Form(350, 6_500),

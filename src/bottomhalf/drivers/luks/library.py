@@ -73,6 +73,8 @@ async def co_make(
         if mode != Preallocation.OFF:
             await file.co_truncate(0)
         await co_resize(file, begin + size, mode)
+    if header_node is not None:
+        await header_node.co_truncate(options.header().payload * SECTOR_BYTES)
     await co_create(holder, options, detached=header_node is not None)
     if file is not None and file is not holder:
         await file.co_flush()
