@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import errno
+import gc
 
 import pytest
 
-from bottomhalf.aio import IOThread, WrongContext, explain, kick, run_in, sleep_ns, wait_while, waits
+from bottomhalf.aio import AioContext, IOThread, WrongContext, explain, kick, run_in, sleep_ns, wait_while, waits
 from bottomhalf.block import BlockBackend, Graph, Node
+from bottomhalf.drivers.file import FileNode
 from bottomhalf.drivers.registry import open_node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, Host
-from bottomhalf.host.request import FLUSH, Request
+from bottomhalf.host.request import FLUSH, READ, Request
 from bottomhalf.host.sim import SimHost
 from bottomhalf.qapi.block import BlockdevOptions
 from bottomhalf.qapi.visit import from_json
@@ -403,3 +405,23 @@ def test_parked_requests_meet_a_move(sim: SimHost) -> None:
             user.wait()
             assert {request.result for request in requests} == {0}
         user.backend.close()
+
+
+def test_a_buffer_is_given_back_when_its_request_is_done() -> None:
+    """Not at the next garbage collection: a request and who waits for it named each other."""
+    host = SimHost(0)
+    host.add_file("disk.raw", 4096)
+    context = AioContext(host)
+    graph = Graph(context)
+    node = FileNode(graph, filename="disk.raw")
+    node.monitor_owned = True
+    buffer = bytearray(512)
+    gc.disable()
+    try:
+        context.run(node.co_pread(0, memoryview(buffer)))
+        context.run(context.engine.co_submit(node.file, Request(READ, 0, 512, memoryview(buffer))))
+        buffer.append(0)  # BufferError while anybody has a view of it
+    finally:
+        gc.enable()
+    graph.close()
+    context.close()

@@ -114,6 +114,7 @@ class ContextEngine:
         self.submit(file, [request])
         await suspend(waiter)
         assert request.result != IN_PROGRESS, "woken by something else than the request"
+        request.owner = None  # they name each other, and the buffer would stay until the next garbage collection
 
     def _enter(self, _: None) -> None:
         if self._prepared:

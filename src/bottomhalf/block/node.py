@@ -499,6 +499,7 @@ async def co_submit(submit: Callable[[list[Request]], list[Request]], request: R
     if submit([request]):
         await suspend(waiter)
         assert request.result != IN_PROGRESS, "woken by something else than the request"
+    request.owner = None  # they name each other, and the buffer would stay until the next garbage collection
 
 
 async def co_io(

@@ -177,7 +177,7 @@ async def co_find_places(metadata: Metadata) -> None:
 async def _find_snapshots(metadata: Metadata) -> None:
     header, places = metadata.header, metadata.places
     try:
-        found, length = await snapshots.co_read(metadata)
+        found, length = await snapshots.co_read(metadata, names=False)
     except ImageError:
         return  # whoever reads snapshots says it
     places.add(SNAPSHOT_TABLE, header.snapshots_offset, length)

@@ -52,12 +52,13 @@ def pack(entries: list[Snapshot], disk_bytes: int) -> bytes:
     return bytes(table)
 
 
-async def co_read(metadata: Metadata) -> tuple[list[Snapshot], int]:
-    """The image's snapshots, the oldest first, and how many bytes their table takes. OSError, ImageError."""
+async def co_read(metadata: Metadata, *, names: bool = True) -> tuple[list[Snapshot], int]:
+    """The image's snapshots, the oldest first, and how many bytes their table takes. Without ``names``, which may take
+    as much memory as the table, all are called "". OSError, ImageError."""
     header = metadata.header
     if not header.snapshot_count:
         return [], 0
-    return parse(await co_table(metadata), header.snapshot_count, header.cluster_size)
+    return parse(await co_table(metadata), header.snapshot_count, header.cluster_size, names=names)
 
 
 async def co_table(metadata: Metadata) -> bytearray:
@@ -136,7 +137,9 @@ def scan(data: bytes | bytearray, count: int, version: int) -> Scan:
     return Scan(entries, length, incomplete, oversized, 0)
 
 
-def parse(data: bytes | bytearray, count: int, cluster_size: int) -> tuple[list[Snapshot], int]:
+def parse(
+    data: bytes | bytearray, count: int, cluster_size: int, *, names: bool = True
+) -> tuple[list[Snapshot], int]:
     """``count`` entries from the table's bytes, which may go on behind it; and how many bytes it takes. ImageError."""
     found: list[Snapshot] = []
     at = 0
@@ -160,8 +163,10 @@ def parse(data: bytes | bytearray, count: int, cluster_size: int) -> tuple[list[
         if extra_length >= _EXTRA.size + _ICOUNT.size:
             (icount,) = _ICOUNT.unpack_from(data, at + _EXTRA.size)
         at += extra_length
-        id = bytes(data[at : at + id_length]).decode("utf-8", "surrogateescape")
-        name = bytes(data[at + id_length : end]).decode("utf-8", "surrogateescape")
+        id = name = ""
+        if names:
+            id = bytes(data[at : at + id_length]).decode("utf-8", "surrogateescape")
+            name = bytes(data[at + id_length : end]).decode("utf-8", "surrogateescape")
         at = end
         found.append(Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state_bytes, disk_bytes, icount))
     if at > SNAPSHOT_TABLE_BYTES_MAX:
