@@ -162,6 +162,7 @@ class Snapshots:
     async def forget_tables(self, first: int) -> None:
         """Give back all L2 tables from this one on and what they lead to. With the lock held."""
         metadata, mapping = self._metadata, self._mapping
+        self._node.reader.forget_unpacked()  # its place may get other content
         for index in range(first, len(metadata.l1)):
             entry = metadata.l1[index] & OFFSET_MASK
             if entry:
