@@ -17,12 +17,11 @@ SECOND_NS = 1_000_000_000
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(10)  # the last steps of one that has handed on its baton
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # the last steps of one that has handed on its baton
+    assert set(threading.enumerate()) <= before
 
 
 def chatter(host: SimHost, log: list[str], name: str) -> None:
