@@ -55,7 +55,7 @@ Serve disk images without a virtual machine.
   --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]
   --nbd-server addr.type=unix,addr.path=PATH[,max-connections=N]
                          start the NBD server
-  --object iothread|throttle-group|secret|tls-creds-x509|authz-list|main-loop|...,id=ID[,PROPERTY=VALUE...]
+  --object iothread|secret|throttle-group|tls-creds-x509|...,id=ID[,PROPERTY=VALUE...]
                          create an object: a thread that serves exports, a password, ...
   --pidfile PATH         write the process id to a file that goes away at exit
 
