@@ -325,12 +325,12 @@ class Trial:
 
     def _apply(self, context: AioContext, backend: BlockBackend, node: Qcow2Node, model: bytearray | None) -> bool:
         known = context.run(node.snapshots.read())
+        if model is not None:  # which is no model of a disk that is much larger
+            known = [each for each in known if (each.disk_bytes or 0) <= CONTENT_BYTES_MAX]
         if known:
             context.run(node.snapshots.apply(self.chance.choice(known)))
             if model is not None:
-                small = backend.size <= CONTENT_BYTES_MAX
-                model[:] = context.run(backend.co_pread(0, backend.size)) if small else b""
-                assert small, "a snapshot with a disk that is much larger"
+                model[:] = context.run(backend.co_pread(0, backend.size))
         return True
 
     def _delete(self, context: AioContext, backend: BlockBackend, node: Qcow2Node, model: bytearray | None) -> bool:
@@ -378,6 +378,8 @@ class Trial:
             assert not repaired.leaks, repaired
         # What lies where tables lie, or will, is not the guest's to keep; and if not all is said, nobody knows.
         overlaps = any("exceeding the end" in text or "ERROR cluster" in text for text in found.findings)
+        if self.image.what[0] == "many snapshots" and any("L2 entry" in what for what in self.image.what):
+            overlaps = True  # it may lead to a table now that snapshots share, and whose counter is right
         if before is None or overlaps or len(found.findings) == FINDINGS_MAX:
             return
         after = self._look(store)

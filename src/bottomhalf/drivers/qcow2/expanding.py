@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import snapshots, tables
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.node import Qcow2Node
+
+L1_ENTRIES_MAX: Final = 8 << 20  # of all snapshots, those at the same place counted once; two of the largest
 
 
 async def co_expand(node: Qcow2Node) -> None:
@@ -28,10 +31,14 @@ async def co_expand(node: Qcow2Node) -> None:
     async with node.metadata.lock:
         await node.metadata.settle()
         known, _ = await snapshots.co_read(node.metadata)
+        places = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in known)
+        if sum(entries for _, entries in places) > L1_ENTRIES_MAX:
+            raise ImageError(f"the snapshots' L1 tables have more than {L1_ENTRIES_MAX} entries")
         paths: Counter[int] = Counter()  # how many snapshots have a table
-        for snapshot in known:
-            l1 = tables.unpack(await node.metadata.read(snapshot.l1_offset, snapshot.l1_size * 8))
-            paths.update(entry & OFFSET_MASK for entry in l1 if entry & OFFSET_MASK)
+        for (l1_offset, entries), times in places.items():
+            for entry in filter(None, tables.unpack(await node.metadata.read(l1_offset, entries * 8))):
+                if entry & OFFSET_MASK:
+                    paths[entry & OFFSET_MASK] += times
         for offset, count in paths.items():
             await _expand_shared(node, offset, count)
         await node.metadata.settle()

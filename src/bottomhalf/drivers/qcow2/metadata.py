@@ -475,9 +475,9 @@ class Metadata(Counters):
 
     async def settle(self) -> None:
         """Commit until nothing is left: what one commit frees, the next one writes. What somebody is on his way to, or
-        holds, stays. With the lock held. OSError."""
+        holds, stays; and all of it in an image that is not written any more. With the lock held. OSError."""
         await self.commit(counters=True)
-        while self.dirty:
+        while self.dirty and not self.broken:
             held = len(self._freed)
             await self.commit(counters=True)
             if held and len(self._freed) == held and not self._unwritten:
