@@ -160,12 +160,16 @@ class Snapshots:
         await switch.write(place, tables.pack(entries))
 
     async def forget_tables(self, first: int) -> None:
-        """Give back all L2 tables from this one on and what they lead to. With the lock held."""
+        """Give back all L2 tables from this one on and what they lead to. With the lock held. OSError, ImageError."""
         metadata, mapping = self._metadata, self._mapping
         self._node.reader.forget_unpacked()  # its place may get other content
+        seen: set[int] = set()
         for index in range(first, len(metadata.l1)):
             entry = metadata.l1[index] & OFFSET_MASK
+            if entry in seen:
+                raise ImageError(f"L2 table offset {entry:#x} is there twice (L1 index: {index:#x})")
             if entry:
+                seen.add(entry)
                 table = await metadata.l2_table(index)
                 assert table is not None
                 metadata.free_all(self._of_table(table.entries))
