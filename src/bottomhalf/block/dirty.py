@@ -19,8 +19,8 @@ has it, but somebody did not write it back, so that it is of no use but to be re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bottomhalf.block.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MIN, DirtyBitmap
 from bottomhalf.block.errors import BlockError, ImageError
@@ -113,11 +113,6 @@ class NamedBitmap(DirtyBitmap):
             self.truncate(0)
             self.inconsistent = True
             self.enabled = False
-
-
-def named_bitmaps(node: Node) -> dict[str, NamedBitmap]:
-    """The bitmaps of a node by name, the oldest first; the dict is the node's own."""
-    return node.bitmaps
 
 
 def default_granularity(node: Node) -> int:
@@ -221,11 +216,7 @@ def begin_writing(graph: Graph, node: Node) -> None:
     keeper = node.bitmap_keeper
     if keeper is None or not keeper.sealed or node.read_only or not node.active:
         return
-    try:
-        carry_out(graph, node, keeper.co_begin_writing(), f"the bitmaps of {node.describe()} to be marked as in use")
-    except (OSError, ImageError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise BlockError(f"The bitmaps of '{node.name}' cannot be marked as in use: {why}") from error
+    _carry_out(graph, node, keeper.co_begin_writing(), "marked as in use")
 
 
 def end_writing(graph: Graph, node: Node) -> None:
@@ -233,8 +224,12 @@ def end_writing(graph: Graph, node: Node) -> None:
     keeper = node.bitmap_keeper
     if keeper is None or not node.bitmaps or node.read_only or not node.active:
         return
+    _carry_out(graph, node, keeper.co_store(), "stored")
+
+
+def _carry_out(graph: Graph, node: Node, body: Coroutine[Any, Any, None], what: str) -> None:
     try:
-        carry_out(graph, node, keeper.co_store(), f"the bitmaps of {node.describe()} to be stored")
+        carry_out(graph, node, body, f"the bitmaps of {node.describe()} to be {what}")
     except (OSError, ImageError) as error:
         why = getattr(error, "strerror", None) or error
-        raise BlockError(f"The bitmaps of '{node.name}' cannot be stored: {why}") from error
+        raise BlockError(f"The bitmaps of '{node.name}' cannot be {what}: {why}") from error

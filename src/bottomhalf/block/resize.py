@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import errno
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import BlockError, check
 from bottomhalf.host.request import NO_FALLBACK, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block.node import Node
+
+FILE_BYTES_MAX: Final = (1 << 63) - 1  # an offset of a file
 
 
 class Preallocation(StrEnum):

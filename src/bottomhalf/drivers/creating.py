@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import move_to
 from bottomhalf.block.errors import BlockError
-from bottomhalf.block.resize import Preallocation, co_resize
+from bottomhalf.block.resize import FILE_BYTES_MAX, Preallocation, co_resize
 from bottomhalf.block.using import co_holding, co_using
 from bottomhalf.drivers.luks.secrets import find_secret
 from bottomhalf.drivers.registry import open_node
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
 
 _CHANGES: Final = PERM_WRITE | PERM_RESIZE
-_SIZE_MAX: Final = (1 << 63) - 1
 
 
 def _find(graph: Graph, given: BlockdevOptions | str) -> Node:
@@ -62,7 +61,7 @@ async def co_create_file(graph: Graph, options: BlockdevCreateOptionsFile) -> No
         raise BlockError(f"{refused}\nIs another process using the image [{path}]?") from error
     except OSError as error:
         raise BlockError(f"Could not create '{path}': {error.strerror}") from error
-    if options.size > _SIZE_MAX:
+    if options.size > FILE_BYTES_MAX:
         raise BlockError("Could not resize file: Invalid argument")
     opened = from_json(BlockdevOptions, {"driver": "file", "filename": path})
     async with co_holding(graph, lambda: open_node(graph, opened)) as node, co_using(node, _CHANGES):
@@ -106,14 +105,13 @@ def _password(graph: Graph, secret: str | None, prefix: str) -> bytes:
 def _old_encryption(graph: Graph, secret: str | None) -> OldEncryption:
     from bottomhalf.drivers.qcow2.encryption import OldEncryption
 
-    made = OldEncryption(_password(graph, secret, "encrypt."))
-    made.cipher()  # whether there is a package for it
-    return made
+    return OldEncryption.of(_password(graph, secret, "encrypt."))
 
 
 def luks_options(graph: Graph, given: QCryptoBlockCreateOptionsLUKS, prefix: str) -> LuksOptions:
     """With the password. BlockError."""
     from bottomhalf.drivers.luks.create import LuksOptions
+
     options = LuksOptions.of(given, _password(graph, given.key_secret, prefix))
     options.header()
     return options
@@ -184,18 +182,26 @@ async def co_amend_luks(node: LuksNode, options: QCryptoBlockAmendOptionsLUKS, f
     file = node.child("file")
     assert file is not None
     holder = file.node if header is None else header.node
-    await _co_amend_keys(node, holder, options, force, 0, detached=header is not None)
+    await _co_amend_keys(node, holder, options, force, detached=header is not None)
 
 
 async def _co_amend_keys(
-    node: Node, holder: Node, options: QCryptoBlockAmendOptionsLUKS, force: bool, base: int, detached: bool = False
+    node: Node,
+    holder: Node,
+    options: QCryptoBlockAmendOptionsLUKS,
+    force: bool,
+    base: int = 0,
+    limit: int | None = None,
+    *,
+    detached: bool = False,
 ) -> None:
     from bottomhalf.drivers.luks.keyslots import SlotChange, co_amend
+
     names = (options.new_secret, options.old_secret, options.secret)
     new, old, opening = (find_secret(node.graph, name) for name in names)
     change = SlotChange(str(options.state), new, old, options.keyslot, options.iter_time)
     password = opening or _secret_of(node) or b""
-    await co_amend(holder, password, change, force=force, base=base, detached=detached)
+    await co_amend(holder, password, change, base=base, limit=limit, detached=detached, force=force)
 
 
 def _secret_of(node: Node) -> bytes | None:

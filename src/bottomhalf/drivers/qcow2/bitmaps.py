@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from bottomhalf.block.errors import ImageError
+from bottomhalf.drivers.qcow2.layout import OFFSET_MASK
 
 IN_USE: Final = 1  # somebody is writing to the image, or was when he vanished: the bits are not to be believed
 AUTO: Final = 2  # it follows writes
@@ -181,4 +182,4 @@ def check_table_entry(entry: int, cluster_size: int) -> None:
 
 def data_offset(entry: int) -> int:
     """Where the bits of a bitmap table's entry lie; 0 if they are all alike."""
-    return entry & 0x00FF_FFFF_FFFF_FE00
+    return entry & OFFSET_MASK

@@ -65,7 +65,9 @@ class Counters:
 
     async def at(self, event: str) -> None:
         """The work comes by a point that QEMU has a name for: blkdebug may have the next request fail, or wait here."""
-        await self.file.co_debug_event(event)
+        file = self.file
+        if file.graph.debugged:
+            await file.co_debug_event(event)
 
     # -- refcounts ----------------------------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from bottomhalf.aio import move_to
 from bottomhalf.block.errors import BlockError, ImageError
+from bottomhalf.block.resize import FILE_BYTES_MAX
 from bottomhalf.block.using import co_using
 from bottomhalf.drivers.qcow2 import layout, refcounts, tables
 from bottomhalf.drivers.qcow2.header import Header
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
     from bottomhalf.drivers.qcow2.encryption import OldEncryption
-
-SIZE_MAX: Final = (1 << 63) - 1  # an offset of a file
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ async def _co_grow(node: Qcow2Node, options: CreateOptions) -> None:
 
         await co_encrypt_new(node, options.encrypt)
     try:
-        if options.size > SIZE_MAX:
+        if options.size > FILE_BYTES_MAX:
             raise BlockError("Image size cannot be negative")  # which it is in 64 bits
         await node.co_truncate(options.size)
         Settings.default(node.header).apply(node.metadata)  # of a disk of that size

@@ -38,6 +38,13 @@ class OldEncryption:
 
     password: bytes = field(repr=False)
 
+    @classmethod
+    def of(cls, password: bytes) -> OldEncryption:
+        """BlockError without the package that has ciphers."""
+        made = cls(password)
+        made.cipher()
+        return made
+
     def cipher(self) -> SectorCipher:
         """BlockError without the package that has ciphers."""
         key = self.password[:OLD_KEY_BYTES].ljust(OLD_KEY_BYTES, b"\0")
@@ -78,9 +85,7 @@ def take_options(format: str, options: dict[str, Any]) -> LuksOptions | OldEncry
         return library.take_options(options)
     if format != "aes":
         raise ValueError(f"encrypt_format is 'luks', 'aes' or None, not {format!r}")
-    made = OldEncryption(library.take_password(options))
-    made.cipher()  # whether there is a package for it
-    return made
+    return OldEncryption.of(library.take_password(options))
 
 
 async def co_amend_keys(node: Qcow2Node, secret: str | bytes | None, change: SlotChange, *, force: bool) -> None:

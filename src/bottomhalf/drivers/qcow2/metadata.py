@@ -312,6 +312,14 @@ class Metadata(Counters):
         self.l1[index] = entry
         self._dirty_l1.add(index * 8 // PAGE_BYTES)
 
+    async def grow_l1(self, entries: int) -> None:
+        """Let the L1 table have so many entries at least, whole clusters of them, at a new place. With the lock held.
+        OSError, ImageError."""
+        await self.at("l1_grow_alloc_table")
+        size = self.mapping.cluster_size
+        clusters = -(-entries * 8 // size)
+        self.move_l1(clusters * size // 8, await self.allocate_together(clusters))
+
     def move_l1(self, entries: int, cluster: int) -> None:
         """L1 has so many entries from now on, and lies at ``cluster``. With the lock held."""
         header = self.header

@@ -217,10 +217,13 @@ class Qcow2Node(DirectReads):
             raise OSError(errno.EIO, str(error), self.name) from error
 
     def _read(self, requests: list[Request]) -> list[Request]:
-        metadata, mapping, backing, tick = self.metadata, self.mapping, self.backing, self.metadata.tick
+        metadata, mapping, backing = self.metadata, self.mapping, self.backing
         l2, l1_shift, bits, mask = metadata.l2, mapping.l1_shift, mapping.cluster_bits, mapping.cluster_mask
+        tick = metadata.tick
         last, limit, plain, file_size = mapping.entries - 1, mapping.cluster_size, not mapping.extended, self.data.size
-        mapped, below, slow = list[Request](), list[Request](), list[Request]()
+        mapped: list[Request] = []
+        below: list[Request] = []
+        slow: list[Request] = []
         for request in requests:
             offset, length = request.offset, request.length
             table = l2.get(offset >> l1_shift)
@@ -284,7 +287,8 @@ class Qcow2Node(DirectReads):
         bits, mask, last, limit = mapping.cluster_bits, mapping.cluster_mask, mapping.entries - 1, mapping.cluster_size
         extended, tick, data = mapping.extended, metadata.tick, self.data
         known = data.noted if data.noted <= data.size else data.size
-        mapped, slow = list[Request](), list[Request]()
+        mapped: list[Request] = []
+        slow: list[Request] = []
         for request in requests:
             offset, length = request.offset, request.length
             index = offset >> l1_shift

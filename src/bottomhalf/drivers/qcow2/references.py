@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import bitmaps, layout, refcounts, tables
+from bottomhalf.drivers.qcow2.keeping import co_read_directory
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, L1_BYTES_MAX, OFFSET_MASK, SUBCLUSTERS, ZERO
 from bottomhalf.host.protocol import ZERO as ZEROES
 
@@ -331,20 +332,20 @@ class References:
         result.fragmented_clusters += active  # by their nature
 
     async def _count_bitmaps(self) -> None:
-        header, metadata = self._header, self._metadata
-        extension = header.extension(layout.EXTENSION_BITMAPS)
-        if extension is None or not header.autoclear & layout.BITMAPS:
-            return
-        try:
-            count, offset, length = bitmaps.parse_extension(extension, header.cluster_size)
+        async def read(offset: int, length: int) -> bytearray:
             if not self.refer(offset, length):
                 raise ImageError("the bitmap directory lies behind the end of the file")
-            found = bitmaps.parse_directory(await metadata.read(offset, length), count, header.cluster_size)
+            return await self._metadata.read(offset, length)
+
+        try:
+            directory = await co_read_directory(read, self._header)
         except ImageError as error:
             self._result.give_up(f"ERROR {error}")
             raise Unfinished from error
+        if directory is None:
+            return
         self._room = self._table_room()
-        for bitmap in found:
+        for bitmap in directory[0]:
             self._take_room(bitmap.table_size * 8, "bitmap tables")
             if self.refer(bitmap.table_offset, bitmap.table_size * 8):
                 async for entry in self._entries(bitmap.table_offset, bitmap.table_size * 8):

@@ -93,10 +93,7 @@ async def _grow(node: Qcow2Node, size: int, preallocation: str) -> None:
         await _forget_behind(node, old)
         entries = -(-size >> mapping.l1_shift)
         if entries > header.l1_size:
-            await metadata.at("l1_grow_alloc_table")
-            clusters = -(-entries * 8 // mapping.cluster_size)
-            first = await metadata.allocate_together(clusters)
-            metadata.move_l1(clusters * mapping.cluster_size // 8, first)
+            await metadata.grow_l1(entries)
         await metadata.commit()
     await _zero_behind(node, old, size)
     if header.raw_data and preallocation == "off":

@@ -100,40 +100,46 @@ class Scan:
     overhanging: int  # entries behind the largest table that there may be
 
 
+def _entry(data: bytes | bytearray, at: int, names: bool = True) -> tuple[Snapshot, int, int]:
+    """The entry at ``at``, where it ends, and the length of its extra data. Behind ``data`` there are zeroes."""
+
+    def take(start: int, count: int) -> bytes:
+        return bytes(data[start : start + count]).ljust(count, b"\0")
+
+    fields = ENTRY.unpack(take(at, ENTRY.size))
+    l1_offset, l1_size, id_length, name_length, s, ns, clock_ns, state, extra_length = fields
+    extra = at + ENTRY.size
+    disk_bytes = icount = None
+    if extra_length >= _EXTRA.size:
+        state, disk_bytes = _EXTRA.unpack(take(extra, _EXTRA.size))
+    if extra_length >= _EXTRA.size + _ICOUNT.size:
+        (icount,) = _ICOUNT.unpack(take(extra + _EXTRA.size, _ICOUNT.size))
+    begin = extra + extra_length
+    id = name = ""
+    if names:
+        id = take(begin, id_length).decode("utf-8", "surrogateescape")
+        name = take(begin + id_length, name_length).decode("utf-8", "surrogateescape")
+    found = Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state, disk_bytes, icount)
+    return found, begin + id_length + name_length, extra_length
+
+
 def scan(data: bytes | bytearray, count: int, version: int) -> Scan:
     """As parse(), but for a check, which wants to know all that is wrong and tells it. Behind ``data`` there are
     zeroes."""
     entries: list[Snapshot] = []
     incomplete: list[int] = []
     oversized: list[tuple[int, int]] = []
-    at = length = 0
-
-    def take(count: int) -> bytes:
-        return bytes(data[at : at + count]).ljust(count, b"\0")
-
+    length = 0
     for number in range(count):
-        at = -(-at // 8) * 8
-        fields = ENTRY.unpack(take(ENTRY.size))
-        l1_offset, l1_size, id_length, name_length, s, ns, clock_ns, state, extra_length = fields
-        at += ENTRY.size
-        disk_bytes = icount = None
+        entry, end, extra_length = _entry(data, -(-length // 8) * 8)
         if extra_length > EXTRA_BYTES_MAX:
             oversized.append((number, extra_length))
         elif extra_length < _EXTRA.size and version > 2:
             incomplete.append(number)
-        if extra_length >= _EXTRA.size:
-            state, disk_bytes = _EXTRA.unpack(take(_EXTRA.size))
-        if extra_length >= _EXTRA.size + _ICOUNT.size:
-            icount = _ICOUNT.unpack(take(_EXTRA.size + _ICOUNT.size)[_EXTRA.size :])[0]
-        at += extra_length
-        id = take(id_length).decode("utf-8", "surrogateescape")
-        at += id_length
-        name = take(name_length).decode("utf-8", "surrogateescape")
-        at += name_length
-        if at > SNAPSHOT_TABLE_BYTES_MAX:
+        if end > SNAPSHOT_TABLE_BYTES_MAX:
             return Scan(entries, length, incomplete, oversized, count - number)
-        length = at
-        entries.append(Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state, disk_bytes, icount))
+        length = end
+        entries.append(entry)
     return Scan(entries, length, incomplete, oversized, 0)
 
 
@@ -147,28 +153,15 @@ def parse(
         at = -(-at // 8) * 8
         if at + ENTRY.size > len(data):
             raise ImageError(f"snapshot table ends within entry {number}")
-        fields = ENTRY.unpack_from(data, at)
-        l1_offset, l1_size, id_length, name_length, s, ns, clock_ns, state_bytes, extra_length = fields
-        at += ENTRY.size
+        entry, end, extra_length = _entry(data, at, names)
         if extra_length > EXTRA_BYTES_MAX:
             raise ImageError(f"snapshot table entry {number} has {extra_length} bytes of extra data")
-        end = at + extra_length + id_length + name_length
         if end > len(data):
             raise ImageError(f"snapshot table ends within entry {number}")
-        if l1_size * 8 > L1_BYTES_MAX or (l1_size and l1_offset % cluster_size):
+        if entry.l1_size * 8 > L1_BYTES_MAX or (entry.l1_size and entry.l1_offset % cluster_size):
             raise ImageError(f"snapshot table entry {number}: L1 table invalid")
-        disk_bytes = icount = None
-        if extra_length >= _EXTRA.size:
-            state_bytes, disk_bytes = _EXTRA.unpack_from(data, at)
-        if extra_length >= _EXTRA.size + _ICOUNT.size:
-            (icount,) = _ICOUNT.unpack_from(data, at + _EXTRA.size)
-        at += extra_length
-        id = name = ""
-        if names:
-            id = bytes(data[at : at + id_length]).decode("utf-8", "surrogateescape")
-            name = bytes(data[at + id_length : end]).decode("utf-8", "surrogateescape")
         at = end
-        found.append(Snapshot(id, name, l1_offset, l1_size, s, ns, clock_ns, state_bytes, disk_bytes, icount))
+        found.append(entry)
     if at > SNAPSHOT_TABLE_BYTES_MAX:
         raise ImageError("Snapshot table too large")
     return found, at

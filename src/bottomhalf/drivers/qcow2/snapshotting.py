@@ -227,7 +227,7 @@ class Snapshots:
             if not offset:
                 continue
             await metadata.make_room_for_changes()
-            entries = tables.unpack(await metadata.read(offset, mapping.cluster_size))
+            entries = await self._read_table(offset)
             for cluster in [*self._of_table(entries), offset >> mapping.cluster_bits]:
                 await metadata.refer(cluster)
                 counted.append(cluster)
@@ -344,14 +344,12 @@ class Snapshots:
 
     async def _clusters_of(self, l1: Iterable[int]) -> AsyncIterator[int]:
         """Every cluster that an L1 table leads to, L2 tables too. What is written counts, so settle before."""
-        metadata, mapping = self._metadata, self._mapping
         for entry in l1:
             offset = entry & OFFSET_MASK
-            if offset & mapping.cluster_mask:
-                raise ImageError(f"L2 table offset {offset:#x} unaligned")
             if offset:
-                yield offset >> mapping.cluster_bits
-                for cluster in self._of_table(tables.unpack(await metadata.read(offset, mapping.cluster_size))):
+                entries = await self._read_table(offset)
+                yield offset >> self._mapping.cluster_bits
+                for cluster in self._of_table(entries):
                     yield cluster
 
     async def _read_table(self, offset: int) -> array[int]:

@@ -45,7 +45,7 @@ class Switch:
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
         self._bits = metadata.header.cluster_bits
-        self._taken: list[int] = []
+        self._taken: list[int] = []  # clusters that nobody uses without the change
         self._places: dict[int, int] = {}  # of new blocks, by their index: clusters
         self._blocks: dict[int, array[int]] = {}  # with the counters as they will be
         self._table = 0  # where the new refcount table will be: a cluster
@@ -55,12 +55,8 @@ class Switch:
     async def take(self, count: int) -> int:
         """So many clusters side by side: the first one. OSError, ImageError."""
         first = await self._metadata.allocate_together(count)
-        self.took(range(first, first + count))
+        self._taken += range(first, first + count)
         return first
-
-    def took(self, clusters: Iterable[int]) -> None:
-        """They belong to the change: without it nobody uses them."""
-        self._taken += clusters
 
     def give_up(self) -> None:
         """It failed: what was taken is free, once the header on the disk is known to be the old one."""
@@ -79,7 +75,7 @@ class Switch:
                 metadata.free_all(range(self._table, self._table + clusters))
                 clusters = metadata.header.refcount_table_clusters
                 self._table = await metadata.allocate_together(clusters)
-            self.took(range(self._table, self._table + clusters))
+            self._taken += range(self._table, self._table + clusters)
         await metadata.commit(counters=True)
 
     async def count(self, cluster: int, change: int) -> None:

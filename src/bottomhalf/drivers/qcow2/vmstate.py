@@ -35,10 +35,7 @@ async def co_save(node: Qcow2Node, offset: int, buffer: memoryview) -> None:
         raise OSError(errno.EFBIG, "the VM state is too large for the image", node.name)
     if entries > header.l1_size:
         async with metadata.lock:
-            await metadata.at("l1_grow_alloc_table")
-            clusters = -(-entries * 8 >> mapping.cluster_bits)
-            first = await metadata.allocate_together(clusters)
-            metadata.move_l1(clusters * mapping.cluster_size // 8, first)
+            await metadata.grow_l1(entries)
             await metadata.commit()
     await metadata.at("vmstate_save")
     if node.crypt is not None:
