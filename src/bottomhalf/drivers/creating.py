@@ -173,7 +173,7 @@ async def co_amend_qcow2(node: Qcow2Node, options: BlockdevAmendOptionsQcow2, fo
         raise BlockError("Amend can't be used to change the qcow2 encryption format")
     async with node.metadata.lock:
         branch: Any = encrypt.branch
-        await _co_amend_keys(node, node.file, branch, force, header_place(node.header)[0])
+        await _co_amend_keys(node, node.file, branch, force, *header_place(node.header))
 
 
 async def co_amend_luks(node: LuksNode, options: QCryptoBlockAmendOptionsLUKS, force: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockError, Graph, Node
+from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.file import FileNode
 from bottomhalf.drivers.luks import keys
 from bottomhalf.drivers.luks.create import LuksOptions
@@ -73,6 +74,27 @@ def key_of(volume: Volume, password: bytes) -> bytes | None:
     except BlockError as error:
         assert str(error) == "Invalid password, cannot unlock any keyslot"
         return None
+
+
+def test_no_password_is_written_behind_the_header() -> None:
+    """A free slot's place is a number from outside: behind a qcow2's header there are clusters of the disk."""
+    host = SimHost(0)
+    volume, key = made(host)
+
+    async def end_of(slot: int) -> int:
+        header, _ = await co_load(volume.file)
+        return header.slots[slot].offset * 512 + header.material_bytes
+
+    end = volume.context.run(end_of(2))
+    before = host.content(PATH)
+    for slot in (2, None):
+        change = SlotChange("active", new_password=b"new", keyslot=slot)
+        with pytest.raises(ImageError, match="the material of keyslot 2 would lie behind the encryption header"):
+            volume.context.run(co_amend(volume.file, b"first", change, limit=end - 1))
+        assert host.content(PATH) == before
+    assert volume.context.run(co_amend(volume.file, b"first", CHANGES["add"], limit=end)) == [2]
+    assert key_of(volume, b"new") == key
+    volume.close()
 
 
 @pytest.mark.parametrize("op", [READ, WRITE, FLUSH], ids=lambda op: OP_NAMES[op])

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from bottomhalf.block.errors import BlockError
+from bottomhalf.block.errors import BlockError, ImageError
 from bottomhalf.drivers.luks import keys
 from bottomhalf.drivers.luks.create import ITERATION_TIME_MS_MAX, measured
 from bottomhalf.drivers.luks.header import SALT_BYTES, SECTOR_BYTES, SLOTS, Header
@@ -103,7 +103,7 @@ async def co_amend(
     header, materials = await co_load(node, base=base, limit=limit, detached=detached)
     if change.state == "active":
         _, key = await node.context.thread_pool.call(keys.unlock, header, materials, password)
-        return [await _fill(node, header, key, change, base, force)]
+        return [await _fill(node, header, key, change, base, limit, force)]
     slots = await _doomed(node, header, materials, change, force)
     for slot in slots:
         header.slots[slot] = replace(header.slots[slot], active=False, iterations=0, salt=bytes(SALT_BYTES))
@@ -116,7 +116,9 @@ async def co_amend(
     return slots
 
 
-async def _fill(node: Node, header: Header, key: bytes, change: SlotChange, base: int, force: bool) -> int:
+async def _fill(
+    node: Node, header: Header, key: bytes, change: SlotChange, base: int, limit: int | None, force: bool
+) -> int:
     host, password, slot = node.context.host, change.new_password, change.keyslot
     assert password is not None
     if slot is None:
@@ -126,6 +128,8 @@ async def _fill(node: Node, header: Header, key: bytes, change: SlotChange, base
     elif header.slots[slot].active and not force:
         raise BlockError(f"Refusing to overwrite active keyslot {slot} - please erase it first")
     target = header.slots[slot]
+    if limit is not None and target.offset * SECTOR_BYTES + header.material_bytes > limit:
+        raise ImageError(f"the material of keyslot {slot} would lie behind the encryption header")
 
     def derive() -> bytes:
         iterations = measured(header, header.key_bytes, change.iter_time or keys.ITERATION_TIME_MS, node)
