@@ -144,7 +144,7 @@ def _opened(path: str, *, read_only: bool = False, follow_names: bool) -> Iterat
     from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
-    from bottomhalf.tools.formats import probe
+    from bottomhalf.tools.formats import image_format
 
     context = AioContext(name="image")
     graph = Graph(context)
@@ -152,15 +152,7 @@ def _opened(path: str, *, read_only: bool = False, follow_names: bool) -> Iterat
     backend = BlockBackend(graph, held=held, shared=PERM_CONSISTENT_READ)
     try:
         below = {"driver": file_driver(graph, path), "filename": path}
-        file = open_node(graph, from_json(BlockdevOptions, {**below, "read-only": True, "node-name": "file"}))
-        with graph.holding(file):
-            file.monitor_owned = True
-            head = bytearray(min(512, file.size))
-            if head:
-                context.run(file.co_pread(0, memoryview(head)), what=f"the first bytes of {path}")
-            format = probe(bytes(head))
-            file.monitor_owned = False
-        graph.release(file)
+        format = image_format(context.host, path)
         options = {"driver": format, "read-only": read_only, "file": below}
         if format == "qcow2":
             options["backing"] = None

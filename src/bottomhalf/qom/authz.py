@@ -31,11 +31,7 @@ class AuthzSimple(Authz, UserCreatable, name="authz-simple"):
     """One name."""
 
     properties: ClassVar[dict[str, Property]] = {
-        "identity": Property(
-            "string",
-            lambda self: self.identity,
-            lambda self, value: setattr(self, "identity", string(value, "identity")),
-        ),
+        "identity": Property.of("string", "identity", string),
     }
 
     def __init__(self) -> None:
@@ -50,16 +46,8 @@ class AuthzList(Authz, UserCreatable, name="authz-list"):
     """A list of rules."""
 
     properties: ClassVar[dict[str, Property]] = {
-        "rules": Property(
-            "QAuthZListRule",
-            lambda self: self.rules,
-            lambda self, value: setattr(self, "rules", _rules(value, "rules")),
-        ),
-        "policy": Property(
-            "QAuthZListPolicy",
-            lambda self: self.policy,
-            lambda self, value: setattr(self, "policy", _policy(value, "policy")),
-        ),
+        "rules": Property.of("QAuthZListRule", "rules", _rules),
+        "policy": Property.of("QAuthZListPolicy", "policy", _policy),
     }
 
     def __init__(self) -> None:

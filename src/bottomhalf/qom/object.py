@@ -43,6 +43,17 @@ class Property:
         self.description = description
         self.default = default
 
+    @classmethod
+    def of(cls, type: str, attribute: str, check: Callable[[Any, str], Any]) -> Property:
+        """One that is kept in an attribute of nearly the same name. ``check(value, name)`` gives what is kept of a
+        value, or raises QomError."""
+        name = attribute.replace("_", "-")
+        return cls(
+            type,
+            lambda self: getattr(self, attribute),
+            lambda self, value: setattr(self, attribute, check(value, name)),
+        )
+
 
 class Interface:
     """What several types can be. Never made by itself."""

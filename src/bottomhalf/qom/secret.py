@@ -37,15 +37,9 @@ class SecretCommon(QomObject, name="secret_common", abstract=True):
     """What all kinds of secrets have."""
 
     properties: ClassVar[dict[str, Property]] = {
-        "format": Property(
-            "QCryptoSecretFormat",
-            lambda self: self.format,
-            lambda self, value: setattr(self, "format", _format(value, "format")),
-        ),
-        "keyid": Property(
-            "string", lambda self: self.keyid, lambda self, value: setattr(self, "keyid", string(value, "keyid"))
-        ),
-        "iv": Property("string", lambda self: self.iv, lambda self, value: setattr(self, "iv", string(value, "iv"))),
+        "format": Property.of("QCryptoSecretFormat", "format", _format),
+        "keyid": Property.of("string", "keyid", string),
+        "iv": Property.of("string", "iv", string),
     }
 
     def __init__(self) -> None:
@@ -67,9 +61,7 @@ class Secret(SecretCommon, UserCreatable, name="secret"):
 
     properties: ClassVar[dict[str, Property]] = {
         "data": Property("string", None, lambda self, value: setattr(self, "_data", string(value, "data"))),
-        "file": Property(
-            "string", lambda self: self.file, lambda self, value: setattr(self, "file", string(value, "file"))
-        ),
+        "file": Property.of("string", "file", string),
     }
 
     def __init__(self) -> None:

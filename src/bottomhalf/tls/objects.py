@@ -12,7 +12,7 @@ errors at once and for both ends.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from bottomhalf.host.protocol import Host
 from bottomhalf.qom.object import Property, QomObject, UserCreatable
@@ -34,22 +34,14 @@ KEYS: Final = "keys.psk"
 _endpoint: Final = one_of("client", "server")
 
 
-def _plain(name: str, type: str, attribute: str, check: Any) -> Property:
-    return Property(
-        type,
-        lambda self: getattr(self, attribute),
-        lambda self, value: setattr(self, attribute, check(value, name)),
-    )
-
-
 class TlsCreds(QomObject, name="tls-creds", abstract=True):
     """What all kinds have."""
 
     properties: ClassVar[dict[str, Property]] = {
-        "priority": _plain("priority", "string", "priority", string),
-        "verify-peer": _plain("verify-peer", "bool", "verify_peer", boolean),
-        "dir": _plain("dir", "string", "dir", string),
-        "endpoint": _plain("endpoint", "QCryptoTLSCredsEndpoint", "endpoint", _endpoint),
+        "priority": Property.of("string", "priority", string),
+        "verify-peer": Property.of("bool", "verify_peer", boolean),
+        "dir": Property.of("string", "dir", string),
+        "endpoint": Property.of("QCryptoTLSCredsEndpoint", "endpoint", _endpoint),
     }
     names_peers: ClassVar[bool] = False  # a client shows who it is, in a way that lists can judge
 
@@ -101,11 +93,9 @@ class TlsCreds(QomObject, name="tls-creds", abstract=True):
         path = self._path(name)
         try:
             file = host.open_file(path, read_only=True, locking="off")
-        except FileNotFoundError as error:
-            if required:
-                raise QomError(f"Unable to access credentials {path}: {error.strerror}") from None
-            return None
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not required:
+                return None
             raise QomError(f"Unable to access credentials {path}: {error.strerror}") from None
         try:
             if file.size() > FILE_BYTES_MAX:
@@ -122,8 +112,8 @@ class TlsCredsX509(TlsCreds, UserCreatable, name="tls-creds-x509"):
 
     names_peers: ClassVar[bool] = True
     properties: ClassVar[dict[str, Property]] = {
-        "passwordid": _plain("passwordid", "string", "passwordid", string),
-        "sanity-check": _plain("sanity-check", "bool", "sanity_check", boolean),
+        "passwordid": Property.of("string", "passwordid", string),
+        "sanity-check": Property.of("bool", "sanity_check", boolean),
     }
 
     def __init__(self) -> None:
@@ -237,7 +227,7 @@ class TlsCredsAnon(TlsCreds, UserCreatable, name="tls-creds-anon"):
 class TlsCredsPsk(TlsCreds, UserCreatable, name="tls-creds-psk"):
     """A key that both ends know."""
 
-    properties: ClassVar[dict[str, Property]] = {"username": _plain("username", "string", "username", string)}
+    properties: ClassVar[dict[str, Property]] = {"username": Property.of("string", "username", string)}
 
     def __init__(self) -> None:
         super().__init__()
