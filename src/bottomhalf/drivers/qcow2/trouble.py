@@ -30,7 +30,8 @@ class Trouble:
         self._told = False
 
     async def co_found(self, error: ImageError) -> None:
-        """The error is on its way to whoever asked; do the rest. Without the tables' lock."""
+        """The error is on its way to whoever asked; do the rest. Without the tables' lock. OSError: the image cannot be
+        marked."""
         node, metadata = self._node, self._node.metadata
         if not isinstance(error, Corruption) or node.read_only:
             if not self._told:
@@ -42,7 +43,10 @@ class Trouble:
         node.submit_batch = self._refuse  # type: ignore[method-assign]
         self._tell(f"Marking image as corrupt: {error}; {_SUPPRESSED.format('')}", error, fatal=True)
         async with metadata.lock:
-            await metadata.mark_corrupt()
+            try:
+                await metadata.mark_corrupt()
+            except ImageError as failed:  # a header that fits only as it came
+                raise OSError(errno.EIO, str(failed), node.name) from failed
 
     def _refuse(self, requests: list[Request]) -> list[Request]:
         return self._node.finish(requests, -errno.ENOMEDIUM)
