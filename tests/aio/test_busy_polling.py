@@ -217,6 +217,39 @@ def test_each_handler_has_its_own_time(calm: SimHost) -> None:
     context.close()
 
 
+def test_a_busy_loop_serves_both_in_one_turn(calm: SimHost) -> None:
+    """A descriptor that is ready at the first look, and one that only says so when it is asked."""
+    context = AioContext(calm)
+    context.set_poll_params(100_000)
+    queue = VirtQueue(context, calm)
+    bell, rung = calm.event(), []
+    context.set_fd_handler(bell.fileno(), lambda: (rung.append(1), bell.clear()))
+    queue.work = 3
+    bell.set()
+    context.poll(True)
+    assert queue.served == 3 and rung == [1]
+    queue.detach()
+    context.set_fd_handler(bell.fileno())
+    context.close()
+
+
+def test_found_and_rung_is_served_once(calm: SimHost) -> None:
+    context = AioContext(calm)
+    context.set_poll_params(100_000)
+    bell, calls = calm.event(), []
+    context.set_fd_handler(
+        bell.fileno(),
+        on_read=lambda: (calls.append("rung"), bell.clear()),
+        poll=lambda: True,
+        poll_ready=lambda: calls.append("found"),
+    )
+    bell.set()
+    context.poll(True)
+    assert calls == ["rung"]
+    context.set_fd_handler(bell.fileno())
+    context.close()
+
+
 def test_time_grows_and_shrinks(calm: SimHost) -> None:
     """The steps of QEMU: 4000, twice as much each time, at most the maximum; one late event and it is 0."""
     context = polling_context(calm, POLL_MAX_NS)

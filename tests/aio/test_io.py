@@ -361,6 +361,7 @@ def test_one_call_per_owner(sim: SimHost, tmp_path: object) -> None:
     assert disk.engine.in_flight == SUBMIT_AT_IDLE
     until(context, lambda: owner.told)
     assert owner.told == 1 and len(owner.requests) == SUBMIT_AT_IDLE and disk.engine.in_flight == 0
+    assert not context.statistics().bottom_halves_queued, "nobody else waits, so there is nothing to go on with"
     nobody = disk.write(None)
     disk.engine.submit(disk.file, [nobody])
     until(context, lambda: nobody.result == 0)

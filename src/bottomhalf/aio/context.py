@@ -358,6 +358,14 @@ class AioContext(Entering):
 
     def _wait_for_work(self) -> list[tuple[int, int]]:
         queue, scheduled = self._queue, self._scheduled
+        if self.poll_max_ns and not (queue or scheduled):
+            # A busy loop finds something at the first look, and need not work out how long it might look.
+            events = self._wait(0)
+            if events:
+                if self._handlers.noticed(events, 1) and not self._poll_ns:
+                    self._poll_ns = self.adapted_ns(0, 1)
+                self._handlers.ask()  # what it finds is served in the same turn
+                return events
         timeout_ns = 0 if queue or scheduled else self.timeout_ns()
         if timeout_ns == 0:
             # Something that never ends has to leave the descriptors their turn, though not every time.

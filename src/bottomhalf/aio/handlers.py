@@ -157,6 +157,9 @@ class Handlers:
                     if mask & HUP:
                         mask |= OUT  # there is nobody else to tell
                 elif mask & _READ:
+                    if self.found and handler in self.found:
+                        self.found.remove(handler)  # once is enough
+                        handler.found_ns = 0
                     on_read()
                     if self._token is not mine:
                         break

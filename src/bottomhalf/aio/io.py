@@ -4,9 +4,9 @@
 An engine collects completions in lists. If it walked such a list on its stack and the owner of the first request
 waited, in a nested poll, for the second, that poll would sleep for ever: the completion is out of the kernel, the
 wake-up is spent, and the list is known only to the suspended walk. (QEMU's mirror job hung that way in 2014.)
-Therefore the list belongs to the context, a bottom half is scheduled before the first owner is told, a nested poll
-goes on with the rest through that bottom half, and it is cancelled when the list is empty. Each time anew: an
-inner walk that has emptied the list cancels it too, and the outer one may then fill the list again.
+Therefore the list belongs to the context, a bottom half is scheduled before an owner is told while there are others, a
+nested poll goes on with the rest through that bottom half, and it is cancelled when the list is empty. Each time anew:
+an inner walk that has emptied the list cancels it too, and the outer one may then fill the list again.
 """
 
 from __future__ import annotations
@@ -126,24 +126,26 @@ class ContextEngine:
                     self.completions.schedule()
 
     def _complete(self) -> None:
-        finished, completions = self._finished, self.completions
-        completions.schedule()
+        finished, completions, engine = self._finished, self.completions, self._engine
         with deferred():
-            if not finished:
-                finished.extend(self._engine.reap())
-            while finished:
+            while finished or self._reap():
                 group = _take_of_one_owner(finished)
                 owner = group[0].owner
                 if owner is not None:
-                    if not completions.scheduled:
+                    if finished or engine.pending:
                         completions.schedule()
                     owner.complete(group)
-                if not finished and self._engine.pending:
-                    finished.extend(self._engine.reap())
+                if not finished and not engine.pending:
+                    break
             # Inside the section: what its end submits may schedule it again.
             completions.cancel()
-            if self._engine.pending:  # it could not submit all, and nobody will tell when it can
+            if engine.pending:  # it could not submit all, and nobody will tell when it can
                 completions.schedule()
+
+    def _reap(self) -> bool:
+        """Whether there is something to tell."""
+        self._finished.extend(self._engine.reap())
+        return bool(self._finished)
 
     def close(self) -> None:
         """Wait for what is in flight; owners are not told any more."""

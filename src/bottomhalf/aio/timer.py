@@ -135,7 +135,8 @@ class TimerList:
 
     def deadline_ns(self) -> int:
         """When the first timer is due, -1 for never."""
-        self.take_in()
+        if self.inbox or self.due:
+            self.take_in()
         heap = self.heap
         if not self.clock.running:
             return -1
@@ -148,12 +149,16 @@ class TimerList:
 
     def run(self) -> bool:
         """Run what is due; whether anything ran. An exception leaves the rest for the next pass."""
-        self.take_in()
+        if self.inbox or self.due:
+            self.take_in()
         heap = self.heap
         if not heap or not self.clock.running:
             return False
+        now_ns = self.now_ns()
+        if heap[0][0] > now_ns:
+            return False
         self._pass = mine = self._pass + 1
-        now_ns, newest = self.now_ns(), self.next_number()
+        newest = self.next_number()
         progress = False
         due, taken, sort_at = self.due, 0, SORT_AFTER
         try:

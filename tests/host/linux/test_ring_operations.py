@@ -59,6 +59,21 @@ def test_what_falls_short_ends_the_row(ring: Ring, pipe: tuple[int, int], tmp_pa
     assert held and os.read(pipe[0], 10) == b"short"
 
 
+def test_an_event_is_over_when_its_completion_is_taken(ring: Ring, pipe: tuple[int, int]) -> None:
+    """Also when something else entered the kernel in between: a loop would turn once more for nothing."""
+    poll(ring, 0, pipe[0], select.POLLIN)
+    ring.enter()
+    os.write(pipe[1], b"x")
+    event = select.poll()
+    event.register(ring.fileno(), select.POLLIN)
+    assert event.poll(10_000)
+    timeout_later = timeout(ring, 1, 60 * SECOND)
+    ring.enter()
+    ring.clear_event()
+    assert ring.completions()[0] == [0] and timeout_later
+    assert not event.poll(0)
+
+
 def test_time(ring: Ring) -> None:
     held = timeout(ring, 3, 1000)
     assert collect(ring, 1) == {3: -errno.ETIME}

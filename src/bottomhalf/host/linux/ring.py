@@ -84,6 +84,7 @@ class Ring:
                 os.close(self._eventfd)
             raise
         self._unsubmitted = 0
+        self._event_set = False  # for certain
         self._closed = False
 
     def _map(self, params: bytes) -> None:
@@ -130,8 +131,9 @@ class Ring:
     def clear_event(self) -> None:
         """Not needed while completions() returns only what was posted inside enter(), for that makes no event."""
         words = self._words
-        if words[self._cq_head_word] != self._posted == words[self._cq_tail_word]:
-            return  # an older event, if any, is cleared when nothing is found
+        if words[self._cq_head_word] != self._posted == words[self._cq_tail_word] and not self._event_set:
+            return  # an event that came just before an enter(), if any, is cleared when nothing is found
+        self._event_set = False
         try:
             os.eventfd_read(self._eventfd)
         except BlockingIOError:
@@ -168,6 +170,8 @@ class Ring:
             raise RuntimeError("this ring was made by another process; make engines after fork")
         words = self._words
         words[self._sq_tail_word] = self._tail
+        if words[self._sq_flags_word] & _SQ_TASKRUN or words[self._cq_tail_word] != self._posted:
+            self._event_set = True  # what that was announced with
         words[self._cq_flags_word] = _CQ_EVENTFD_DISABLED
         try:
             while True:

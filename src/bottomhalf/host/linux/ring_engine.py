@@ -62,10 +62,9 @@ class RingEngine:
         ring = self._ring
         if self._workers is not None and self._workers.finished:
             return True
-        in_ring = self.in_flight - self._with_workers
         if self._lost:
-            return in_ring > 0
-        return ring.pending or ring.unsubmitted == in_ring - len(self._waiting) > 0
+            return self.in_flight > self._with_workers
+        return ring.pending or 0 < ring.unsubmitted == self.in_flight - self._with_workers - len(self._waiting)
 
     def prepare(self, file: File, request: Request) -> None:
         job = Job(file, request)
