@@ -52,6 +52,7 @@ BATCHES_AT_ONCE: Final = 8  # per client; then others have their turn
 PARSE_BYTES_MAX: Final = BUFFER_BYTES - (REQUESTS_IN_FLIGHT_MAX * OFFSET_DATA_SIZE)  # served at a time
 BIG_INPUTS_MAX: Final = 4  # an input buffer so many times larger than needed is exchanged
 MAPPED_READS_MAX: Final = 256  # in one send: two pieces each, and the kernel takes 1024
+PAGE_BYTES: Final = 4096  # past the page cache a page of memory costs the kernel and the disk less than parts of two
 SEND_FILE_MIN: Final = 64 << 10  # reads from here on are sent from the file if its bytes are cached
 
 
@@ -261,6 +262,9 @@ class Transmission:
     def _read_into_memory(self, reads: list[Request], total: int, alignment: int, began_ns: int) -> int:
         """How many of them have to wait."""
         if alignment > 1:
+            if alignment < PAGE_BYTES <= reads[0].length:
+                whole = total + len(reads) * (self._header_size + PAGE_BYTES)
+                alignment = PAGE_BYTES if whole <= BUFFER_BYTES else alignment
             memory, start = self._place_for(total + len(reads) * (self._header_size + alignment))
             self._place_aligned(reads, memory, start, alignment)
         else:
