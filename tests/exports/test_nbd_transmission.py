@@ -13,6 +13,7 @@ from bottomhalf.exports.nbd import transmission as transmission_module
 from bottomhalf.exports.nbd.transmission import BATCHES_AT_ONCE, PARSE_BYTES_MAX
 from bottomhalf.host.request import READ, WRITE, Request
 from bottomhalf.host.sim import Odds
+from bottomhalf.wire.nbd import replies
 from bottomhalf.wire.nbd.constants import STATE_HOLE, STATE_ZERO
 from tests.exports.nbd_bench import INET, Bench, check_idle
 
@@ -148,21 +149,23 @@ def test_aligned_reads_are_placed_so_that_the_data_is_aligned(seed: int, monkeyp
         transmission = bench.transmission(client)
         header = transmission._header_size
         seen = 0
-        place = transmission._place_aligned
+        place = replies.place_aligned_reads
 
-        def checked(reads: list[Request], memory: object, position: int, alignment: int) -> None:
+        def checked(
+            reads: list[Request], arena: memoryview, position: int, base: int, alignment: int, structured: bool
+        ) -> None:
             nonlocal seen
-            place(reads, memory, position, alignment)  # type: ignore[arg-type]
+            place(reads, arena, position, base, alignment, structured)
             end = position
             for request in reads:
                 assert alignment == (4096 if reads[0].length >= 4096 else 512)
                 assert (request.start + header) % alignment == 0
                 assert request.start >= end  # no overlap with the one before, nor with the batch before
                 end = request.start + header + request.length
-                assert end <= transmission._filled or memory is not transmission._arena
+                assert end <= transmission._filled or arena is not transmission._arena.view
                 seen += 1
 
-        monkeypatch.setattr(transmission, "_place_aligned", checked)
+        monkeypatch.setattr(replies, "place_aligned_reads", checked)
         asked = {}
         for _ in range(60):
             length = bench.random.choice((512, 1024, 4096, 1, 700))

@@ -56,14 +56,16 @@ class Aligner:
     def submit(self, requests: list[Request]) -> list[Request]:
         """Take requests of one op; returns those that are not done yet. A request of no bytes is done."""
         mask = self._alignment - 1
-        fitting, others = [], []
-        for request in requests:
-            if not request.length:
-                request.result = 0
-            elif (request.offset | request.length) & mask:
-                others.append(request)
-            else:
-                fitting.append(request)
+        fitting, others = requests, []
+        if not _all_fit(requests, mask):
+            fitting = []
+            for request in requests:
+                if not request.length:
+                    request.result = 0
+                elif (request.offset | request.length) & mask:
+                    others.append(request)
+                else:
+                    fitting.append(request)
         pending: list[Request] = []
         if fitting:
             if requests[0].op == READ:
@@ -167,3 +169,14 @@ class Aligner:
         from bottomhalf.block.node import co_io
 
         await co_io(self._node, op, offset, length, buffer, flags, submit=self._submit)
+
+
+def _all_fit(requests: list[Request], mask: int) -> bool:
+    """Whether all are of whole blocks, and of one at least."""
+    bits = 0
+    for request in requests:
+        length = request.length
+        if not length:
+            return False
+        bits |= request.offset | length
+    return not bits & mask

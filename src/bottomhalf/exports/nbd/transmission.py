@@ -266,7 +266,7 @@ class Transmission:
                 whole = total + len(reads) * (self._header_size + PAGE_BYTES)
                 alignment = PAGE_BYTES if whole <= BUFFER_BYTES else alignment
             memory, start = self._place_for(total + len(reads) * (self._header_size + alignment))
-            self._place_aligned(reads, memory, start, alignment)
+            replies.place_aligned_reads(reads, memory.view, start, memory.address, alignment, self._structured)
         else:
             memory, start = self._place_for(total + len(reads) * self._header_size)
             end = self._place(reads, memory.view, start, memory.address)
@@ -309,29 +309,17 @@ class Transmission:
         self._parser.release(reads)
         return True
 
-    def _place_aligned(self, reads: list[Request], memory: Buffer, position: int, alignment: int) -> None:
-        """Lay replies out so that the data of each is aligned in memory, with the header right before it."""
-        header, view, address, mask = self._header_size, memory.view, memory.address, alignment - 1
-        starts = []
-        for request in reads:
-            data = (position + header + mask) & ~mask
-            starts.append(data - header)
-            position = data + request.length
-            request.start = data - header
-            request.buffer = view[data:position]
-            request.address = address + data if address else 0
-        replies.place_headers(reads, view, starts, self._structured)
-
     def _hold(self, pending: list[Request], memory: Buffer | None, began_ns: int) -> None:
         """Note what has to wait, and which memory it needs until then."""
         if pending:
             self.in_flight += len(pending)
             if memory is not None:
                 memory.users += len(pending)
+            if pending[0].op <= WRITE:
+                self._bytes_in_flight += sum([request.length for request in pending])
             context = (memory, began_ns)
             for request in pending:
                 request.context = context
-                self._bytes_in_flight += request.length if request.op <= WRITE else 0
 
     def _answer_reads(self, done: list[Request], memory: Buffer) -> None:
         """Send the replies of finished reads that lie in one arena; neighbours travel as one piece."""

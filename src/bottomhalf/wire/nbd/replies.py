@@ -92,6 +92,26 @@ def place_structured_reads(reads: list[Request], arena: memoryview, position: in
     return position
 
 
+def place_aligned_reads(
+    reads: list[Request], arena: memoryview, position: int, base: int, alignment: int, structured: bool
+) -> None:
+    """As the two above, with the data of each at a multiple of ``alignment`` (a power of two) in the arena, its header
+    right before it: room for header, ``alignment`` and data of each read."""
+    mask, header = alignment - 1, OFFSET_DATA_SIZE if structured else SIMPLE_REPLY_SIZE
+    simple, chunk = _SIMPLE_HALVES.pack_into, _DATA_HALVES.pack_into
+    for request in reads:
+        length = request.length
+        data = (position + header + mask) & ~mask
+        request.start = start = data - header
+        position = data + length
+        request.buffer = arena[data:position]
+        request.address = base + data if base else 0
+        if structured:
+            chunk(arena, start, _DATA_DONE, request.cookie, length + 8, request.offset)
+        else:
+            simple(arena, start, _SIMPLE_OK, request.cookie)
+
+
 def place_headers(reads: list[Request], arena: memoryview, positions: Iterable[int], structured: bool) -> None:
     """Only the headers of ``reads``, each at its place, for data that lies elsewhere: 28 bytes each if
     ``structured``, else 16."""
