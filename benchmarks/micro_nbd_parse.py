@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from bottomhalf.wire.nbd.batch import Batch
 from bottomhalf.wire.nbd.export import ExportInfo, Negotiated
-from bottomhalf.wire.nbd.replies import place_simple_reads, place_structured_reads
+from bottomhalf.wire.nbd.replies import place_reads
 from bottomhalf.wire.nbd.server_transmission import RequestParser
 
 SIZE_BYTES = 1 << 30
@@ -68,12 +68,12 @@ def measure(count: int) -> list[float]:
 
     def simple() -> None:
         parse(reads)
-        place_simple_reads(batch.reads, arena, 0, 4096)
+        place_reads(batch.reads, arena, 0, 4096, False)
         parser.release(batch.reads)
 
     def structured() -> None:
         parse(reads)
-        place_structured_reads(batch.reads, arena, 0, 4096)
+        place_reads(batch.reads, arena, 0, 4096, True)
         parser.release(batch.reads)
 
     def write() -> None:

@@ -149,13 +149,13 @@ def test_aligned_reads_are_placed_so_that_the_data_is_aligned(seed: int, monkeyp
         transmission = bench.transmission(client)
         header = transmission._header_size
         seen = 0
-        place = replies.place_aligned_reads
+        place = replies.place_reads
 
         def checked(
-            reads: list[Request], arena: memoryview, position: int, base: int, alignment: int, structured: bool
-        ) -> None:
+            reads: list[Request], arena: memoryview, position: int, base: int, structured: bool, alignment: int
+        ) -> int:
             nonlocal seen
-            place(reads, arena, position, base, alignment, structured)
+            end_of_all = place(reads, arena, position, base, structured, alignment)
             end = position
             for request in reads:
                 assert alignment == (4096 if reads[0].length >= 4096 else 512)
@@ -164,8 +164,10 @@ def test_aligned_reads_are_placed_so_that_the_data_is_aligned(seed: int, monkeyp
                 end = request.start + header + request.length
                 assert end <= transmission._filled or arena is not transmission._arena.view
                 seen += 1
+            assert end == end_of_all
+            return end
 
-        monkeypatch.setattr(replies, "place_aligned_reads", checked)
+        monkeypatch.setattr(replies, "place_reads", checked)
         asked = {}
         for _ in range(60):
             length = bench.random.choice((512, 1024, 4096, 1, 700))

@@ -379,7 +379,7 @@ class AioContext(Entering):
             if limit_ns:
                 found = self._poll_busily(started_ns, limit_ns if timeout_ns < 0 else min(limit_ns, timeout_ns))
                 if found is not None:
-                    if found and handlers.asked_ever:
+                    if found:
                         handlers.noticed(found, 0)
                     return found
                 if timeout_ns > 0:

@@ -84,7 +84,6 @@ class Handlers:
         "_poller",
         "_token",
         "asked",
-        "asked_ever",
         "found",
         "started",
     )
@@ -96,7 +95,6 @@ class Handlers:
         self._by_fd: dict[int, Handler] = {}
         self._token = object()  # of the dispatch whose list of events is good
         self.asked: list[Handler] = []  # those that busy polling asks
-        self.asked_ever = False  # some handler could be, once
         self.found: list[Handler] = []  # to have work, by busy polling, and not served yet
         self.started: list[Handler] = []  # those between poll_begin and poll_end
 
@@ -130,7 +128,6 @@ class Handlers:
             new.poll_ns, new.found_ns = old.poll_ns, old.found_ns
         self._by_fd[fd] = new
         if new.poll is not None:
-            self.asked_ever = True
             self.asked.append(new)
 
     def clear(self) -> None:

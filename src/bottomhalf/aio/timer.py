@@ -135,8 +135,7 @@ class TimerList:
 
     def deadline_ns(self) -> int:
         """When the first timer is due, -1 for never."""
-        if self.inbox or self.due:
-            self.take_in()
+        self.take_in()
         heap = self.heap
         if not self.clock.running:
             return -1
@@ -149,8 +148,7 @@ class TimerList:
 
     def run(self) -> bool:
         """Run what is due; whether anything ran. An exception leaves the rest for the next pass."""
-        if self.inbox or self.due:
-            self.take_in()
+        self.take_in()
         heap = self.heap
         if not heap or not self.clock.running:
             return False

@@ -181,8 +181,7 @@ class MemoryServer:
     def _read_at_once(self, batch: Batch, structured: bool) -> list[tuple[int, bytes]]:
         header = 28 if structured else 16
         arena = memoryview(bytearray(len(batch.reads) * header + batch.read_bytes))
-        place = replies.place_structured_reads if structured else replies.place_simple_reads
-        assert place(batch.reads, arena, 0, 1 << 20) == len(arena)
+        assert replies.place_reads(batch.reads, arena, 0, 1 << 20, structured) == len(arena)
         for each in batch.reads:
             assert each.op == READ and each.address == (1 << 20) + each.start + header
             each.buffer[:] = self.disk[each.offset : each.offset + each.length]

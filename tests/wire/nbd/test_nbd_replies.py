@@ -98,10 +98,9 @@ def test_reads_are_laid_out_side_by_side(structured: bool) -> None:
     reads = [Request(0, offset, length) for offset, length in ((0, 4096), (8192, 1), (5, 512))]
     for cookie, read in enumerate(reads):
         read.cookie = COOKIE + cookie
-    place = replies.place_structured_reads if structured else replies.place_simple_reads
     header = 28 if structured else 16
     arena = memoryview(bytearray(10 + 3 * header + 4096 + 1 + 512))
-    assert place(reads, arena, 10, 1000) == len(arena)
+    assert replies.place_reads(reads, arena, 10, 1000, structured) == len(arena)
     expected = bytes(10)
     for number, read in enumerate(reads):
         assert read.start == len(expected)
@@ -115,7 +114,7 @@ def test_reads_are_laid_out_side_by_side(structured: bool) -> None:
         )
         expected += bytes([number + 1]) * read.length
     assert bytes(arena) == expected
-    place(reads, arena, 10)
+    replies.place_reads(reads, arena, 10, 0, structured)
     assert reads[0].address == 0
 
 

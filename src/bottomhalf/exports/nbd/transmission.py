@@ -74,7 +74,6 @@ class Transmission:
         self._bitmaps = export.bitmaps
         self._direct = connection.secure is None  # bytes of the file may go to the socket as they are
         self._header_size = OFFSET_DATA_SIZE if self._structured else SIMPLE_REPLY_SIZE
-        self._place = replies.place_structured_reads if self._structured else replies.place_simple_reads
         self._parser = RequestParser(negotiated, owner=self._queue)
         self._batch = Batch()
         self._go_on: BottomHalf | None = None
@@ -261,15 +260,13 @@ class Transmission:
 
     def _read_into_memory(self, reads: list[Request], total: int, alignment: int, began_ns: int) -> int:
         """How many of them have to wait."""
-        if alignment > 1:
-            if alignment < PAGE_BYTES <= reads[0].length:
-                whole = total + len(reads) * (self._header_size + PAGE_BYTES)
-                alignment = PAGE_BYTES if whole <= BUFFER_BYTES else alignment
-            memory, start = self._place_for(total + len(reads) * (self._header_size + alignment))
-            replies.place_aligned_reads(reads, memory.view, start, memory.address, alignment, self._structured)
-        else:
-            memory, start = self._place_for(total + len(reads) * self._header_size)
-            end = self._place(reads, memory.view, start, memory.address)
+        size = total + len(reads) * (self._header_size + alignment - 1)
+        if 1 < alignment < PAGE_BYTES <= reads[0].length:
+            in_pages = size + len(reads) * (PAGE_BYTES - alignment)
+            if in_pages <= BUFFER_BYTES:
+                size, alignment = in_pages, PAGE_BYTES
+        memory, start = self._place_for(size)
+        end = replies.place_reads(reads, memory.view, start, memory.address, self._structured, alignment)
         pending = self._queue.submit(reads)
         if not pending:
             failed = False

@@ -51,7 +51,7 @@ class Batch:
 
     ``reads`` and ``writes`` hold one op each; ``others`` is mixed (FLUSH, DISCARD, WRITE_ZEROES as
     ``Request``, the rest as ``NbdRequest``). Of READs ``buffer``, ``address`` and ``start`` are stale until
-    the caller (or ``replies.place_...``) sets them.
+    the caller (or ``replies.place_reads``) sets them.
     """
 
     __slots__ = (

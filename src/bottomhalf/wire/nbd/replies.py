@@ -3,13 +3,12 @@
 
 The reply of one read is a header and the data behind it, contiguous, so that one ``send`` carries the
 replies of a whole batch and the disk's bytes are read straight into their place. Therefore headers are
-packed *before* the read is submitted, as if it succeeded (``place_simple_reads``,
-``place_structured_reads``); a read that fails is answered with an error built later, and its place in the
-arena is not sent.
+packed *before* the read is submitted, as if it succeeded (``place_reads``); a read that fails is answered
+with an error built later, and its place in the arena is not sent.
 
-    end = place_simple_reads(batch.reads, arena, 0)      # sets start, buffer, address of each
+    end = place_reads(batch.reads, arena, 0, 0, structured)  # sets start and buffer of each
     backend.submit(batch.reads)
-    sock.send(arena[0:end])                              # if all of them have result 0
+    sock.send(arena[0:end])  # if all of them have result 0
 
 Each chunk has two forms: ``pack_x(arena, position, ...)`` returns the position after it, ``x(...)`` returns
 bytes. Section "Transmission" of the specification; layouts are quoted in ``constants``.
@@ -61,47 +60,21 @@ assert _DATA_HALVES.size == OFFSET_DATA_SIZE
 Packer = Callable[..., int]
 
 
-def place_simple_reads(reads: list[Request], arena: memoryview, position: int, base: int = 0) -> int:
-    """Lay the replies of ``reads`` out in ``arena`` from ``position`` on: header (16 bytes, success) and
-    room for the data. Sets ``start`` (where the header begins), ``buffer`` and, if ``base`` (the memory
-    address of arena[0]) is given, ``address``. Returns the position after the last. The arena must have
-    room for 16 * len(reads) + Batch.read_bytes. Call it before the offsets are changed by lower layers."""
-    pack = _SIMPLE_HALVES.pack_into
-    for request in reads:
-        pack(arena, position, _SIMPLE_OK, request.cookie)
-        request.start = position
-        data = position + SIMPLE_REPLY_SIZE
-        position = data + request.length
-        request.buffer = arena[data:position]
-        request.address = base + data if base else 0
-    return position
-
-
-def place_structured_reads(reads: list[Request], arena: memoryview, position: int, base: int = 0) -> int:
-    """As ``place_simple_reads``, with one OFFSET_DATA chunk (28 bytes, flag DONE) per read: room for
-    28 * len(reads) + Batch.read_bytes."""
-    pack = _DATA_HALVES.pack_into
-    for request in reads:
-        length = request.length
-        pack(arena, position, _DATA_DONE, request.cookie, length + 8, request.offset)
-        request.start = position
-        data = position + OFFSET_DATA_SIZE
-        position = data + length
-        request.buffer = arena[data:position]
-        request.address = base + data if base else 0
-    return position
-
-
-def place_aligned_reads(
-    reads: list[Request], arena: memoryview, position: int, base: int, alignment: int, structured: bool
-) -> None:
-    """As the two above, with the data of each at a multiple of ``alignment`` (a power of two) in the arena, its header
-    right before it: room for header, ``alignment`` and data of each read."""
-    mask, header = alignment - 1, OFFSET_DATA_SIZE if structured else SIMPLE_REPLY_SIZE
+def place_reads(
+    reads: list[Request], arena: memoryview, position: int, base: int, structured: bool, alignment: int = 1
+) -> int:
+    """Lay the replies of ``reads`` out in ``arena`` from ``position`` on: header (``structured``: one OFFSET_DATA chunk
+    of 28 bytes with flag DONE, else a simple reply of 16 bytes, both success) and room for the data, which begins at a
+    multiple of ``alignment`` (a power of two). Sets ``start`` (where the header begins), ``buffer`` and, unless
+    ``base`` (the memory address of arena[0]) is 0, ``address``. Returns the position after the last. The arena must
+    have room for Batch.read_bytes and, for each read, header and alignment - 1. Call it before the offsets are changed
+    by lower layers."""
+    header = OFFSET_DATA_SIZE if structured else SIMPLE_REPLY_SIZE
+    beyond, keep = header + alignment - 1, -alignment
     simple, chunk = _SIMPLE_HALVES.pack_into, _DATA_HALVES.pack_into
     for request in reads:
         length = request.length
-        data = (position + header + mask) & ~mask
+        data = position + beyond & keep
         request.start = start = data - header
         position = data + length
         request.buffer = arena[data:position]
@@ -110,6 +83,7 @@ def place_aligned_reads(
             chunk(arena, start, _DATA_DONE, request.cookie, length + 8, request.offset)
         else:
             simple(arena, start, _SIMPLE_OK, request.cookie)
+    return position
 
 
 def place_headers(reads: list[Request], arena: memoryview, positions: Iterable[int], structured: bool) -> None:
