@@ -171,6 +171,7 @@ def _line(
         rounds=len(ratios),
         goal=goal,
         client="",
+        client_busy=None,
         ours_cpu_us_per_op=None,
         peer_cpu_us_per_op=None,
         ours_latency_p50_us=None,

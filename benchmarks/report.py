@@ -13,6 +13,9 @@ from benchmarks.rows import Row, Sample
 # More of a processor than this, taken by something else, makes a row doubtful.
 FOREIGN_CPUS_MAX: Final = 0.15
 
+# A client that was busy for more of its time than this is what the row measures.
+CLIENT_BUSY_MAX: Final = 0.9
+
 
 @dataclass(frozen=True)
 class Line:
@@ -28,6 +31,7 @@ class Line:
     rounds: int
     goal: float | None
     client: str
+    client_busy: float | None  # with our server
     ours_cpu_us_per_op: float | None
     peer_cpu_us_per_op: float | None
     ours_latency_p50_us: float | None
@@ -63,6 +67,7 @@ def lines(row: Row, ours: str, rounds: Sequence[Mapping[str, Sample]]) -> list[L
                     rounds=len(pairs),
                     goal=goal,
                     client=pairs[0][0].client,
+                    client_busy=_median([sample.client_busy for sample in our_samples]),
                     ours_cpu_us_per_op=_median([sample.cpu_us_per_op for sample in our_samples]),
                     peer_cpu_us_per_op=_median([sample.cpu_us_per_op for sample in peer_samples]),
                     ours_latency_p50_us=_median([sample.latency_p50_us for sample in our_samples]),
@@ -89,7 +94,7 @@ def table(result: Sequence[Line], ours: str) -> str:
         mark = " !" if line.foreign_cpus > FOREIGN_CPUS_MAX else ""
         cells.append(
             [
-                *(line.name, line.client, line.unit, _number(line.ours), _number(line.peer), line.peer_name),
+                *(line.name, _client(line), line.unit, _number(line.ours), _number(line.peer), line.peer_name),
                 *(f"{line.ratio:.2f}", f"{line.spread[0]:.2f}..{line.spread[1]:.2f}"),
                 "" if line.goal is None else f"{line.goal:.1f}",
                 _pair(line.ours_cpu_us_per_op, line.peer_cpu_us_per_op),
@@ -106,14 +111,22 @@ def table(result: Sequence[Line], ours: str) -> str:
         ).rstrip()
         for row in cells
     )
-    notes = [
-        f"ours is {ours}; a ratio above 1 means that ours is better (median of the rounds' ratios, min..max)"
-    ]
+    notes = [f"ours is {ours}; a ratio above 1 means that ours is better (median of the rounds' ratios, min..max)"]
+    if any(_client_is_the_limit(line) for line in result):
+        notes.append("* the client has no processor time left beside our server: ours is at least as fast as that")
     if any(line.foreign_cpus > FOREIGN_CPUS_MAX for line in result):
-        notes.append(
-            "! something else kept the machine busy (processors, worst round): measure again when quiet"
-        )
+        notes.append("! something else kept the machine busy (processors, worst round): measure again when quiet")
     return "\n".join([text, *notes])
+
+
+def _client_is_the_limit(line: Line) -> bool:
+    return line.client_busy is not None and line.client_busy > CLIENT_BUSY_MAX
+
+
+def _client(line: Line) -> str:
+    if line.client_busy is None:
+        return line.client
+    return f"{line.client} {min(line.client_busy, 1):.0%}{' *' if _client_is_the_limit(line) else ''}"
 
 
 def _pair(ours: float | None, peer: float | None) -> str:

@@ -163,6 +163,7 @@ class Meter:
 
     pid: int
     server_seconds: float = 0.0
+    client_seconds: float = 0.0
     foreign_cpus: float = 0.0  # how many processors were busy with something else, on average
 
     def __post_init__(self) -> None:
@@ -173,8 +174,9 @@ class Meter:
         busy = _busy_seconds()
         elapsed = max(time.monotonic() - self._start[0], 1e-3)
         self.server_seconds = cpu_seconds(self.pid) - self._start[1]
-        ours = self.server_seconds + _own_seconds() - self._start[2]
-        self.foreign_cpus = max(0.0, (busy - self._start[3] - ours) / elapsed)
+        self.client_seconds = _own_seconds() - self._start[2]
+        known = self.server_seconds + self.client_seconds
+        self.foreign_cpus = max(0.0, (busy - self._start[3] - known) / elapsed)
 
 
 def describe() -> dict[str, str | int]:
