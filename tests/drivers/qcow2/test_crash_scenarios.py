@@ -41,12 +41,13 @@ def place_of(explorer: Explorer, cluster: int) -> int:
     return explorer.disk.node.metadata.l2[0].entries[cluster] & OFFSET_MASK
 
 
-def free_at_once(self: Counters, cluster: int, why: int = 0) -> None:
-    """Counters.free() that does not wait until nothing on the disk refers to the cluster."""
-    index, at = divmod(cluster, self._per_block)
-    block = self._blocks[index]
-    self._set(index, block, at, block[at] - 1)
-    self._hint = min(self._hint, cluster)
+def free_at_once(self: Counters, clusters: Iterable[int], why: int = 0) -> None:
+    """Counters.free_all() that does not wait until nothing on the disk refers to the clusters."""
+    for cluster in clusters:
+        index, at = divmod(cluster, self._per_block)
+        block = self._blocks[index]
+        self._set(index, block, at, block[at] - 1)
+        self._hint = min(self._hint, cluster)
 
 
 async def open_with_blocks(self: Metadata, original: Callable[[Metadata], Any] = Metadata.open) -> None:
@@ -110,7 +111,7 @@ def test_l2_tables_given_out_while_the_disk_refers_to_them(
     name = "small" if operations[0] != "grow" else "backing"
     explorer_of(GEOMETRIES[name]).run(operations)
     explorer = explorer_of(GEOMETRIES[name])
-    monkeypatch.setattr(Counters, "free", free_at_once)
+    monkeypatch.setattr(Counters, "free_all", free_at_once)
     monkeypatch.setattr(Metadata, "open", open_with_blocks)
     with pytest.raises(AssertionError, match="in operation"):
         explorer.run(operations)
@@ -320,6 +321,6 @@ def test_the_old_refcount_table_is_reused_and_not_before_it_is_the_old_one(monke
     flush(explorer)
     explorer.end()
 
-    monkeypatch.setattr(Counters, "free", free_at_once)
+    monkeypatch.setattr(Counters, "free_all", free_at_once)
     with pytest.raises(AssertionError, match="in operation"):
         moved(lambda explorer: (OPERATIONS["allocate"](explorer), flush(explorer)))

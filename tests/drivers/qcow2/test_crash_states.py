@@ -14,11 +14,13 @@ import errno
 import itertools
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import pytest
 
+from bottomhalf.drivers.qcow2 import counters
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.switching import Switch
 from bottomhalf.host.request import FLUSH, WRITE
@@ -101,12 +103,17 @@ def operations_of(geometry: Geometry) -> list[str]:
     return [name for name in OPERATIONS if name not in geometry.without]
 
 
+def sequences_of(operations: Sequence[str], depth: int) -> list[tuple[str, ...]]:
+    """All up to a length."""
+    return [each for n in range(1, depth + 1) for each in itertools.product(operations, repeat=n)]
+
+
 def explore(name: str, form: Form, depth: int) -> None:
     """All sequences up to a length, and a sample of longer ones; each on a host with a seed of its own."""
     geometry = GEOMETRIES[name]
     explorer = explorer_of(geometry, form.reorder)
     operations = operations_of(geometry)
-    sequences = [each for n in range(1, depth + 1) for each in itertools.product(operations, repeat=n)]
+    sequences = sequences_of(operations, depth)
     chance = random.Random(name)
     sequences += [tuple(chance.choices(operations, k=chance.randint(3, LONGEST))) for _ in range(form.samples)]
     for seed, sequence in enumerate(sequences):
@@ -137,6 +144,30 @@ def test_the_refcount_table_grows() -> None:
     EXPLORED.setdefault("table full", set()).update(explorer.states)
     assert len(explorer.states) > 200
     assert Header.parse(explorer.last_image).refcount_table_clusters > 1
+
+
+# What may free more clusters than are counted down with one commit.
+FREEING: Final = ("forget", "revert", "shrink", "each-table", "zero")
+
+
+def explore_in_slices(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit after every other cluster, as if a disk had many."""
+    monkeypatch.setattr(counters, "FREED_MAX", 2)
+    for name in ("snapshot", "lazy"):
+        explorer = explorer_of(GEOMETRIES[name])
+        for seed, sequence in enumerate(sequences_of(FREEING, depth)):
+            explorer.run(("snapshot", *sequence), seed)
+        EXPLORED.setdefault(f"{name}, in slices", set()).update(explorer.states)
+        assert len(explorer.states) >= 50
+
+
+def test_many_clusters_are_freed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    explore_in_slices(1, monkeypatch)
+
+
+@pytest.mark.soak
+def test_many_clusters_are_freed_in_slices_by_two_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    explore_in_slices(2, monkeypatch)
 
 
 # Not "squeeze": of what a failed flush has lost nothing can be unpacked.

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import errno
 import random
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bottomhalf
 from bottomhalf.block import ImageError
-from bottomhalf.drivers.qcow2 import snapshots
+from bottomhalf.drivers.qcow2 import counters, snapshots, tally
 from bottomhalf.drivers.qcow2.layout import SNAPSHOTS_MAX
 from bottomhalf.drivers.qcow2.overlap import Places
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
+from bottomhalf.host.linux import LinuxHost
 from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE
 from bottomhalf.host.sim import SimHost
 from tests.drivers.qcow2.bench import Disk, check, disk, make, squeezable
@@ -417,3 +421,33 @@ def test_a_disk_of_no_size() -> None:
         opened.run(opened.node.snapshots.delete(made))
     found = check(host, "disk.qcow2")
     assert not found.corruptions and not found.leaks, found.findings
+
+
+@pytest.mark.parametrize("what", ["create", "apply", "delete", "shrink"])
+def test_memory_for_large_disks(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cluster more costs in memory while a snapshot comes or goes, or what is behind an end: some bytes of
+    counters, and no object. A disk of terabytes has many millions of clusters."""
+    monkeypatch.setattr(counters, "FREED_MAX", 1 << 10)
+    monkeypatch.setattr(tally, "PIECE", 1 << 10)
+
+    def peak(count: int) -> int:
+        path = str(tmp_path / f"{count}")
+        bottomhalf.create(path, format="qcow2", size=count * 4096, cluster_size=4096, preallocation="metadata")
+        with disk(LinuxHost(), path) as opened:
+            own = opened.node.snapshots
+            made = opened.run(own.create("one", date_ns=1))
+            acts = {
+                "create": lambda: own.create("two", date_ns=2),
+                "apply": lambda: own.apply(made),
+                "delete": lambda: own.delete(made),
+                "shrink": lambda: opened.backend.co_truncate(4096),
+            }
+            tracemalloc.start()
+            opened.run(acts[what]())
+            _, found = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert not bottomhalf.check(path).corruptions
+        return found
+
+    few, many = 8_000, 32_000
+    assert (peak(many) - peak(few)) / (many - few) < 24  # batches of tables are in it

@@ -9,7 +9,7 @@ The format is QEMU's docs/interop/qcow2.txt; each file here is a chapter of it.
 * ``refcounts``: who uses which cluster; where the next one is free.
 * ``compression``: clusters that are stored smaller.
 * ``metadata``: the tables in memory, read when needed, and written in an order that keeps every crash safe;
-  ``counters`` is the part of it that gives clusters out and takes them back.
+  ``counters`` is the part of it that gives clusters out and takes them back, ``tally`` counts many of them.
 * ``overlap``, ``trouble``: tables are protected from writes by mistake, and what happens when an image is damaged.
 * ``runtime``, ``cleaning``: the options of a node; tables that nobody uses leave memory.
 * ``node``: the driver: reads and writes as batches where the tables are in memory, as coroutines where not.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bottomhalf.block import Node
 
 PAGE_BYTES: Final = 4096  # of a table that are written together
+FREED_MAX: Final = 1 << 16  # references that wait to be counted down, before the next change commits them
 
 # Why a cluster is free: whether that is passed on to the file as a discard depends on it.
 FREED_REQUEST: Final = 0  # the guest discarded it
@@ -47,8 +48,9 @@ class Counters:
         self._dirty_blocks: dict[int, set[int]] = {}
         self._dirty_table: set[int] = set()  # pages
         self._table_moved = False  # the header does not refer to its place yet
-        # Epoch, cluster, why: to be counted down after the next commit.
-        self._freed: list[tuple[int, int, int]] = []
+        # Epoch, why, clusters: to be counted down after the next commit.
+        self._freed: list[tuple[int, int, array[int]]] = []
+        self._freed_lately = 0  # how many since commits counted down last
         self._epoch = 0
         self._active: dict[int, int] = {}  # mapped requests that are on their way, by epoch
         self._held_from = 0  # the epochs from here on; those before were let go
@@ -236,11 +238,21 @@ class Counters:
 
     def free(self, cluster: int, why: int = FREED_OTHER) -> None:
         """One reference less, once nothing on the disk refers to it any more. ``why`` is one of FREED_*."""
-        self._freed.append((self._epoch, cluster, why))
+        self.free_all((cluster,), why)
 
     def free_all(self, clusters: Iterable[int], why: int = FREED_OTHER) -> None:
-        for cluster in clusters:
-            self.free(cluster, why)
+        """As free(), for each of them."""
+        run = array("Q", clusters)
+        self._freed_lately += len(run)
+        if self._freed and self._freed[-1][:2] == (self._epoch, why):
+            self._freed[-1][2].extend(run)
+        elif run:
+            self._freed.append((self._epoch, why, run))
+
+    @property
+    def to_count_down(self) -> int:
+        """How many references; those too that a commit had to leave, because somebody was on the way there."""
+        return sum(len(run) for _, _, run in self._freed)
 
     async def count_down(self) -> None:
         """Step 4: nothing on the disk refers to what was freed."""
@@ -250,24 +262,28 @@ class Counters:
         self._epoch += 1
         oldest = min(self._active, default=self._epoch)
         per_block = self._per_block
-        freed, self._freed = self._freed, []
-        unused: list[int] = []
+        freed, self._freed, self._freed_lately = self._freed, [], 0
+        unused = self._hint
         discarded: list[int] = []
-        for epoch, cluster, why in freed:
-            index, at = divmod(cluster, per_block)
-            block = await self._block(index)
-            if oldest <= epoch and block is not None and block[at] == 1:
-                self._freed.append((epoch, cluster, why))  # somebody may still write there
-                continue
-            if block is not None and block[at]:  # else the image was damaged before; a check will tell
-                self._set(index, block, at, block[at] - 1)
-                if block[at] == 0:
-                    unused.append(cluster)
-                    if self.settings.passes[why]:
-                        discarded.append(cluster)
+        for epoch, why, run in freed:
+            held = array("Q")
+            for cluster in run:
+                index, at = divmod(cluster, per_block)
+                block = await self._block(index)
+                if oldest <= epoch and block is not None and block[at] == 1:
+                    held.append(cluster)  # somebody may still write there
+                    continue
+                if block is not None and block[at]:  # else the image was damaged before; a check will tell
+                    self._set(index, block, at, block[at] - 1)
+                    if block[at] == 0:
+                        unused = min(unused, cluster)
+                        if self.settings.passes[why]:
+                            discarded.append(cluster)
+            if held:
+                self._freed.append((epoch, why, held))
         if discarded:
             await self._discard(sorted(discarded))
-        self._hint = min([self._hint, *unused])
+        self._hint = min(self._hint, unused)
 
     async def _discard(self, clusters: list[int]) -> None:
         """Give the file's space back, before anybody can be given the clusters."""

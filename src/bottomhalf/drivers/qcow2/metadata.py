@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import CoMutex, CoQueue
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import overlap, tables
+from bottomhalf.drivers.qcow2 import counters, overlap, tables
 from bottomhalf.drivers.qcow2.counters import FREED_OTHER as FREED_OTHER
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST as FREED_REQUEST
 from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT as FREED_SNAPSHOT
@@ -248,9 +248,10 @@ class Metadata(Counters):
     # -- changing -----------------------------------------------------------------------------------------------
 
     async def make_room_for_changes(self) -> None:
-        """Before a change: tables that have to be written cannot be dropped, so there must not be too many of them."""
+        """Before a change: tables that have to be written cannot be dropped, so there must not be too many of them; nor
+        of clusters that wait to be free."""
         await self.find_places()
-        if self._is_full():
+        if self._is_full() or self._freed_lately >= counters.FREED_MAX:
             await self.commit()
         elif len(self._dirty_blocks) > self.settings.refcount_blocks:
             await self.commit(counters=True)
@@ -486,9 +487,9 @@ class Metadata(Counters):
         holds, stays; and all of it in an image that is not written any more. With the lock held. OSError."""
         await self.commit(counters=True)
         while self.dirty and not self.broken:
-            held = len(self._freed)
+            held = self.to_count_down
             await self.commit(counters=True)
-            if held and len(self._freed) == held and not self._unwritten:
+            if held and self.to_count_down == held and not self._unwritten:
                 break
 
     async def _mark_dirty(self, dirty: bool) -> None:

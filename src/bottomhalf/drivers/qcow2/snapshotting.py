@@ -30,14 +30,17 @@ import errno
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from bottomhalf.aio import give_way
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import layout, overlap, refcounts, snapshots, tables
-from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT
+from bottomhalf.drivers.qcow2 import counters, layout, overlap, refcounts, snapshots, tables
+from bottomhalf.drivers.qcow2.counters import FREED_OTHER, FREED_SNAPSHOT
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
 from bottomhalf.drivers.qcow2.switching import Switch
+from bottomhalf.drivers.qcow2.tally import Tally
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.node import Qcow2Node
@@ -170,6 +173,7 @@ class Snapshots:
                 raise ImageError(f"L2 table offset {entry:#x} is there twice (L1 index: {index:#x})")
             if entry:
                 seen.add(entry)
+                await metadata.make_room_for_changes()
                 table = await metadata.l2_table(index)
                 assert table is not None
                 metadata.free_all(self._of_table(table.entries))
@@ -192,34 +196,33 @@ class Snapshots:
                 raise ImageError(f"snapshot '{snapshot.name}': the disk has {size} bytes")
             wanted = await self._l1_of(snapshot)
             more: Counter[int] = Counter()
-            async for cluster in self._clusters_of(wanted):
-                await self._check_room([cluster], more)
+            async for clusters in self._clusters_of(wanted):
+                await self._check_room(clusters, more)
             length = max(len(wanted), -(-size >> mapping.l1_shift), 1)
             if length * 8 > layout.L1_BYTES_MAX:
                 raise ImageError(f"snapshot '{snapshot.name}': a disk of {size} bytes needs too large an L1 table")
-            clusters = self._clusters(length * 8)
-            length = min(clusters * mapping.cluster_size, layout.L1_BYTES_MAX) // 8
-            counted = array("Q")
-            first = await metadata.allocate_together(clusters)
+            places = self._clusters(length * 8)
+            length = min(places * mapping.cluster_size, layout.L1_BYTES_MAX) // 8
+            counted = Tally()
+            first = await metadata.allocate_together(places)
             try:
                 await self._share(wanted, counted)
-                before = [cluster async for cluster in self._clusters_of(metadata.l1)]
+                before = await self._tally(metadata.l1)
             except BaseException:
-                metadata.free_all(range(first, first + clusters))
+                metadata.free_all(range(first, first + places))
                 metadata.free_all(counted)
                 raise
             metadata.l2.clear()
             node.reader.forget_unpacked()
             metadata.replace_l1([entry & OFFSET_MASK for entry in wanted], length, first)
-            metadata.free_all(before)
             header.size = size
             metadata.header_changed()
             try:
-                await metadata.settle()
+                await self._forget(before, FREED_OTHER)
             finally:  # in memory it is so, and the next commit goes on
                 node.refresh_size()
 
-    async def _share(self, l1: Iterable[int], counted: array[int]) -> None:
+    async def _share(self, l1: Iterable[int], counted: Tally) -> None:
         """Count everything below an L1 table once more; no entry says that it is its own."""
         metadata, mapping = self._metadata, self._mapping
         for l1_entry in l1:
@@ -230,7 +233,7 @@ class Snapshots:
             entries = await self._read_table(offset)
             for cluster in [*self._of_table(entries), offset >> mapping.cluster_bits]:
                 await metadata.refer(cluster)
-                counted.append(cluster)
+                counted.add([cluster])
             flagged = [at for at in range(0, len(entries), mapping.words) if entries[at] & COPIED]
             if flagged:  # it does not matter to a snapshot, but it will to the disk
                 for at in flagged:
@@ -247,40 +250,48 @@ class Snapshots:
             await metadata.find_places()
             await metadata.settle()
             wanted = await self._l1_of(snapshot)
-            gone = Counter([cluster async for cluster in self._clusters_of(wanted)])
+            gone = await self._tally(wanted)
             first = snapshot.l1_offset >> mapping.cluster_bits
-            gone.update(range(first, first + self._clusters(snapshot.l1_size * 8)))
-            shared = [cluster for cluster, count in gone.items() if await metadata.refcount(cluster) > count]
+            gone.add(range(first, first + self._clusters(snapshot.l1_size * 8)))
+            unused, shared, single = Tally(), Tally(), Tally()
+            for piece in gone.pieces():
+                await give_way()
+                for cluster, times in piece:
+                    others = await metadata.refcount(cluster) - times
+                    (shared if others > 0 else unused).add([cluster] * times)
+                    if others == 1:
+                        single.add([cluster])
             left = [each for each in known if each.id != snapshot.id]
             switch = Switch(metadata)
             try:
                 where = await self._write_table(left, switch)
-                l1, replaced, owned = await self._own_again({cluster: gone[cluster] for cluster in shared}, switch)
+                l1, replaced, owned = await self._own_again(single, switch)
                 changed = l1 != metadata.l1
                 first_l1 = await switch.take(self._clusters(len(l1) * 8)) if changed else 0
                 per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
                 await switch.reserve(cluster // per_block for cluster in shared)
-                for cluster in shared:
-                    await switch.count(cluster, -gone.pop(cluster))
-                unused = [*self._old_table(known_bytes), *replaced]
+                for piece in shared.pieces():
+                    await give_way()
+                    for cluster, times in piece:
+                        await switch.count(cluster, -times)
+                before = [*self._old_table(known_bytes), *replaced]
                 if changed:
                     first = header.l1_offset >> mapping.cluster_bits
-                    unused += range(first, first + self._clusters(header.l1_size * 8))
+                    before += range(first, first + self._clusters(header.l1_size * 8))
                 fields = {"snapshot_count": len(left), "snapshots_offset": where}
-                await switch.turn(l1, first_l1, fields, unused, forward=False)
+                await switch.turn(l1, first_l1, fields, before, forward=False)
             except BaseException:
                 switch.give_up()
                 raise
             metadata.places.add(overlap.SNAPSHOT_TABLE, where)
             for offset in owned:
                 metadata.places.own(offset)
-            metadata.free_all(gone.elements(), FREED_SNAPSHOT)
-            await metadata.settle()
+            await self._forget(unused, FREED_SNAPSHOT)
 
-    async def _own_again(self, less: dict[int, int], switch: Switch) -> tuple[array[int], list[int], list[int]]:
-        """Entries of the disk that lead to what nobody else uses, when counters have become less, get their flag, in
-        new tables. The L1 table that leads to those, the places of the old ones, and the offsets of tables that are the
-        disk's alone from then on."""
+    async def _own_again(self, single: Tally, switch: Switch) -> tuple[array[int], list[int], list[int]]:
+        """Entries of the disk that lead to clusters which nobody else uses from then on get their flag, in new tables.
+        The L1 table that leads to those, the places of the old ones, and the offsets of tables that are the disk's
+        alone from then on."""
         metadata, mapping = self._metadata, self._mapping
         l1, replaced, owned = array("Q", metadata.l1), [], []
         for index, l1_entry in enumerate(metadata.l1):
@@ -293,17 +304,16 @@ class Snapshots:
                 if entry & (COPIED | COMPRESSED) or not mapping.has_place(entry):
                     continue
                 cluster = (entry & OFFSET_MASK) >> mapping.cluster_bits
-                if cluster in less and await metadata.refcount(cluster) - less[cluster] == 1:
+                if cluster in single:
                     entries[at] |= COPIED
                     changed = True
             cluster = offset >> mapping.cluster_bits
-            alone = cluster in less and await metadata.refcount(cluster) - less[cluster] == 1
             if changed:
                 place = await switch.take(1)
                 await switch.write(place, tables.pack(entries))
                 replaced.append(cluster)
                 l1[index] = place << mapping.cluster_bits | COPIED
-            elif alone:
+            elif cluster in single:
                 l1[index] = l1_entry | COPIED
                 owned.append(offset)
         return l1, replaced, owned
@@ -342,15 +352,33 @@ class Snapshots:
                 found.append((entry & OFFSET_MASK) >> mapping.cluster_bits)
         return found
 
-    async def _clusters_of(self, l1: Iterable[int]) -> AsyncIterator[int]:
-        """Every cluster that an L1 table leads to, L2 tables too. What is written counts, so settle before."""
+    async def _tally(self, l1: Iterable[int]) -> Tally:
+        """Every cluster that an L1 table leads to. What is written counts, so settle before. OSError, ImageError."""
+        found = Tally()
+        async for clusters in self._clusters_of(l1):
+            found.add(clusters)
+        return found
+
+    async def _forget(self, clusters: Tally, why: int) -> None:
+        """Count them down, as often as they are there, and make all durable, many at a time. OSError: in memory it is
+        so, and the next commit goes on."""
+        metadata = self._metadata
+        rest = iter(clusters)
+        try:
+            while some := array("Q", islice(rest, counters.FREED_MAX)):
+                metadata.free_all(some, why)
+                await metadata.make_room_for_changes()
+            await metadata.settle()
+        finally:
+            metadata.free_all(rest, why)
+
+    async def _clusters_of(self, l1: Iterable[int]) -> AsyncIterator[list[int]]:
+        """The clusters that each L2 table of an L1 table leads to, and its own."""
         for entry in l1:
             offset = entry & OFFSET_MASK
             if offset:
                 entries = await self._read_table(offset)
-                yield offset >> self._mapping.cluster_bits
-                for cluster in self._of_table(entries):
-                    yield cluster
+                yield [offset >> self._mapping.cluster_bits, *self._of_table(entries)]
 
     async def _read_table(self, offset: int) -> array[int]:
         """An L2 table as it is written. OSError, ImageError."""
