@@ -8,6 +8,10 @@ changed. The header is what switches, and its first sector is written in one pie
     await co_amend(node, AmendOptions(compat="1.1", refcount_bits=64))     # alone with the image
 
 What the image's L1 and L2 tables depend on (cluster size, extended entries) can only be chosen when it is made.
+
+Clause: "Header"; the order is QEMU's.
+Invariant: after each step a good image that reads the same.
+Test: tests/drivers/qcow2/test_amend.py
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ bytes   entry of the directory
 ======  ====================================================================================
 
 An entry of a bitmap table has the offset of a cluster of bits, or 0 if they are alike: zeroes, or ones if bit 0 is set.
+
+Clause: "Bitmaps", "Bitmaps extension".
+Invariant: a directory that was packed is parsed as it was; what QEMU would refuse is refused.
+Test: tests/drivers/qcow2/test_numbers.py
 """
 
 from __future__ import annotations

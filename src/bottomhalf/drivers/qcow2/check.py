@@ -11,6 +11,10 @@ snapshot table, if an entry is incomplete. If nothing is left the image is not c
 "leaks" only counters that are too high, and flags if nothing else is wrong.
 
 What cannot be read or understood is an error of the check, never an exception: a check is for damaged images.
+
+Clause: "Host cluster management"; the words are QEMU's.
+Invariant: a repair that is cut off has lost nothing, and one that succeeds leaves an image in which QEMU finds nothing.
+Test: tests/peers/test_qcow2_check.py
 """
 
 from __future__ import annotations

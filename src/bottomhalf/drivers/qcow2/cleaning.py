@@ -3,6 +3,10 @@
 
 A timer is armed only while there is something that it could drop: a program that does nothing sleeps, and a hang on the
 simulated host, where time goes on by itself, is still seen as one.
+
+Clause: none; it is QEMU's ``cache-clean-interval``.
+Invariant: what has to be written is never dropped.
+Test: tests/drivers/qcow2/test_runtime.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 
 zlib clusters are raw deflate streams with a window of 4 KiB, zstd clusters are frames. Whoever reads them knows how
 long the result has to be, so a stream that would give more is stopped there: an image cannot make us unpack gigabytes.
+
+Clause: "Compressed Clusters Descriptor".
+Invariant: no more than a cluster comes out, whatever goes in.
+Test: tests/drivers/qcow2/test_compressed.py
 """
 
 from __future__ import annotations

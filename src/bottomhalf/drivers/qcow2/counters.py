@@ -4,6 +4,11 @@
 The part of ``metadata`` that knows who uses which cluster of the file. A counter that grows does so at once, in memory,
 and is written before anything refers to the cluster; one that shrinks waits until nothing on the disk refers to the
 cluster any more (``free``), and until nobody is on his way to it (epochs).
+
+Clause: "Host cluster management".
+Invariant: on the disk a counter is never lower than what the disk refers to, and nobody is given a cluster that the
+disk refers to, or that somebody is on his way to.
+Test: tests/drivers/qcow2/test_crash_scenarios.py
 """
 
 from __future__ import annotations

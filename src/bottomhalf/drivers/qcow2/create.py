@@ -2,6 +2,10 @@
 """A new image: the smallest one that can be opened, which then grows to its size.
 
 Cluster 0 has the header, 1 the refcount table, 2 the first refcount block; L1 follows where the disk's size puts it.
+
+Clause: "Header"; the options are those of BlockdevCreateOptionsQcow2.
+Invariant: the first write makes a whole image, of no size; whatever comes then is a change to an image.
+Test: tests/drivers/qcow2/test_every_io.py
 """
 
 from __future__ import annotations

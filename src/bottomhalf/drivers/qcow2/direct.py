@@ -4,6 +4,10 @@
 An NBD server sends bytes from the page cache; it needs to be told the place, and that the place stays what it is until
 it has looked. Somebody who reads a single block would rather have it at once than wait. All of these answer from tables
 that are in memory, for plain data in one piece, and leave everything else to the other doors.
+
+Clause: "Cluster mapping".
+Invariant: a place that was told stays what it is until whoever asked has looked.
+Test: tests/exports/test_nbd_lending.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ are not, and so everybody sees which clusters are in use.
 
 The older method, "aes", has no header: the password's first sixteen bytes are the key, and the vectors, the disk's
 sectors, can be foreseen. It hides little (docs/encryption.md) and is here to read what there is.
+
+Clause: "Full disk encryption header pointer", "Data encryption".
+Invariant: of the guest's data nothing is stored in plain.
+Test: tests/drivers/luks/test_qcow2.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ The disk's own are written like anything else; where a table is shared with a sn
 is left are tables that snapshots alone have. Several may have the same one, and each counts all that it leads to. Such
 a table is changed in place, for all of them at once: what its new entries refer to is durable and counted before they
 are written, and what the old ones referred to is counted down after that. A power cut leaves some entries changed.
+
+Clause: "Standard Cluster Descriptor", which in version 2 cannot say zeroes.
+Invariant: the disk and each snapshot read the same, after each write.
+Test: tests/drivers/qcow2/test_amend.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@
 
 After a repair that has changed something the image is checked once more, and the numbers are what is left then; what
 was repaired stands beside them.
+
+Clause: none; the form is that of qemu-img check.
+Invariant: the numbers, the words and the exit status are QEMU's.
+Test: tests/peers/test_qcow2_check.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@
 
 What is not known is kept: bytes of a longer header, and extensions, come out as they came in. The name of the backing
 file is data here; nobody opens it for having read it.
+
+Clause: "Header", "Header extensions", "Header padding".
+Invariant: a header that was parsed comes out as it came in, also what we do not know; nothing is opened.
+Test: tests/drivers/qcow2/test_numbers.py
 """
 
 from __future__ import annotations
@@ -259,9 +263,7 @@ class Header:
             raise ImageError(f"Unsupported encryption method {self.crypt_method}")
         table_bytes = self.refcount_table_clusters << self.cluster_bits
         if table_bytes > REFCOUNT_TABLE_BYTES_MAX:
-            raise ImageError("Image does not contain a reference count table" if not table_bytes else (
-                "Reference count table too large"
-            ))
+            raise ImageError("Reference count table too large")
         self._check_table("Reference count table", self.refcount_table_offset, table_bytes)
         if not self.refcount_table_clusters:
             raise ImageError("Image does not contain a reference count table")

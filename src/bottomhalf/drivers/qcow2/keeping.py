@@ -17,6 +17,10 @@ Consequences, and what is done:
   their clusters are leaks (``check`` gives them back).
 
 Bitmaps that were made in memory are not in the image before it is closed. One that is removed leaves it at once.
+
+Clause: "Bitmaps", "Bitmaps extension".
+Invariant: a bitmap that may be wrong is never shown as right.
+Test: tests/drivers/qcow2/test_bitmaps.py
 """
 
 from __future__ import annotations

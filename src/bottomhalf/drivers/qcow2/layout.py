@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of the format, and the limits on what an image may ask of us."""
+"""The numbers of the format, and the limits on what an image may ask of us.
+
+Clause: "Header"; the limits are QEMU's.
+Invariant: what an image says of a count, a length or a depth is compared with a number here before anything is read or
+reserved for it.
+Test: tests/drivers/qcow2/test_hostile.py
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,11 @@ Everything that changes tables holds ``lock``. Looking up needs no lock: tables 
 
 With lazy refcounts (``lazy-refcounts=on``) step 1 leaves the counters out, as long as no block of them is new, and the
 header says "dirty" on the disk before anything relies on that. Who opens an image that says so counts anew.
+
+Clause: "Cluster mapping", "Host cluster management".
+Invariant: after each write, in whatever order the disk has kept those since the last flush, the image has leaks at most
+and all that was flushed.
+Test: tests/drivers/qcow2/test_crash_states.py
 """
 
 from __future__ import annotations

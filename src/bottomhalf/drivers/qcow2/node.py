@@ -4,6 +4,10 @@
 A batch is looked up where it stands: what lies in one piece, in tables that are in memory, goes on to the file as one
 list, with the offsets of the host; what reads as zeroes is done at once; what the backing file has goes there as a
 list. The rest, which has to read tables, unpack, allocate or copy, becomes coroutines; the writes of a batch share one.
+
+Clause: all of them meet here.
+Invariant: in batches or one by one, alone or at the same time: the bytes are those of a plain array.
+Test: tests/drivers/qcow2/test_model.py
 """
 
 from __future__ import annotations

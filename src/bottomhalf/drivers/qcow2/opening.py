@@ -4,6 +4,10 @@
 An image that is marked corrupt is for reading only, until it is repaired. One that was not closed properly may have
 counters that are too low, so it is repaired first; reading it needs none. Bits and bitmaps that we do not know how to
 keep up to date are not true any more after the first write, and so are taken away before it.
+
+Clause: "Header" (incompatible and autoclear features).
+Invariant: nothing is written to an image before what it says of itself is true.
+Test: tests/peers/test_qcow2_dirty.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ QEMU compares before each write. Here what cannot change is compared once:
 * tables at each commit, since two of them may lie at one place (``table``).
 
 So a write into an allocated cluster, which is most of them, costs nothing more.
+
+Clause: none; the levels are QEMU's.
+Invariant: no write of ours lands where a table lies that the level protects.
+Test: tests/drivers/qcow2/test_overlap.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ entries a cluster gets its place, but its subclusters stay unallocated: a backin
 
 Clusters are linked one L2 table at a time, each with its data behind it in the file, and committed when the tables in
 memory are too many: a crash in between leaves an image of which less is preallocated.
+
+Clause: "Cluster mapping"; the modes are QEMU's.
+Invariant: at each moment a good image, of which less may be preallocated.
+Test: tests/peers/test_qcow2_forms.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ its way (``Metadata.begin``). The compressed cluster that was unpacked last is k
 
 Compressed clusters are never encrypted, also in images whose other clusters are. (QEMU writes such ones if it is made
 to, by qemu-io; see docs/encryption.md.)
+
+Clause: "Cluster mapping".
+Invariant: a read gets what a write that was done before it has put there.
+Test: tests/drivers/qcow2/test_schedules.py
 """
 
 from __future__ import annotations

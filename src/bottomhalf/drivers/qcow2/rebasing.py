@@ -9,6 +9,10 @@ the new file, so a crash on the way leaves an image with its old backing file an
 
 Zeroes that are to hide something of the new file get zero entries (version 3), not clusters. What internal snapshots
 have nothing of their own for is read from the new file from then on, as after QEMU's rebase.
+
+Clause: "Header" (backing file); the rules are those of qemu-img rebase.
+Invariant: the content is what it was, through whichever file the header names.
+Test: tests/drivers/qcow2/test_rebasing.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ as it was. The old blocks are leaks afterwards.
 
 Where the file has been cut off, entries lead to clusters behind its end. Nothing is put there either, or a guest would
 write to it.
+
+Clause: "Host cluster management".
+Invariant: until one write of the header nothing that the image has is written over.
+Test: tests/peers/test_qcow2_check.py
 """
 
 from __future__ import annotations

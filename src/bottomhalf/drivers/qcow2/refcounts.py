@@ -4,6 +4,10 @@ order is the business of ``metadata``.
 
 A refcount block has a counter of 1 to 64 bits for each cluster of a stretch of the file. In memory it is an array, for
 widths below a byte one byte per counter.
+
+Clause: "Host cluster management".
+Invariant: ``pack`` and ``unpack`` are each other's opposite for all seven widths.
+Test: tests/drivers/qcow2/test_numbers.py
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ that a table lies a petabyte away; none of that may take longer, or more memory,
 * tables that do not begin where a cluster does are read as QEMU reads them, but not more than a few.
 
 What is found is worded as QEMU words it, because scripts match on that.
+
+Clause: all, for it looks at everything.
+Invariant: time and memory follow what the file stores, not what it says.
+Test: tests/drivers/qcow2/test_hostile.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ left of the last cluster behind the end is zeroed before all that. Snapshots kee
 
 Behind the disk's end lies VM state that no snapshot has yet (see ``vmstate``), and where that begins depends on the
 size; it is forgotten.
+
+Clause: "Header" (size), "Cluster mapping".
+Invariant: nothing comes to light that was behind an end, and nothing before it is lost.
+Test: tests/drivers/qcow2/test_resizing.py
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ Names, defaults and error texts are QEMU's (``BlockdevOptionsQcow2``). Two diffe
 
     settings = Settings.of(options.branch, header, unmap=True)     # BlockError: what cannot be
     settings.apply(metadata)
+
+Clause: none; the options are those of BlockdevOptionsQcow2.
+Invariant: the caches stay within their sizes, and an option that cannot be changes nothing.
+Test: tests/drivers/qcow2/test_runtime.py
 """
 
 from __future__ import annotations

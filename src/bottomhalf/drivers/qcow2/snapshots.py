@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The snapshot table (chapter "Snapshots"): which other disks live in the image."""
+"""The snapshot table (chapter "Snapshots"): which other disks live in the image.
+
+Clause: "Snapshots".
+Invariant: a table that was packed is parsed as it was.
+Test: tests/drivers/qcow2/test_numbers.py
+"""
 
 from __future__ import annotations
 

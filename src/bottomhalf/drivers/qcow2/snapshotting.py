@@ -22,6 +22,10 @@ in images of others may be.
 
 Nothing may be on its way to the image meanwhile: a write that was looked up before would land in the snapshot. So these
 are called in a drained section, and hold the tables' lock. (QEMU: qcow2_snapshot_create, _goto, _delete.)
+
+Clause: "Snapshots".
+Invariant: the disk and each snapshot read as they should, after whatever fails and whenever the power goes.
+Test: tests/drivers/qcow2/test_snapshots.py
 """
 
 from __future__ import annotations

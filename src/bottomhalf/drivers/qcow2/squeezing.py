@@ -14,6 +14,10 @@ the entries (see ``metadata``). What is added to a shared cluster lies where nob
 packed moves on only, and is forgotten when the cluster is free.
 
 Whoever writes compressed over what is there replaces it (QEMU says EIO where a cluster is not compressed itself).
+
+Clause: "Compressed Clusters Descriptor".
+Invariant: bytes that an entry refers to are never written again.
+Test: tests/drivers/qcow2/test_compressed.py
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ leaked, after that the old ones are, until the next commit.
 
 Cost: the refcount blocks that are concerned are in memory, 2 MiB for each 64 GiB in use (clusters of 64 KiB, 16 bits),
 and as much is written as would be in place.
+
+Clause: "Header", whose first sector it writes.
+Invariant: the image is the old one or the new one, and good.
+Test: tests/drivers/qcow2/test_crash_states.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ it has two for each cluster, and the second says of each of 32 subclusters wheth
 as zeroes (high half).
 
     for kind, host, count in mapping.runs(table, first_entry, in_cluster, length): ...
+
+Clause: "Cluster mapping".
+Invariant: each guest byte is of exactly one kind, and a run is as long as it can be.
+Test: tests/drivers/qcow2/test_numbers.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@ Somebody asked for bytes, and learns EIO; users of the monitor learn it by the e
 on would destroy more (``overlap.Corruption``), the header says from then on that the image is corrupt, which keeps it
 from being opened for writing before it is repaired, and the node answers ENOMEDIUM to whatever is asked of it. What was
 not flushed is lost, as in a power cut.
+
+Clause: "Header" (the corrupt bit).
+Invariant: an image that is known to be damaged is not written any more, but for that bit.
+Test: tests/drivers/qcow2/test_overlap.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 
 The L1 table may be longer than the disk needs. What its further entries lead to is no part of the disk; QEMU puts the
 state of a machine there before it makes a snapshot, which then has it, and the disk has not (see ``snapshotting``).
+
+Clause: "Snapshots" (VM state).
+Invariant: it is no part of the disk, and a snapshot gives it back as it was saved.
+Test: tests/drivers/qcow2/test_snapshots.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ memory; a flush makes it durable (see ``metadata``). A reader meanwhile finds th
 has been told that the write is done. Two writes of a batch to one new cluster come one after the other.
 
 A cluster that was never written needs no zeroes around the data: behind the end of a file there are zeroes.
+
+Clause: "Cluster mapping".
+Invariant: a reader finds the old content or the new, and no entry refers to a cluster whose data are not there.
+Test: tests/drivers/qcow2/test_schedules.py
 """
 
 from __future__ import annotations
