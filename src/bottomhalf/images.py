@@ -110,26 +110,22 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
 
 def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
     """From names as users know them, by way of the schema's class, which says what values there are."""
+    from bottomhalf.drivers.keywords import options_of
     from bottomhalf.drivers.qcow2.create import CreateOptions
     from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2
-    from bottomhalf.qapi.errors import OptionError
-    from bottomhalf.qapi.types import members
-    from bottomhalf.qapi.visit import from_json
 
     given = dict(options)
-    known = {member.attribute for member in members(BlockdevCreateOptionsQcow2)} - {"file", "size"} | {"compat"}
-    for wrong in given.keys() - known:
-        raise ValueError(f"qcow2 images have no option {wrong!r}, but {', '.join(sorted(known))}")
     version = _version(given.pop("compat", None) or given.pop("version", 3))
     data_file = given.pop("data_file", None)
     backing_fmt = given.pop("backing_fmt", None)  # also one of those formats that others know
-    values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
-    try:
-        chosen = from_json(
-            BlockdevCreateOptionsQcow2, {"file": "image", "size": max(size, 0), "version": version, **values}
-        )
-    except OptionError as error:
-        raise BlockError(str(error)) from error
+    chosen = options_of(
+        BlockdevCreateOptionsQcow2,
+        given,
+        {"file": "image", "size": max(size, 0), "version": version},
+        subject="qcow2 images have",
+        without=("file", "size", "encrypt"),
+        also=("compat", "encrypt_format"),
+    )
     if size < 0:
         raise BlockError("Image size must be a multiple of 512 bytes")
     made = CreateOptions.of(chosen, None if data_file is None else fspath(data_file))
@@ -143,21 +139,13 @@ def _version(given: Any) -> str:
 
 def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
     from bottomhalf.drivers.creating import co_create_file
+    from bottomhalf.drivers.keywords import options_of
     from bottomhalf.qapi.block_create import BlockdevCreateOptionsFile
-    from bottomhalf.qapi.errors import OptionError
-    from bottomhalf.qapi.types import members
-    from bottomhalf.qapi.visit import from_json
 
     if size < 0:
         raise ValueError(f"an image of {size} bytes")
-    known = {member.attribute for member in members(BlockdevCreateOptionsFile)} - {"filename", "size"}
-    for wrong in options.keys() - known:
-        raise ValueError(f"raw images have no option {wrong!r}, but {', '.join(sorted(known))}")
-    values = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    try:
-        chosen = from_json(BlockdevCreateOptionsFile, {"filename": path, "size": size, **values})
-    except OptionError as error:
-        raise BlockError(str(error)) from error
+    said = {"filename": path, "size": size}
+    chosen = options_of(BlockdevCreateOptionsFile, options, said, subject="raw images have", without=said)
     context = AioContext(name="image")
     graph = Graph(context)
     try:

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from bottomhalf.block.errors import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
+from bottomhalf.drivers.keywords import options_of
 from bottomhalf.drivers.luks.create import LuksOptions, co_create
 from bottomhalf.drivers.luks.header import SECTOR_BYTES
 from bottomhalf.qapi.block_create import QCryptoBlockCreateOptionsLUKS
-from bottomhalf.qapi.errors import OptionError
-from bottomhalf.qapi.types import members
-from bottomhalf.qapi.visit import from_json
 from bottomhalf.qom.values import QomError
 
 if TYPE_CHECKING:
@@ -27,15 +24,10 @@ def take_options(options: dict[str, Any], *, prefix: str = _PREFIX) -> LuksOptio
     BlockError for values that there are not."""
     password = take_password(options, prefix=prefix)
     given = {name.removeprefix(prefix): options.pop(name) for name in list(options) if name.startswith(prefix)}
-    known = sorted({member.attribute for member in members(QCryptoBlockCreateOptionsLUKS)} - {"key_secret"})
-    for name in given:
-        if name not in known:
-            raise ValueError(f"encryption has no option {prefix + name!r}, but {', '.join(known)}")
-    values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
-    try:
-        return LuksOptions.of(from_json(QCryptoBlockCreateOptionsLUKS, values), password)
-    except OptionError as error:
-        raise BlockError(str(error)) from error
+    chosen = options_of(
+        QCryptoBlockCreateOptionsLUKS, given, {}, subject="encryption has", without=("key_secret",), prefix=prefix
+    )
+    return LuksOptions.of(chosen, password)
 
 
 def take_password(options: dict[str, Any], *, prefix: str = _PREFIX) -> bytes:
