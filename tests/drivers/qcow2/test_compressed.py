@@ -170,6 +170,44 @@ def test_a_reader_does_not_keep_what_was_written_over() -> None:
         opened.run(play())
 
 
+def test_a_reader_of_two_does_not_keep_the_second_if_it_was_written_over_meanwhile() -> None:
+    """He looked both up; the second one is replaced while he unpacks the first."""
+
+    def content(seed: int) -> bytes:
+        return random.Random(seed).randbytes(3000) + bytes(CLUSTER - 3000)
+
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * CLUSTER, cluster_size=CLUSTER)
+    with disk(host, "disk.qcow2") as opened:
+        metadata, backend = opened.node.metadata, opened.backend
+
+        async def entry(index: int) -> int:
+            table = await metadata.l2_table(0)
+            assert table is not None
+            return table.entries[index]
+
+        async def play() -> None:
+            await squeeze(opened, 0, content(1))
+            metadata.packing = 0  # the second one has a cluster of the host to itself
+            second = content(2)
+            await squeeze(opened, CLUSTER, second)
+            await backend.co_flush()
+            old = await entry(1)
+            found, _ = await gather(backend.co_pread(0, 2 * CLUSTER), backend.co_pwrite(CLUSTER, b"n" * CLUSTER))
+            assert found[CLUSTER:] == second, "the scene is not what it is meant to be"
+            await backend.co_flush()
+            await backend.co_flush()
+            metadata.packing = 0
+            other = 8
+            while await entry(other - 1) != old:  # whoever comes there
+                await squeeze(opened, other * CLUSTER, content(other))
+                metadata.packing = 0
+                other += 1
+            assert await backend.co_pread((other - 1) * CLUSTER, CLUSTER) == content(other - 1)
+
+        opened.run(play())
+
+
 def test_the_loop_goes_on_while_threads_compress() -> None:
     """A cluster that is being compressed stops nobody: a read that begins later ends earlier."""
     host = SimHost(0)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pytest
 
-from bottomhalf.drivers.qcow2 import counters
+from bottomhalf.drivers.qcow2.counters import Counters
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.switching import Switch
 from bottomhalf.host.request import FLUSH, WRITE
@@ -152,7 +152,7 @@ FREEING: Final = ("forget", "revert", "shrink", "each-table", "zero")
 
 def explore_in_slices(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit after every other cluster, as if a disk had many."""
-    monkeypatch.setattr(counters, "FREED_MAX", 2)
+    monkeypatch.setattr(Counters, "freed_max", 2)
     for name in ("snapshot", "lazy"):
         explorer = explorer_of(GEOMETRIES[name])
         for seed, sequence in enumerate(sequences_of(FREEING, depth)):

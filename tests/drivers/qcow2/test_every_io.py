@@ -19,7 +19,8 @@ import pytest
 
 from bottomhalf.block import BlockError, ImageError
 from bottomhalf.drivers.file import FileNode
-from bottomhalf.drivers.qcow2 import counters, layout
+from bottomhalf.drivers.qcow2 import layout
+from bottomhalf.drivers.qcow2.counters import Counters
 from bottomhalf.drivers.qcow2.header import Header
 from bottomhalf.drivers.qcow2.metadata import Metadata
 from bottomhalf.drivers.qcow2.node import Qcow2Node
@@ -188,7 +189,7 @@ def test_every_io(operation: Operation) -> None:
 @pytest.mark.parametrize("operation", [each for each in OPERATIONS if each.name in FREEING], ids=str)
 def test_every_io_while_many_clusters_are_freed(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit after every other cluster, as if a disk had many."""
-    monkeypatch.setattr(counters, "FREED_MAX", 2)
+    monkeypatch.setattr(Counters, "freed_max", 2)
     assert min(sweep(operation, kind) for kind in KINDS[:4]) >= 1
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import bottomhalf
-from bottomhalf.aio import gather, sleep_ns
+from bottomhalf.aio import gather, give_way, sleep_ns
 from bottomhalf.block import BlockError
 from bottomhalf.block.resize import Preallocation, co_resize
+from bottomhalf.drivers.qcow2.counters import Counters
 from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE
 from bottomhalf.host.sim import SimHost
 from tests.drivers.qcow2.bench import Disk, check, disk, make
@@ -387,3 +388,49 @@ def test_the_unpacked_cluster_is_forgotten_with_what_was_cut_off() -> None:
         for cluster in range(0, 200, 64):  # one of them comes to lie where the first lay
             opened.run(opened.backend.co_pwrite(cluster * 512, b"2" * 512, COMPRESSED))
             assert opened.run(opened.backend.co_pread(cluster * 512, 512)) == b"2" * 512
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_it_is_forgotten_also_by_who_reads_while_tables_go(in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that nobody drained unpacks a cluster of a table that is next."""
+    monkeypatch.setattr(Counters, "freed_max", 1)
+    host, cluster, entries = SimHost(0), 4096, 512
+    make(host, "disk.qcow2", size=3 * entries * cluster, cluster_size=cluster)
+    with disk(host, "disk.qcow2") as opened:
+        backend, metadata = opened.backend, opened.node.metadata
+        where = 2 * entries * cluster
+        opened.run(backend.co_pwrite(entries * cluster, b"P" * cluster))
+        opened.run(backend.co_pwrite(where, b"1" * cluster, COMPRESSED))
+        opened.run(backend.co_flush())
+        old = metadata.l2[2].entries[0]
+        if not in_memory:
+            metadata.l2.clear()
+        read = []
+        done = False
+
+        async def reader() -> None:
+            while not done:
+                read.append(bytes(await backend.co_pread(where, cluster)))
+                if not any(read[-1]):
+                    return
+                await give_way()
+
+        async def truncate() -> None:
+            nonlocal done
+            await backend.co_truncate(entries * cluster)
+            done = True
+
+        async def both() -> None:
+            await gather(reader(), truncate())
+
+        opened.run(both())
+        assert {*read} <= {b"1" * cluster, bytes(cluster)} and len(read) > 1
+        opened.run(backend.co_flush())
+        opened.run(backend.co_flush())
+        index, entry = 0, 0
+        while entry != old:  # whoever comes to lie where it was
+            index += 1
+            opened.run(backend.co_pwrite(index * cluster, b"2" * cluster, COMPRESSED))
+            metadata.packing = 0  # the next one has a cluster of the host to itself
+            entry = metadata.l2[0].entries[index]
+        assert opened.run(backend.co_pread(index * cluster, cluster)) == b"2" * cluster

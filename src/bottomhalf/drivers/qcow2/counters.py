@@ -14,9 +14,9 @@ Test: tests/drivers/qcow2/test_crash_scenarios.py
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import overlap, refcounts
@@ -30,12 +30,19 @@ if TYPE_CHECKING:
     from bottomhalf.block import Node
 
 PAGE_BYTES: Final = 4096  # of a table that are written together
-FREED_MAX: Final = 1 << 16  # references that wait to be counted down, before the next change commits them
 
 # Why a cluster is free: whether that is passed on to the file as a discard depends on it.
 FREED_REQUEST: Final = 0  # the guest discarded it
 FREED_SNAPSHOT: Final = 1  # a snapshot was deleted
 FREED_OTHER: Final = 2  # it was written elsewhere, a table moved, ...
+
+
+class Freed(NamedTuple):
+    """Clusters that have a reference less, and in which epoch; ``why`` is one of FREED_*."""
+
+    epoch: int
+    why: int
+    clusters: array[int]
 
 
 class Counters:
@@ -44,6 +51,7 @@ class Counters:
     header: Header
     mapping: Mapping
     _header_dirty: bool
+    freed_max: ClassVar[int] = 1 << 16  # references that wait to be counted down before the next change commits them
 
     def __init__(self, header: Header) -> None:
         self.places = Places(header.cluster_bits)
@@ -53,9 +61,9 @@ class Counters:
         self._dirty_blocks: dict[int, set[int]] = {}
         self._dirty_table: set[int] = set()  # pages
         self._table_moved = False  # the header does not refer to its place yet
-        # Epoch, why, clusters: to be counted down after the next commit.
-        self._freed: list[tuple[int, int, array[int]]] = []
-        self._freed_lately = 0  # how many since commits counted down last
+        self._freed: list[Freed] = []  # to be counted down after the next commit
+        self._freed_lately = 0  # how many clusters that are
+        self._held: list[Freed] = []  # when those are done that were on the way to them
         self._epoch = 0
         self._active: dict[int, int] = {}  # mapped requests that are on their way, by epoch
         self._held_from = 0  # the epochs from here on; those before were let go
@@ -249,46 +257,45 @@ class Counters:
         """As free(), for each of them."""
         run = array("Q", clusters)
         self._freed_lately += len(run)
-        if self._freed and self._freed[-1][:2] == (self._epoch, why):
-            self._freed[-1][2].extend(run)
-        elif run:
-            self._freed.append((self._epoch, why, run))
+        _put(self._freed, self._epoch, why, run)
 
     @property
     def to_count_down(self) -> int:
         """How many references; those too that a commit had to leave, because somebody was on the way there."""
-        return sum(len(run) for _, _, run in self._freed)
+        return sum(len(each.clusters) for each in [*self._freed, *self._held])
 
     async def count_down(self) -> None:
-        """Step 4: nothing on the disk refers to what was freed."""
-        if not self._freed:
+        """Step 4: nothing on the disk refers to what was freed. OSError, ImageError: the next commit goes on."""
+        if not self._freed and not self._held:
             return
         await self.at("cluster_free")
         self._epoch += 1
         oldest = min(self._active, default=self._epoch)
-        per_block = self._per_block
-        freed, self._freed, self._freed_lately = self._freed, [], 0
-        unused = self._hint
-        discarded: list[int] = []
-        for epoch, why, run in freed:
-            held = array("Q")
-            for cluster in run:
-                index, at = divmod(cluster, per_block)
-                block = await self._block(index)
-                if oldest <= epoch and block is not None and block[at] == 1:
-                    held.append(cluster)  # somebody may still write there
-                    continue
-                if block is not None and block[at]:  # else the image was damaged before; a check will tell
-                    self._set(index, block, at, block[at] - 1)
-                    if block[at] == 0:
-                        unused = min(unused, cluster)
-                        if self.settings.passes[why]:
-                            discarded.append(cluster)
-            if held:
-                self._freed.append((epoch, why, held))
+        runs = [each for each in self._held if each.epoch < oldest] + self._freed
+        self._held, self._freed = [each for each in self._held if each.epoch >= oldest], []
+        unused, discarded = self._hint, array("Q")
+        try:
+            while runs:
+                epoch, why, run = runs[-1]
+                while run:
+                    index, at = divmod(run[-1], self._per_block)
+                    block = await self._block(index)
+                    cluster, count = run.pop(), 0 if block is None else block[at]
+                    if count == 1 and oldest <= epoch:
+                        _put(self._held, epoch, why, (cluster,))  # somebody may still write there
+                    elif count and block is not None:  # else the image was damaged before; a check will tell
+                        self._set(index, block, at, count - 1)
+                        if count == 1:
+                            unused = min(unused, cluster)
+                            if self.settings.passes[why]:
+                                discarded.append(cluster)
+                runs.pop()
+        finally:
+            self._freed = runs + self._freed
+            self._freed_lately = sum(len(each.clusters) for each in self._freed)
+            self._hint = min(self._hint, unused)
         if discarded:
             await self._discard(sorted(discarded))
-        self._hint = min(self._hint, unused)
 
     async def _discard(self, clusters: list[int]) -> None:
         """Give the file's space back, before anybody can be given the clusters."""
@@ -306,6 +313,14 @@ class Counters:
         for index, pages in self._dirty_blocks.items():
             packed = refcounts.pack(self._blocks[index], self.header.refcount_order)
             yield from pages_of(self.block_offset(index), packed, pages)
+
+
+def _put(runs: list[Freed], epoch: int, why: int, clusters: Sequence[int]) -> None:
+    if not clusters:
+        return
+    if not runs or runs[-1][:2] != (epoch, why):
+        runs.append(Freed(epoch, why, array("Q")))
+    runs[-1].clusters.extend(clusters)
 
 
 def pages_of(offset: int, data: bytes, pages: set[int]) -> Iterable[tuple[int, bytes]]:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import CoMutex, CoQueue
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import counters, overlap, tables
+from bottomhalf.drivers.qcow2 import overlap, tables
 from bottomhalf.drivers.qcow2.counters import FREED_OTHER as FREED_OTHER
 from bottomhalf.drivers.qcow2.counters import FREED_REQUEST as FREED_REQUEST
 from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT as FREED_SNAPSHOT
@@ -256,10 +256,9 @@ class Metadata(Counters):
         """Before a change: tables that have to be written cannot be dropped, so there must not be too many of them; nor
         of clusters that wait to be free."""
         await self.find_places()
-        if self._is_full() or self._freed_lately >= counters.FREED_MAX:
-            await self.commit()
-        elif len(self._dirty_blocks) > self.settings.refcount_blocks:
-            await self.commit(counters=True)
+        counters = len(self._dirty_blocks) > self.settings.refcount_blocks
+        if counters or self._is_full() or self._freed_lately >= self.freed_max:
+            await self.commit(counters=counters)
 
     def _is_full(self) -> bool:
         """Whether as many tables have to be written as memory has room for."""
@@ -404,7 +403,7 @@ class Metadata(Counters):
     @property
     def dirty(self) -> bool:
         """Whether a commit has something to do beside flushing."""
-        return bool(self._freed) or self._unwritten
+        return bool(self._freed or self._held) or self._unwritten
 
     @property
     def _unwritten(self) -> bool:
@@ -526,7 +525,7 @@ class Metadata(Counters):
         """Say on the disk that the image is damaged, and write nothing more. OSError."""
         self.broken = True
         self.l2.clear()
-        for each in (self._dirty_blocks, self._dirty_table, self._dirty_l1, self._freed):
+        for each in (self._dirty_blocks, self._dirty_table, self._dirty_l1, self._freed, self._held):
             each.clear()
         self._header_dirty = self._table_moved = self._l1_moved = False
         self.header.incompatible |= CORRUPT

@@ -46,13 +46,14 @@ class Reader:
         try:
             at = 0
             while at < len(buffer):
+                forgotten = self._forgotten
                 for run in await metadata.runs(offset + at, len(buffer) - at):
                     part = buffer[at : at + run.length]
                     if run.kind == DATA:
                         read_from(data, run.host, part, reads)
                         guests.append((offset + at, part))
                     elif run.kind == SQUEEZED:
-                        content = await self._unpack(run.host)
+                        content = await self._unpack(run.host, forgotten)
                         start = (offset + at) & node.mapping.cluster_mask
                         part[:] = content[start : start + run.length]
                     elif run.kind == UNALLOCATED and backing is not None:
@@ -71,12 +72,12 @@ class Reader:
         finally:
             metadata.end(epoch, 1)
 
-    async def _unpack(self, entry: int) -> bytes:
+    async def _unpack(self, entry: int, forgotten: int) -> bytes:
+        """The content of a compressed cluster; ``forgotten`` is how often one was when the entry was looked up."""
         if self._unpacked[0] == entry:
             return self._unpacked[1]
         node = self._node
         offset, length = node.mapping.squeezed(entry)
-        forgotten = self._forgotten
         await node.metadata.at("read_compressed")
         data = await node.metadata.read(offset, length)
         content: bytes = await node.context.thread_pool.call(

@@ -34,12 +34,12 @@ import errno
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import give_way
 from bottomhalf.block.errors import ImageError
-from bottomhalf.drivers.qcow2 import counters, layout, overlap, refcounts, snapshots, tables
+from bottomhalf.drivers.qcow2 import layout, overlap, refcounts, snapshots, tables
 from bottomhalf.drivers.qcow2.counters import FREED_OTHER, FREED_SNAPSHOT
 from bottomhalf.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from bottomhalf.drivers.qcow2.snapshots import Snapshot
@@ -169,7 +169,6 @@ class Snapshots:
     async def forget_tables(self, first: int) -> None:
         """Give back all L2 tables from this one on and what they lead to. With the lock held. OSError, ImageError."""
         metadata, mapping = self._metadata, self._mapping
-        self._node.reader.forget_unpacked()  # its place may get other content
         seen: set[int] = set()
         for index in range(first, len(metadata.l1)):
             entry = metadata.l1[index] & OFFSET_MASK
@@ -184,6 +183,7 @@ class Snapshots:
                 metadata.free(entry >> mapping.cluster_bits)
                 metadata.l2.pop(index, None)
                 metadata.set_l1(index, 0)
+                self._node.reader.forget_unpacked()  # its place may get other content
 
     # -- applying -----------------------------------------------------------------------------------------------
 
@@ -257,12 +257,15 @@ class Snapshots:
             gone = await self._tally(wanted)
             first = snapshot.l1_offset >> mapping.cluster_bits
             gone.add(range(first, first + self._clusters(snapshot.l1_size * 8)))
-            unused, shared, single = Tally(), Tally(), Tally()
+            per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
+            unused, shared, single, blocks = Tally(), Tally(), Tally(), set[int]()
             for piece in gone.pieces():
                 await give_way()
                 for cluster, times in piece:
                     others = await metadata.refcount(cluster) - times
                     (shared if others > 0 else unused).add([cluster] * times)
+                    if others > 0:
+                        blocks.add(cluster // per_block)
                     if others == 1:
                         single.add([cluster])
             left = [each for each in known if each.id != snapshot.id]
@@ -272,8 +275,7 @@ class Snapshots:
                 l1, replaced, owned = await self._own_again(single, switch)
                 changed = l1 != metadata.l1
                 first_l1 = await switch.take(self._clusters(len(l1) * 8)) if changed else 0
-                per_block = refcounts.entries_of_block(header.cluster_bits, header.refcount_order)
-                await switch.reserve(cluster // per_block for cluster in shared)
+                await switch.reserve(blocks)
                 for piece in shared.pieces():
                     await give_way()
                     for cluster, times in piece:
@@ -336,6 +338,9 @@ class Snapshots:
                     f"snapshot '{snapshot.name}': L2 table offset {entry & OFFSET_MASK:#x} unaligned "
                     f"(L1 index: {index:#x})"
                 )
+        for one, next in pairwise(sorted(entry & OFFSET_MASK for entry in l1)):
+            if one == next != 0:  # a small image would lead to billions of clusters
+                raise ImageError(f"snapshot '{snapshot.name}': L2 table offset {one:#x} is there twice")
         return l1
 
     def _of_table(self, entries: array[int]) -> list[int]:
@@ -369,9 +374,9 @@ class Snapshots:
         metadata = self._metadata
         rest = iter(clusters)
         try:
-            while some := array("Q", islice(rest, counters.FREED_MAX)):
+            while some := array("Q", islice(rest, metadata.freed_max)):
                 metadata.free_all(some, why)
-                await metadata.make_room_for_changes()
+                await metadata.commit(counters=True)
             await metadata.settle()
         finally:
             metadata.free_all(rest, why)

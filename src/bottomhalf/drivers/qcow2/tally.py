@@ -26,7 +26,7 @@ class Tally:
 
     def __init__(self, clusters: Iterable[int] = ()) -> None:
         self._pieces: dict[int, array[int]] = {}
-        self._sorted = True
+        self._sorted: set[int] = set()  # which pieces are
         self.add(clusters)
 
     def add(self, clusters: Iterable[int]) -> None:
@@ -37,14 +37,16 @@ class Tally:
             if piece is None:
                 piece = pieces[cluster // PIECE] = array("H")
             piece.append(cluster % PIECE)
-        self._sorted = False
+        self._sorted.clear()
 
     def __contains__(self, cluster: int) -> bool:
-        self._sort()
         upper, lower = divmod(cluster, PIECE)
         piece = self._pieces.get(upper)
         if piece is None:
             return False
+        if upper not in self._sorted:
+            piece = self._pieces[upper] = array("H", sorted(piece))
+            self._sorted.add(upper)
         at = bisect_left(piece, lower)
         return at < len(piece) and piece[at] == lower
 
@@ -54,13 +56,7 @@ class Tally:
             for lower in piece:
                 yield upper * PIECE + lower
 
-    def pieces(self) -> Iterator[Iterable[tuple[int, int]]]:
+    def pieces(self) -> Iterator[list[tuple[int, int]]]:
         """All clusters, and how often each was added; so many with each step that somebody else may want to go on."""
         for upper, piece in self._pieces.items():
-            yield ((upper * PIECE + lower, times) for lower, times in Counter(piece).items())
-
-    def _sort(self) -> None:
-        if not self._sorted:
-            for upper, piece in self._pieces.items():
-                self._pieces[upper] = array("H", sorted(piece))
-            self._sorted = True
+            yield [(upper * PIECE + lower, times) for lower, times in Counter(piece).items()]
