@@ -91,6 +91,7 @@ class Metadata(Counters):
         self._places_known = 0  # what was protected when ``places`` was filled
         self._marked_dirty = False  # by us, because counters are written late
         self._loading: dict[int, CoQueue] = {}
+        self._outdated: set[int] = set()  # those of them whose L1 entries have changed since
         self._dirty_l1: set[int] = set()  # pages
         self._l1_moved = False
         self._header_dirty = False
@@ -146,9 +147,12 @@ class Metadata(Counters):
             if self.broken:
                 raise OSError(errno.ENOMEDIUM, os.strerror(errno.ENOMEDIUM), self.file.name)
             waiting = self._loading.get(index)
-            if waiting is None:
-                return await self._load(index)
-            await waiting.wait()
+            if waiting is not None:
+                await waiting.wait()
+            elif (offset := self.l1[index] & OFFSET_MASK) == 0:
+                return None
+            else:
+                await self._load(index, offset)
         table.used = self.tick
         return table
 
@@ -161,18 +165,16 @@ class Metadata(Counters):
             return [tables.Run(tables.UNALLOCATED, 0, length)]
         return list(self.mapping.runs(table.entries, offset, length))
 
-    async def _load(self, index: int) -> Table | None:
-        offset = self.l1[index] & OFFSET_MASK
-        if not offset:
-            return None
+    async def _load(self, index: int, offset: int) -> None:
+        """Read the table that lies there, unless the entry is another one in the end: then one has to look again."""
         if offset & self.mapping.cluster_mask:
             raise ImageError(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
         queue = self._loading[index] = CoQueue(f"L2 table {index} of {self.file.name}")
         try:
             await self.at("l2_load")
             data = await self.read(offset, self.mapping.cluster_size)
-            if (known := self.l2.get(index)) is not None:
-                return known  # it was copied meanwhile
+            if index in self.l2 or index in self._outdated:  # it was copied meanwhile, and perhaps dropped again
+                return
             table = Table(tables.unpack(data), offset)
             if self.header.raw_data:
                 self._check_raw(table, index)
@@ -182,9 +184,9 @@ class Metadata(Counters):
             self.l2[index] = table
             if self.on_load is not None:
                 self.on_load()
-            return table
         finally:
             del self._loading[index]
+            self._outdated.discard(index)
             queue.wake_all()
 
     def _check_raw(self, table: Table, index: int) -> None:
@@ -315,6 +317,8 @@ class Metadata(Counters):
     def set_l1(self, index: int, entry: int) -> None:
         """Change an L1 entry, in memory."""
         self.l1[index] = entry
+        if index in self._loading:
+            self._outdated.add(index)
         self._dirty_l1.add(index * 8 // PAGE_BYTES)
 
     async def grow_l1(self, entries: int) -> None:
@@ -340,12 +344,14 @@ class Metadata(Counters):
         """L1 is another one from now on, of so many entries, and lies at ``cluster``. Nothing of the old one is in
         memory any more. With the lock held."""
         self.l1 = array("Q", l1)
+        self._outdated.update(self._loading)
         self.move_l1(entries, cluster)
 
     def turn_to(self, l1: array[int], refcount_table: array[int], blocks: Iterable[int]) -> None:
         """The header on the disk names these, and the blocks of these indexes lie elsewhere (see ``switching``). What
         was in memory of the old ones is dropped. With the lock held."""
         self.l1, self.refcount_table = l1, refcount_table
+        self._outdated.update(self._loading)
         self.l2.clear()
         for index in blocks:
             self._blocks.pop(index, None)

@@ -62,9 +62,13 @@ async def _give_places(node: Qcow2Node, cluster: int, most: int, mode: str) -> i
     first = cluster
     if not mapping.external:
         first, count, virgin = await metadata.allocate(count)
-        # What was used before must not be seen again; where subclusters stay unallocated it is not.
-        await _take(node.file, first << bits, (first + count) << bits, mode, clean=virgin or mapping.extended)
-        table = await metadata.writable_table(of_table)  # it may have been dropped meanwhile
+        try:
+            # What was used before must not be seen again; where subclusters stay unallocated it is not.
+            await _take(node.file, first << bits, (first + count) << bits, mode, clean=virgin or mapping.extended)
+            table = await metadata.writable_table(of_table)  # it may have been dropped meanwhile
+        except BaseException:
+            metadata.free_all(range(first, first + count))
+            raise
     for n in range(count):
         index = (cluster + n) & mapping.entries - 1
         entry = (first + n) << bits | COPIED | table.entries[index * words] & ZERO

@@ -10,7 +10,7 @@ A cluster that was never written needs no zeroes around the data: behind the end
 
 Clause: "Cluster mapping".
 Invariant: a reader finds the old content or the new, and no entry refers to a cluster whose data are not there.
-Test: tests/drivers/qcow2/test_schedules.py
+Test: tests/drivers/qcow2/test_races.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALL: Final = (1 << SUBCLUSTERS) - 1  # subclusters of a bitmap half
 class _Batch:
     """Data that are ready to be written, and the entries to be set when they are."""
 
-    __slots__ = ("clusters", "guests", "links", "padded", "pieces")
+    __slots__ = ("clusters", "fresh", "guests", "links", "padded", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Any]] = []
@@ -41,6 +41,7 @@ class _Batch:
         self.links: list[tuple[int, int, int]] = []  # guest cluster, entry, bitmap
         self.padded = False  # some have around them what was there before
         self.clusters: set[int] = set()  # guest clusters among the links
+        self.fresh: set[int] = set()  # those of them whose places nothing refers to yet
 
 
 class Writer:
@@ -133,6 +134,14 @@ class Writer:
         whole = data
         touched = self._bits(start, end)
         if not mapping.extended or bitmap & touched != touched:
+            if mapping.extended:
+                # Nothing is put around the data where somebody may be writing: what has content already is written
+                # without the lock.
+                unit = 1 << mapping.subcluster_bits
+                if bitmap & self._bits(start, start + unit):
+                    start = inside
+                if bitmap & self._bits(end - unit, end):
+                    end = inside + len(data)
             whole = await self._filled(cluster, start, end, inside, data, zeroes=True)
             batch.padded = batch.padded or whole is not data
         else:
@@ -170,6 +179,7 @@ class Writer:
                 bitmap = _ALL if mapping.extended else 0
             batch.links.append((cluster + n, (first + n) << bits | COPIED, bitmap))
             batch.clusters.add(cluster + n)
+            batch.fresh.add(cluster + n)
         start, end = 0, count * size
         if mapping.extended:
             unit_start, unit_end = self._units(inside, len(data))
@@ -247,6 +257,7 @@ class Writer:
             await self.link(cluster, entry, bitmap)
             del batch.links[0]
             batch.clusters.discard(cluster)
+            batch.fresh.discard(cluster)
 
     async def link(self, cluster: int, entry: int, bitmap: int, why: int = FREED_OTHER) -> None:
         """Let a guest cluster be what the entry says; what it was before is not referred to any more. With the lock
@@ -271,14 +282,11 @@ class Writer:
             metadata.free((old & OFFSET_MASK) >> mapping.cluster_bits, why)
 
     def _forget(self, batch: _Batch) -> None:
-        """It failed: new clusters that nothing refers to are free again. (Entries of one's own clusters stay.)"""
+        """It failed: new clusters that nothing refers to are free again."""
         if self._mapping.external:
             return
         for cluster, entry, _ in batch.links:
-            table = self._metadata.l2.get(cluster << self._mapping.cluster_bits >> self._mapping.l1_shift)
-            index = (cluster & (self._mapping.entries - 1)) * self._mapping.words
-            known = 0 if table is None else table.entries[index]
-            if (known ^ entry) & OFFSET_MASK:
+            if cluster in batch.fresh:
                 self._metadata.free((entry & OFFSET_MASK) >> self._mapping.cluster_bits)
 
     # -- zeroes and discards ------------------------------------------------------------------------------------
@@ -301,16 +309,18 @@ class Writer:
             return
         if not discard:
             await self._write_zeroes(offset, (first << bits) - offset)
-            await self._write_zeroes(stop << bits, max(end - (stop << bits), 0))
         async with self._metadata.lock:
-            if not behind:  # the disk may have become smaller meanwhile
-                end = min(end, self._node.size)
-                stop = min(stop, -(-end >> bits))
-            outside = min(stop << bits, max(end, self._node.size)) if self._mapping.external else 0
+            size = self._node.header.size
+            if not behind:  # the disk may have become smaller meanwhile; or larger, and the last cluster has more then
+                end = min(end, size)
+                stop = end >> bits if end < size else -(-end >> bits)
+            outside = min(stop << bits, max(end, size)) if self._mapping.external else 0
             if outside and not await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
                 return
             for cluster in range(first, stop):
                 await self._zero_cluster(cluster, unmap)
+        if not discard:
+            await self._write_zeroes(stop << bits, end - (stop << bits))
 
     async def _zero_outside(self, start: int, end: int, *, unmap: bool, discard: bool) -> bool:
         """Zero a range in the external data file, before the entries say so: whoever reads that file by itself has to
