@@ -315,10 +315,9 @@ class Writer:
                 end = min(end, size)
                 stop = end >> bits if end < size else -(-end >> bits)
             outside = min(stop << bits, max(end, size)) if self._mapping.external else 0
-            if outside and not await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
-                return
-            for cluster in range(first, stop):
-                await self._zero_cluster(cluster, unmap)
+            if not outside or await self._zero_outside(first << bits, outside, unmap=unmap, discard=discard):
+                for cluster in range(first, stop):
+                    await self._zero_cluster(cluster, unmap)
         if not discard:
             await self._write_zeroes(stop << bits, end - (stop << bits))
 
