@@ -4,7 +4,7 @@
 The format is QEMU's docs/interop/qcow2.txt; each file here is a chapter of it.
 
 * ``layout``: the numbers: magic, bits, masks, and the limits on what an image may ask of us.
-* ``header``: the first cluster: what the image is, its extensions, the name of its backing file.
+* ``header``: the first cluster: what the image is, its extensions, the name of its backing file; ``heading`` writes it.
 * ``tables``: guest offset to host offset: L1, L2, and what an entry says.
 * ``refcounts``: who uses which cluster; where the next one is free.
 * ``compression``: clusters that are stored smaller.

@@ -290,6 +290,17 @@ class Header:
         offset, length = _COMMON.unpack_from(head, _COMMON_AT)[:2]
         return offset, length
 
+    @staticmethod
+    def with_name_at(head: bytes | bytearray, offset: int) -> bytes:
+        """The same, with the backing file's name elsewhere."""
+        return bytes(head[:_COMMON_AT]) + offset.to_bytes(8, "big") + bytes(head[_COMMON_AT + 8 :])
+
+    @staticmethod
+    def pack_extensions(extensions: list[tuple[int, bytes]]) -> bytes:
+        """A list of extensions, and its end."""
+        packed = (_EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8) for kind, data in extensions)
+        return b"".join(packed) + _EXTENSION.pack(layout.EXTENSION_END, 0)
+
     def to_bytes(self, name_at: int = 0) -> bytes:
         """The first cluster's beginning, from the magic to the backing file's name, which begins at ``name_at`` at the
         earliest. ImageError if that is more than a cluster."""
@@ -297,9 +308,7 @@ class Header:
         if self.version == 3 and self.cluster_size > 4096:
             extensions.insert(self._place_of_feature_names(extensions), (layout.EXTENSION_FEATURE_NAMES, _features()))
         length = HEADER_BYTES_V2 if self.version == 2 else HEADER_BYTES_WRITTEN + len(self.unknown)
-        body = b"".join(
-            _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8) for kind, data in extensions
-        ) + _EXTENSION.pack(layout.EXTENSION_END, 0)
+        body = self.pack_extensions(extensions)
         name = b"" if self.backing_file is None else self.backing_file.encode("utf-8", "surrogateescape")
         body += bytes(max(name_at - length - len(body), 0) if name else 0)
         backing_offset = length + len(body) if name else 0

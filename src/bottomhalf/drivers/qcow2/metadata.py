@@ -30,7 +30,6 @@ import errno
 import os
 from array import array
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.aio import CoMutex, CoQueue
@@ -41,12 +40,12 @@ from bottomhalf.drivers.qcow2.counters import FREED_REQUEST as FREED_REQUEST
 from bottomhalf.drivers.qcow2.counters import FREED_SNAPSHOT as FREED_SNAPSHOT
 from bottomhalf.drivers.qcow2.counters import PAGE_BYTES, Counters, pages_of
 from bottomhalf.drivers.qcow2.header import Header
+from bottomhalf.drivers.qcow2.heading import co_write_header
 from bottomhalf.drivers.qcow2.layout import (
     COPIED,
     CORRUPT,
     DIRTY,
     OFFSET_MASK,
-    SECTOR_BYTES,
 )
 from bottomhalf.drivers.qcow2.overlap import co_find_places
 from bottomhalf.drivers.qcow2.together import Passage, co_submit_all
@@ -383,23 +382,8 @@ class Metadata(Counters):
             self.places.add(overlap.REFCOUNT_BLOCK, entry)
 
     async def write_header(self) -> None:
-        """Make the header durable. What follows its first sector is so before that, which refers to it: a sector is
-        what a crash leaves whole. OSError."""
-        data = bytearray(self.header.to_bytes())
-        if len(data) > SECTOR_BYTES:
-            before = await self.read(0, len(data))
-            if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
-                offset, length = self.header.name_of(before)
-                end = offset + length
-                if end > SECTOR_BYTES and offset < len(data) and end < self.mapping.cluster_size:
-                    with suppress(ImageError):  # the new name goes behind the old one, if there is room
-                        data = bytearray(self.header.to_bytes(-(-end // 8) * 8))
-                        offset = max(offset, SECTOR_BYTES)
-                        data[offset:end] = await self.read(offset, end - offset)
-                await self.write([(SECTOR_BYTES, data[SECTOR_BYTES:])])
-                await self.file.co_flush()
-        await self.write([(0, data[:SECTOR_BYTES])])
-        await self.file.co_flush()
+        """Make the header durable; a power cut leaves the old one or the new one. OSError, ImageError."""
+        await co_write_header(self)
 
     def header_changed(self) -> None:
         self._header_dirty = True
