@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import event
 
 import bottomhalf
 from tests.drivers.qcow2.machine import Machine, settings
@@ -22,8 +23,12 @@ from tests.peers.programs import require
 pytestmark = pytest.mark.hang_seconds(3600)  # a soak
 
 
+def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+
 def run(*command: str | Path) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    done = call(*command)
     assert not done.returncode, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -187,8 +192,13 @@ class Beside(Machine):
         try:
             self._close()
             self._catch_up()
-            for path in (self._path, self._theirs):
-                run("qemu-img", "check", "-q", "-f", "qcow2", path)
+            run("qemu-img", "check", "-q", "-f", "qcow2", self._path)
+            theirs = call("qemu-img", "check", "-q", "-f", "qcow2", self._theirs)
+            if theirs.returncode == 2 and "OFLAG_COPIED data cluster" in theirs.stderr:
+                # It happens with clusters of 512 bytes: QEMU packs compressed ones where data of the disk's own lie.
+                event("QEMU has damaged its own image")
+                return
+            assert not theirs.returncode, theirs.stderr
             run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", self._path, self._theirs)
             found = bottomhalf.check(self._theirs)
             assert not found.corruptions and not found.leaks, found.findings
