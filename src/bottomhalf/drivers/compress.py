@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bottomhalf.block import BlockError
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.filter import Filter
-from bottomhalf.host.request import COMPRESSED, READ, WRITE, Request
+from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph, Node
@@ -33,7 +33,7 @@ class CompressNode(Filter):
         self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
-        if self._aligner is not None and requests[0].op == WRITE:
+        if self._aligner is not None and requests[0].op not in (READ, FLUSH):  # not into a cluster that is read to be written
             return self._aligner.submit(requests)
         return self._submit(requests)
 
