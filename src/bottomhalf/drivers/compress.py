@@ -33,7 +33,8 @@ class CompressNode(Filter):
         self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
-        if self._aligner is not None and requests[0].op not in (READ, FLUSH):  # not into a cluster that is read to be written
+        # Zero writes as well: they must not come into a cluster between its being read and written.
+        if self._aligner is not None and requests[0].op not in (READ, FLUSH):
             return self._aligner.submit(requests)
         return self._submit(requests)
 
