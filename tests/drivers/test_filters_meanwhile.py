@@ -13,6 +13,7 @@ from bottomhalf.block.filter import Filter
 from bottomhalf.block.node import co_io
 from bottomhalf.block.resize import Preallocation
 from bottomhalf.block.watching import detect_zeroes
+from bottomhalf.drivers.compress import CompressNode
 from bottomhalf.drivers.preallocate import PreallocateNode
 from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
 from bottomhalf.host.request import READ, WRITE, WRITE_ZEROES
@@ -61,6 +62,22 @@ def test_what_zeroes_a_part_of_a_cluster_waits_for_the_write_to_another(seed: in
         user.wait()
         request = read(4096, CLUSTER - 4096)
         assert user.do(request) == [0] and not any(request.buffer)
+
+
+def test_the_clusters_of_another_image(seed: int) -> None:
+    host = SimHost(seed)
+    make(host, "a", size=4 * CLUSTER)
+    make(host, "b", size=4 * CLUSTER, cluster_size=2 * CLUSTER)
+    with bench(host) as it:
+        first, second = (opened(it, {"driver": "qcow2", "file": {"driver": "file", "filename": name}}) for name in "ab")
+        node = CompressNode(it.graph, file=first)
+        user = it.user(node)
+        it.graph.replace_child(node.edge, second)
+        assert node.request_alignment == 2 * CLUSTER
+        assert user.do(write(CLUSTER, b"a" * CLUSTER), write(0, b"b" * 4096)) == [0, 0]
+        request = read(0, 2 * CLUSTER)
+        assert user.do(request) == [0]
+        assert request.buffer == b"b" * 4096 + bytes(CLUSTER - 4096) + b"a" * CLUSTER
 
 
 # -- preallocate -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,11 @@ class CompressNode(Filter):
         if not file.can_compress:
             raise BlockError(f"Compression is not supported for underlying format: {file.driver}")
         super().__init__(graph, name, file=file, read_only=read_only, unmap=unmap)
-        self.request_alignment = max(self.request_alignment, file.cluster_bytes)
+        self.refresh_limits()
+
+    def refresh_limits(self) -> None:
+        super().refresh_limits()
+        self.request_alignment = max(self.request_alignment, self.edge.node.cluster_bytes)
         self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
