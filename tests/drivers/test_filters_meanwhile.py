@@ -9,21 +9,24 @@ from typing import Any
 import pytest
 
 from bottomhalf.aio import sleep_ns
+from bottomhalf.block.edge import ROLE_COW
 from bottomhalf.block.filter import Filter
 from bottomhalf.block.node import co_io
 from bottomhalf.block.resize import Preallocation
 from bottomhalf.block.watching import detect_zeroes
 from bottomhalf.drivers.compress import CompressNode
+from bottomhalf.drivers.copy_on_read import CopyOnReadNode
 from bottomhalf.drivers.preallocate import PreallocateNode
 from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
 from bottomhalf.host.request import READ, WRITE, WRITE_ZEROES
 from bottomhalf.host.sim import SimHost
 from tests.block.bench import READ_WRITE, Bench, bench, discard, read, sim_bench, write, zero
-from tests.drivers.helpers import opened
+from tests.drivers.helpers import Overlay, Ram, opened
 from tests.drivers.qcow2.bench import make
 
 CLUSTER = 65536
 MIB = 1 << 20
+SIZE = 40_000
 A_WHILE_NS = 30_000_000
 
 
@@ -78,6 +81,69 @@ def test_the_clusters_of_another_image(seed: int) -> None:
         request = read(0, 2 * CLUSTER)
         assert user.do(request) == [0]
         assert request.buffer == b"b" * 4096 + bytes(CLUSTER - 4096) + b"a" * CLUSTER
+
+
+# -- copy-on-read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_copy_does_not_overwrite_what_others_write_to_the_image(seed: int, late: bool) -> None:
+    """They use the image below the filter, as QEMU allows. ``late``: it gets its backing image later."""
+    host = SimHost(seed)
+    host.add_file("base", b"a" * (4 * CLUSTER))
+    make(host, "top", size=4 * CLUSTER)
+    with bench(host) as it:
+        base = it.file("base", "base")
+        image: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": None}
+        if not late:
+            image["backing"] = "base"
+        top = opened(it, image)
+        kind = type(top)
+        node = CopyOnReadNode(it.graph, file=top)
+        if late:
+            it.graph.attach_child(top, base, "backing", ROLE_COW)
+        second = CopyOnReadNode(it.graph, file=top)
+        user, above, beside = it.user(node), it.user(second), it.user(top)
+        host.set_cached("base", "never")
+        fault = host.fault(path="base", op=READ, times=1, hold=True)
+        reads = [read(2 * CLUSTER, 4096), read(2 * CLUSTER, 4096)]
+        writes = [write(2 * CLUSTER, b"b" * 4096), write(2 * CLUSTER + 4096, b"c" * 4096)]
+
+        async def main() -> None:
+            user.submit(reads[0])
+            await sleep_ns(A_WHILE_NS)
+            beside.submit(writes[0])
+            above.submit(writes[1])
+            above.submit(reads[1])
+            await sleep_ns(A_WHILE_NS)
+            fault.remove()
+
+        it.context.run(main())
+        for each in (user, above, beside):
+            each.wait()
+        assert [request.result for request in reads + writes] == [0] * 4
+        request = read(2 * CLUSTER, 12288)
+        assert beside.do(request) == [0]
+        assert request.buffer == b"b" * 4096 + b"c" * 4096 + b"a" * 4096
+        assert type(top) is not kind
+        user.backend.close()
+        above.backend.close()
+        assert type(top) is kind, "it has a gate no more"
+
+
+def test_a_write_on_its_way_when_the_filter_comes(seed: int) -> None:
+    with sim_bench(seed) as it:
+        base = Ram(it.graph, b"a" * SIZE)
+        top = Overlay(it.graph, base)
+        beside = it.user(top)
+        top.delay_ns = 10**9
+        request = write(0, b"b" * 100)
+        beside.submit(request)
+        user = it.user(CopyOnReadNode(it.graph, file=top))
+        first, again = read(0, 4096), read(0, 4096)
+        assert user.do(first) == beside.do(again) == [0]
+        beside.wait()
+        assert first.buffer == again.buffer == b"b" * 100 + b"a" * 3996
 
 
 # -- preallocate -----------------------------------------------------------------------------------------------------
