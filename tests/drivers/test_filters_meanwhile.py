@@ -17,9 +17,12 @@ from bottomhalf.block.watching import detect_zeroes
 from bottomhalf.drivers.compress import CompressNode
 from bottomhalf.drivers.copy_on_read import CopyOnReadNode
 from bottomhalf.drivers.preallocate import PreallocateNode
+from bottomhalf.drivers.registry import reopen_nodes
 from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
 from bottomhalf.host.request import READ, WRITE, WRITE_ZEROES
 from bottomhalf.host.sim import SimHost
+from bottomhalf.qapi.block import BlockdevOptions
+from bottomhalf.qapi.visit import from_json
 from tests.block.bench import READ_WRITE, Bench, bench, discard, read, sim_bench, write, zero
 from tests.drivers.helpers import Overlay, Ram, opened
 from tests.drivers.qcow2.bench import make
@@ -132,18 +135,38 @@ def test_a_copy_does_not_overwrite_what_others_write_to_the_image(seed: int, lat
 
 
 def test_a_write_on_its_way_when_the_filter_comes(seed: int) -> None:
+    """It passes no gate any more; so the filter waits for it."""
+    host = SimHost(seed)
+    host.add_file("base", b"a" * (4 * CLUSTER))
+    make(host, "top", size=4 * CLUSTER)
+    with bench(host) as it:
+        it.file("base", "base")
+        image = {"driver": "qcow2", "file": {"driver": "file", "filename": "top"}, "backing": "base"}
+        top = opened(it, image)
+        beside = it.user(top)
+        host.set_cached("base", "never")
+        fault = host.fault(path="base", op=READ, times=1, hold=True)
+        beside.submit(write(0, b"b" * 4096))
+        it.context.timer(fault.remove, name="it goes on").arm_ns(it.context.now_ns() + A_WHILE_NS)
+        user = it.user(CopyOnReadNode(it.graph, file=top))
+        user.do(read(0, 4096))
+        beside.wait()
+        request = read(0, 8192)
+        assert beside.do(request) == [0] and request.buffer == b"b" * 4096 + b"a" * 4096
+
+
+def test_the_gate_follows_a_reopened_filter(seed: int) -> None:
     with sim_bench(seed) as it:
         base = Ram(it.graph, b"a" * SIZE)
-        top = Overlay(it.graph, base)
-        beside = it.user(top)
-        top.delay_ns = 10**9
-        request = write(0, b"b" * 100)
-        beside.submit(request)
-        user = it.user(CopyOnReadNode(it.graph, file=top))
-        first, again = read(0, 4096), read(0, 4096)
-        assert user.do(first) == beside.do(again) == [0]
-        beside.wait()
-        assert first.buffer == again.buffer == b"b" * 100 + b"a" * 3996
+        first, second = (Overlay(it.graph, base, name) for name in ("first", "second"))
+        first.monitor_owned = second.monitor_owned = True
+        options = {"driver": "copy-on-read", "node-name": "filter", "file": "first"}
+        node = opened(it, options)
+        user = it.user(node)
+        assert user.do(read(0, 1)) == [0] and first.stored == {0}
+        reopen_nodes(it.graph, [from_json(BlockdevOptions, options | {"file": "second"})])
+        assert type(first) is Overlay
+        assert user.do(read(4096, 1)) == [0] and (first.stored, second.stored) == ({0}, {1})
 
 
 # -- preallocate -----------------------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ class CopyOnReadNode(Filter):
             super().__init__(graph, name, file=file, read_only=read_only, unmap=unmap)
             self._take_gate()  # what is on its way already would not pass it: so the image is drained
 
-    def child_replaced(self, edge: Edge) -> None:
+    def refresh_limits(self) -> None:
+        super().refresh_limits()
         self._take_gate()
-        super().child_replaced(edge)
 
     def _take_gate(self) -> None:
         """That of an image to which something may have to be copied. It is drained, and the one before."""

@@ -69,14 +69,14 @@ class PreallocateNode(Filter):
             self.data_end = self.file_end = self.below.size
         self.refresh_size()
 
-    def child_replaced(self, edge: Edge) -> None:
+    def refresh_limits(self) -> None:
         """Another file has an end of its own. Filters that come and go above the same one change nothing."""
         storage = self._find_storage()
         if storage is not self._storage:
             self._storage = storage
             storage.refresh_size()
             self.data_end = self.file_end = self.below.size
-        super().child_replaced(edge)
+        super().refresh_limits()
 
     def _find_storage(self) -> Node:
         node = self.below
