@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -416,6 +417,41 @@ def test_failures_of_what_is_limited(context: AioContext) -> None:
     for limited in (give_up_after, cancel_after):
         with pytest.raises(ValueError, match="mine"):
             context.run(limited(fail(), SECOND_NS))
+
+
+@pytest.mark.parametrize("limited", [give_up_after, cancel_after])
+def test_a_failure_in_time_is_told_once(sim: SimHost, limited: Any) -> None:
+    """To the caller, and not out of the loop as well."""
+    context = AioContext(sim)
+
+    async def fail() -> None:
+        await sleep_ns(SECOND_NS // 2)
+        raise ValueError("mine")
+
+    async def body() -> str:
+        try:
+            await limited(fail(), SECOND_NS)
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    caller = context.enter(body())
+    context.run(sleep_ns(2 * SECOND_NS))
+    assert caller.result() == "mine"
+    context.close()
+
+
+def test_what_cleaning_up_raises_is_heard(sim: SimHost) -> None:
+    context = AioContext(sim)
+
+    def clean() -> None:
+        raise ValueError("not clean")
+
+    with pytest.raises(TimedOut):
+        context.run(give_up_after(sleep_ns(2 * SECOND_NS), SECOND_NS, clean))
+    with pytest.raises(ValueError, match="not clean"):
+        context.run(sleep_ns(2 * SECOND_NS))
+    context.close()
 
 
 def test_cancel_after(sim: SimHost) -> None:

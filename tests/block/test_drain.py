@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from bottomhalf.block import BlockBackend, BlockError, Graph, Node
 from bottomhalf.drivers.null import NullAioNode, NullCoNode
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.linux import LinuxHost
-from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE
+from bottomhalf.host.protocol import PERM_ALL, PERM_RESIZE, PERM_WRITE
 from bottomhalf.host.request import READ, WRITE, Request
 from tests.block.bench import Bench, User, bench, flush, read, sim_bench, write
 
@@ -285,6 +286,39 @@ def test_remove_answers_what_is_parked(seed: int) -> None:
             coroutine.result()
         assert sorted(request.result for request in user.told) == [-errno.ENOMEDIUM] * 3 + [0]
         assert user.do(read(0, 1)) == [-errno.ENOMEDIUM]
+
+
+def test_remove_drains_a_node_that_was_put_in_its_place_meanwhile(seed: int) -> None:
+    with sim_bench(seed, a=SIZE, b=SIZE) as it:
+        for name in "ab":
+            it.host.set_cached(name, "never")
+        first, second = it.file("a"), it.file("b")
+        user = it.user(first)
+        writes = [write(0, b"1" * 512), write(0, b"2" * 512)]
+        held_first = it.host.fault(path="a", op=WRITE, hold=True)
+        held_second = it.host.fault(path="b", op=WRITE, hold=True)
+        user.submit(writes[0])
+        seen: list[tuple[Any, int]] = []
+
+        def later(callback: Any) -> None:
+            it.context.timer(callback, name="later").arm_ns(it.context.now_ns() + 10_000_000)
+
+        def look() -> None:
+            seen.append((user.backend.root, second.permissions[0] & PERM_WRITE))
+            held_second.remove()
+
+        def replace() -> None:
+            user.submit(writes[1])
+            later(held_first.remove)
+            it.graph.replace_node(first, second)
+            wait_while(it.context, lambda: not user.backend.in_flight, what="the second write to begin")
+            later(look)
+
+        it.context.schedule_oneshot(replace)
+        edge = user.backend.root
+        user.backend.remove()
+        assert seen == [(edge, PERM_WRITE)], "it stays there until its write has ended"
+        assert [request.result for request in writes] == [0, 0]
 
 
 class TestInAnIothread:

@@ -13,7 +13,7 @@ from bottomhalf.aio import wait_while
 from bottomhalf.block.error_policy import ErrorAction, ErrorPolicy, IoError, IoStatus, OnError, PolicyQueue
 from bottomhalf.drivers.raw import RawNode
 from bottomhalf.host.request import READ, WRITE, Request
-from tests.block.bench import Bench, read, sim_bench, write
+from tests.block.bench import Bench, flush, read, sim_bench, write
 from tests.drivers.helpers import Ram
 
 SIZE = 65536
@@ -101,6 +101,36 @@ def test_stopped_for_space_and_tried_again(seed: int) -> None:
         assert {id(request) for request in guest.told} >= {id(request) for request in requests}
         assert all(request.result == 0 for request in guest.told)
         assert guest.ram.content[1024:] == b"".join(bytes([n]) * 512 for n in range(1, 20)) + bytes(SIZE - 20 * 512)
+
+
+def test_what_fails_again_stays_first(seed: int) -> None:
+    with sim_bench(seed) as it:
+        guest = Guest(it, werror=OnError.STOP)
+        first, second = write(0, b"1"), flush()
+        guest.ram.fail["write"] = errno.EIO
+        guest.ram.delay_ns = 0
+        guest.submit(first)
+        guest.submit(second)
+        guest.queue.resume()
+        assert guest.queue.kept == 2
+        guest.queue.give_up()
+        assert guest.told == [first, second]
+
+
+def test_what_fails_late_keeps_its_place(seed: int) -> None:
+    """Of two on their way the later one fails first; in between something new comes."""
+    with sim_bench(seed) as it:
+        guest = Guest(it, rerror=OnError.STOP, werror=OnError.STOP)
+        guest.ram.fail |= {"write": errno.EIO, "read": errno.EIO}
+        guest.ram.delay_ns = 128 * 10**9
+        late, early, new = write(0, b"1"), read(0, 1), flush()
+        guest.submit(late)
+        guest.ram.delay_ns = 0
+        guest.submit(early)
+        guest.submit(new)
+        guest.settle()
+        guest.queue.give_up()
+        assert guest.told == [late, early, new]
 
 
 def test_the_disk_goes_away(seed: int) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from bottomhalf.aio import wait_while
+from bottomhalf.aio import sleep_ns, wait_while
 from bottomhalf.block import BlockError
 from bottomhalf.block.bitmap import DirtyBitmap
 from bottomhalf.block.dirty import add_bitmap
 from bottomhalf.drivers.copy_before_write import CopyBeforeWriteNode
 from bottomhalf.drivers.snapshot_access import SnapshotAccessNode
-from bottomhalf.host.protocol import PERM_CONSISTENT_READ
-from tests.block.bench import Bench, User, discard, read, sim_bench, write
+from bottomhalf.host.protocol import DATA, PERM_CONSISTENT_READ, ZERO
+from tests.block.bench import Bench, User, discard, read, sim_bench, write, zero
 from tests.drivers.helpers import Overlay, Ram, opened, random_requests
 from tests.drivers.test_filters import content
 
@@ -123,6 +123,14 @@ def test_break_snapshot(seed: int) -> None:
 
 
 @pytest.mark.parametrize("break_snapshot", [False, True])
+def test_a_copy_that_fails_in_time(seed: int, break_snapshot: bool) -> None:
+    with sim_bench(seed) as it:
+        setup = Setup(it, seed, break_snapshot=break_snapshot, timeout_ns=10**9)
+        setup.target.fail["write"] = errno.ENOSPC
+        assert setup.user.do(write(0, b"x")) == [0 if break_snapshot else -errno.ENOSPC]
+
+
+@pytest.mark.parametrize("break_snapshot", [False, True])
 def test_timeout(seed: int, break_snapshot: bool) -> None:
     with sim_bench(seed) as it:
         setup = Setup(it, seed, break_snapshot=break_snapshot, timeout_ns=10**9)
@@ -162,6 +170,53 @@ def test_status(seed: int) -> None:
         backend = setup.snapshot.backend
         assert it.context.run(backend.co_block_status(0, SIZE)) == (1, CLUSTER)
         assert it.context.run(backend.co_block_status(CLUSTER, SIZE - CLUSTER)) == (1, SIZE - CLUSTER)
+
+
+def test_status_of_what_is_zeroed_meanwhile(seed: int) -> None:
+    """The disk is asked for it, and answers when it has been zeroed, unless that waits."""
+
+    class Slow(Ram):
+        driver = "slow"
+
+        def block_status(self, offset: int, length: int) -> tuple[int, int] | None:
+            return None
+
+        async def co_block_status(self, offset: int, length: int) -> tuple[int, int]:
+            await sleep_ns(10**9)
+            return (DATA if any(self.content[offset : offset + length]) else ZERO), length
+
+    with sim_bench(seed) as it:
+        disk = Slow(it.graph, b"x" * SIZE)
+        node = CopyBeforeWriteNode(it.graph, file=disk, target=Ram(it.graph, bytes(SIZE)), unmap=True)
+        user, snapshot = it.user(node), it.backend(SnapshotAccessNode(it.graph, file=node), held=PERM_CONSISTENT_READ)
+        asking = it.context.enter(snapshot.co_block_status(0, SIZE))
+        user.submit(zero(0, SIZE))
+        wait_while(it.context, lambda: not asking.done, what="the status")
+        assert asking.result() == (DATA, SIZE)
+        user.wait()
+
+
+def test_a_disk_that_grows_before_the_filter_is_put_in(seed: int) -> None:
+    with sim_bench(seed) as it:
+        disk, target = Ram(it.graph, content(seed, SIZE)), Ram(it.graph, bytes(SIZE + CLUSTER))
+        node = CopyBeforeWriteNode(it.graph, file=disk, target=target)
+        it.context.run(disk.co_truncate(SIZE + CLUSTER))
+        old = bytes(disk.content)
+        user = it.user(node)
+        assert user.do(write(SIZE, b"x"), write(SIZE + CLUSTER - 1, b"x"), write(0, b"x")) == [0] * 3
+        snapshot = it.user(SnapshotAccessNode(it.graph, file=node), held=PERM_CONSISTENT_READ)
+        request = read(0, SIZE + CLUSTER)
+        assert snapshot.do(request) == [0] and request.buffer == old
+
+
+def test_another_disk_breaks_the_snapshot(seed: int) -> None:
+    """Nothing of it was saved; its user goes on."""
+    with sim_bench(seed) as it:
+        setup = Setup(it, seed)
+        assert setup.user.do(write(0, b"x")) == [0]
+        it.graph.replace_child(setup.node.edge, Ram(it.graph, bytes(2 * SIZE)))
+        assert setup.user.do(write(2 * SIZE - 1, b"x")) == [0]
+        assert setup.look(0, 1) == -errno.EACCES
 
 
 def test_fleecing(seed: int) -> None:

@@ -17,6 +17,7 @@ from bottomhalf.jobs.block_job import BlockJob
 from bottomhalf.jobs.registry import Jobs
 from bottomhalf.qapi.commands import event_data
 from bottomhalf.qapi.jobs import JobType
+from tests.block.bench import write
 from tests.block.parts import threads
 from tests.jobs.bench import JobBench, job_bench
 
@@ -186,3 +187,28 @@ def test_an_error_that_stops_it(seed: int, number: int) -> None:
         job.user_resume()
         going(bench, job)
         assert job.block_info().io_status == "ok"
+
+
+def test_a_node_that_loses_its_last_user_meanwhile(seed: int) -> None:
+    """The job waits for the user's request; then it is the only one who uses the node."""
+    with job_bench(seed, a=4096) as bench:
+        it = bench.graph_bench
+        it.host.set_cached("a", "never")
+        node = it.file("a")
+        user = it.user(node)
+        fault = it.host.fault(path="a", op=WRITE, hold=True)
+        user.submit(write(0, b"x" * 512))
+        it.context.timer(fault.remove, name="the write ends").arm_ns(it.context.now_ns() + 10_000_000)
+        it.context.schedule_oneshot(user.backend.close)
+        job = Rounds(bench.jobs, "j", node)
+        assert not node.closed and [edge.node for edge in job.edges] == [node]
+        job.clean()
+        job.give_up()
+
+
+def test_a_node_that_is_closed_is_refused(seed: int) -> None:
+    with job_bench(seed, a=4096) as bench:
+        node = bench.graph_bench.file("a", "a")
+        bench.graph_bench.graph.release(node)
+        with pytest.raises(BlockError, match=r"^Node 'a' was closed meanwhile$"):
+            Rounds(bench.jobs, "j", node)

@@ -114,17 +114,29 @@ async def gather(*bodies: _Body, limit: int | None = None) -> list[Any]:
 class _Timeout(Waitable):
     """A coroutine, and another that waits for it until a timer fires."""
 
-    __slots__ = ("sleep", "started")
+    __slots__ = ("failure", "left_behind", "sleep", "started")
 
     def __init__(self, body: _Body, me: Coroutine) -> None:
         self.sleep = Sleep()
+        self.failure: Exception | None = None
+        self.left_behind = False  # nobody will ask for its result
         self.started = Coroutine(named(self._run(body), name_of(body)), me.context)
 
     async def _run(self, body: _Body) -> Any:
         try:
             return await body
+        except Exception as error:  # nobody awaits it, so the loop would raise it as well
+            if self.left_behind:
+                raise
+            self.failure = error
         finally:
             self.sleep.wake()
+
+    def result(self) -> Any:
+        """What the coroutine returned; raises what it raised."""
+        if self.failure is not None:
+            raise self.failure
+        return self.started.result()
 
     async def wait(self, timeout_ns: int) -> bool:
         """Whether it has ended in time."""
@@ -155,9 +167,9 @@ async def give_up_after(body: _Body, timeout_ns: int, clean: Callable[[], object
     timeout = _Timeout(named(tidy(), name_of(body)), current())
     try:
         if await timeout.wait(timeout_ns):
-            return timeout.started.result()
+            return timeout.result()
     finally:
-        left_behind = not timeout.started.done
+        left_behind = timeout.left_behind = not timeout.started.done
     raise TimedOut(f"{name_of(body)} took longer than {timeout_ns} ns; it goes on")
 
 
@@ -178,7 +190,7 @@ async def cancel_after(body: _Body, timeout_ns: int) -> Any:
         with shielded():
             if await _was_cancelled(started):
                 raise TimedOut(f"{started.name} took longer than {timeout_ns} ns")
-    return started.result()
+    return timeout.result()
 
 
 async def _was_cancelled(coroutine: Coroutine) -> bool:
@@ -187,7 +199,5 @@ async def _was_cancelled(coroutine: Coroutine) -> bool:
         await coroutine
     except WasCancelled:
         return True
-    except Exception:
-        pass  # its result() raises it again
     return False
 

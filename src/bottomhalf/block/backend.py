@@ -121,21 +121,25 @@ class BlockBackend(Parent):
         edge = self.root
         if edge is None:
             return
-        with self.graph.holding(edge.node):
-            with self.graph.drained(edge.node):
-                if self.root is not edge:
-                    return  # the section has waited, and somebody else was faster
-                node = edge.node  # as it is now: another may have been put in its place
-                self.settle_written()
-                self.root = None
-                self._set_size(0)
-                node.remove_parent(edge)
-                permissions.loosen(node)
-            wait_while(
-                self.context,
-                lambda: self._parked or self._drain_ends or self.in_flight,
-                what=f"requests to {self.describe()} that find it without a medium",
-            )
+        while True:
+            node = edge.node
+            with self.graph.holding(node):
+                with self.graph.drained(node):
+                    if self.root is not edge:
+                        return  # the section has waited, and somebody else was faster
+                    if edge.node is not node:
+                        continue  # another was put in its place, and is not drained
+                    self.settle_written()
+                    self.root = None
+                    self._set_size(0)
+                    node.remove_parent(edge)
+                    permissions.loosen(node)
+                wait_while(
+                    self.context,
+                    lambda: self._parked or self._drain_ends or self.in_flight,
+                    what=f"requests to {self.describe()} that find it without a medium",
+                )
+            break
         connected = self.graph.connected(node)
         self.graph.release(node)
         self.graph.bring_home(connected)

@@ -109,7 +109,7 @@ class PolicyQueue:
         self._on_error = on_error
         self._queue = backend.queue(self._ended)
         self._kept: list[Request] = []
-        self._originals: dict[int, tuple[int, int]] = {}  # layers map offsets and change flags in place
+        self._originals: dict[int, tuple[int, int]] = {}  # in order; layers map offsets and change flags in place
 
     @property
     def kept(self) -> int:
@@ -135,12 +135,11 @@ class PolicyQueue:
 
     def resume(self) -> None:
         """The machine goes on: what was kept is tried again, in order."""
-        kept, self._kept = self._kept, []
-        self.status = IoStatus.OK
+        kept = self._take_kept()
         begin = 0
         while begin < len(kept):
             if self.stopped:  # again
-                self._kept[:0] = kept[begin:]
+                self._kept += kept[begin:]
                 return
             end = begin + 1
             while end < len(kept) and kept[end].op == kept[begin].op:
@@ -157,14 +156,22 @@ class PolicyQueue:
 
     def give_up(self) -> None:
         """The disk goes away: what was kept fails as it did, or with ENOMEDIUM if it had not begun."""
-        kept, self._kept = self._kept, []
-        self.status = IoStatus.OK
+        kept = self._take_kept()
         for request in kept:
             del self._originals[id(request)]
             if request.result == IN_PROGRESS:
                 request.result = -errno.ENOMEDIUM
         if kept:
             self._on_complete(kept)
+
+    def _take_kept(self) -> list[Request]:
+        """What was kept, in the order in which it came: requests may fail in another one."""
+        kept, self._kept = self._kept, []
+        self.status = IoStatus.OK
+        if len(kept) > 1:
+            places = {key: place for place, key in enumerate(self._originals)}
+            kept.sort(key=lambda request: places[id(request)])
+        return kept
 
     def _start(self, requests: list[Request]) -> list[Request]:
         for request in requests:

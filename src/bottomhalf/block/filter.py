@@ -27,6 +27,7 @@ from bottomhalf.host.request import DISCARD, FLUSH, MAY_UNMAP, WRITE_ZEROES, Req
 
 if TYPE_CHECKING:
     from bottomhalf.block.graph import Graph
+    from bottomhalf.block.resize import Preallocation
 
 
 class Filter(Node):
@@ -117,3 +118,11 @@ class Filter(Node):
 
     async def co_truncate(self, size: int) -> None:
         await self.edge.node.co_truncate(size)
+
+    async def co_grow(self, size: int, preallocation: Preallocation) -> None:
+        """The child takes its space before anybody is told that there is more. A subclass that has its own way to
+        another size goes that way."""
+        if type(self).co_truncate is Filter.co_truncate:
+            await self.edge.node.co_grow(size, preallocation)
+        else:
+            await super().co_grow(size, preallocation)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What any node can be asked to do with writes, whatever its driver: turn zero bytes into zero writes, tell when
-somebody writes beyond a threshold, and note in bitmaps what is written (see ``dirty``).
+somebody writes beyond a threshold, note in bitmaps what is written (see ``dirty``), and keep writes out of a range
+that somebody else must have for himself.
 
     detect_zeroes(node, unmap=True)
     set_write_threshold(node, 1 << 30, on_exceeded)
     watch_bitmaps(node)
+    gate = share_gate(node)
 
 Few nodes are asked, and the others must not pay, not even a look at a flag per list. So a node that is asked changes
 its class: to one that is derived from its driver's and looks at writes before the driver gets them, in each of the two
@@ -14,6 +16,9 @@ A write of zero bytes goes down as a request of its own: the owner's request sta
 
 While an image still says that bitmaps in it are valid, nobody may write: they would be wrong after a crash. A node
 that is *sealed* so refuses (EPERM).
+
+Who enters the gate of a node alone (see ``serialising``) writes through the door behind it: ``co_io(node, ...,
+submit=behind_gate(node))``.
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.node import Node, co_io
+from bottomhalf.block.serialising import RangeGate
 from bottomhalf.block.zeroes import is_zero
-from bottomhalf.host.request import COMPRESSED, DISCARD, MAY_UNMAP, WRITE, WRITE_ZEROES, Request
+from bottomhalf.host.request import COMPRESSED, DISCARD, FLUSH, MAY_UNMAP, READ, WRITE, WRITE_ZEROES, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block.dirty import NamedBitmap
@@ -34,7 +40,17 @@ if TYPE_CHECKING:
 class Watch:
     """What a node is asked to do."""
 
-    __slots__ = ("bitmaps", "follows_size", "on_exceeded", "sealed", "threshold", "zero_flags", "zeroes")
+    __slots__ = (
+        "bitmaps",
+        "follows_size",
+        "gate",
+        "gate_users",
+        "on_exceeded",
+        "sealed",
+        "threshold",
+        "zero_flags",
+        "zeroes",
+    )
 
     def __init__(self) -> None:
         self.zeroes = False
@@ -44,10 +60,12 @@ class Watch:
         self.bitmaps: tuple[NamedBitmap, ...] = ()  # that follow writes
         self.sealed = False
         self.follows_size = False  # there are bitmaps, following writes or not
+        self.gate: RangeGate | None = None  # that writes pass
+        self.gate_users = 0
 
     @property
     def idle(self) -> bool:
-        return not self.zeroes and not self.threshold and not self.follows_size
+        return not self.zeroes and not self.threshold and not self.follows_size and self.gate is None
 
     def mark(self, requests: Iterable[Request]) -> None:
         """Somebody writes, or discards."""
@@ -84,6 +102,28 @@ def _watching(kind: type[Any]) -> type[Node]:
         watch: Watch
 
         def submit_batch(self, requests: list[Request]) -> list[Request]:
+            gate = self.watch.gate
+            if gate is None or requests[0].op in (READ, FLUSH):
+                return self.behind_gate(requests)
+            clear = gate.clear(requests)
+            pending = list(gate.submit(clear, self.behind_gate)) if clear else []
+            if len(clear) < len(requests):
+                passed = {id(request) for request in clear}
+                for request in requests:
+                    if id(request) not in passed and self.start(request, self._co_pass(gate, request)):
+                        pending.append(request)
+            return pending
+
+        async def _co_pass(self, gate: RangeGate, request: Request) -> None:
+            offset, length = request.offset, request.length
+            place = await gate.enter(offset, offset + length, alone=False)
+            try:
+                door = self.behind_gate
+                await co_io(self, request.op, offset, length, request.buffer, request.flags, submit=door)
+            finally:
+                gate.leave(place)
+
+        def behind_gate(self, requests: list[Request]) -> list[Request]:
             watch, op = self.watch, requests[0].op
             if op in (WRITE, WRITE_ZEROES):
                 if watch.sealed:
@@ -145,7 +185,15 @@ def _watching(kind: type[Any]) -> type[Node]:
         async def co_copy_range_to(self, offset: int, length: int, *source: Any) -> None:
             self.watch.mark_range(self, offset, length)
             self.watch.written(offset + length)
-            await super().co_copy_range_to(offset, length, *source)
+            gate = self.watch.gate
+            if gate is None:
+                await super().co_copy_range_to(offset, length, *source)
+                return
+            place = await gate.enter(offset, offset + length, alone=False)
+            try:
+                await super().co_copy_range_to(offset, length, *source)
+            finally:
+                gate.leave(place)
 
     Watched.__name__ = f"Watched{kind.__name__}"
     _classes[kind] = Watched
@@ -220,3 +268,33 @@ def watch_bitmaps(node: Node) -> None:
         watch.follows_size = bool(bitmaps)
 
     _change(node, change)
+
+
+def share_gate(node: Node) -> RangeGate:
+    """From now on requests that change the node pass a gate: this one, whoever asks. Until drop_gate(), once for each
+    time. Drained, or not used yet."""
+
+    def change(watch: Watch) -> None:
+        watch.gate = watch.gate or RangeGate(f"other requests that write to {node.describe()}")
+        watch.gate_users += 1
+
+    _change(node, change)
+    gate = node.watch.gate  # type: ignore[attr-defined]
+    assert isinstance(gate, RangeGate)
+    return gate
+
+
+def drop_gate(node: Node) -> None:
+    """One user of the node's gate needs it no more. Drained."""
+
+    def change(watch: Watch) -> None:
+        watch.gate_users -= 1
+        if not watch.gate_users:
+            watch.gate = None
+
+    _change(node, change)
+
+
+def behind_gate(node: Node) -> Callable[[list[Request]], list[Request]]:
+    """The door for who is inside the node's gate."""
+    return node.behind_gate  # type: ignore[attr-defined,no-any-return]

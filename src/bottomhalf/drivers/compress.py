@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bottomhalf.block import BlockError
 from bottomhalf.block.alignment import Aligner
 from bottomhalf.block.filter import Filter
-from bottomhalf.host.request import COMPRESSED, READ, WRITE, Request
+from bottomhalf.host.request import COMPRESSED, FLUSH, READ, WRITE, Request
 
 if TYPE_CHECKING:
     from bottomhalf.block import Graph, Node
@@ -29,11 +29,16 @@ class CompressNode(Filter):
         if not file.can_compress:
             raise BlockError(f"Compression is not supported for underlying format: {file.driver}")
         super().__init__(graph, name, file=file, read_only=read_only, unmap=unmap)
-        self.request_alignment = max(self.request_alignment, file.cluster_bytes)
+        self.refresh_limits()
+
+    def refresh_limits(self) -> None:
+        super().refresh_limits()
+        self.request_alignment = max(self.request_alignment, self.edge.node.cluster_bytes)
         self._aligner = Aligner(self, self._submit) if self.request_alignment > 1 else None
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
-        if self._aligner is not None and requests[0].op == WRITE:
+        # Zero writes as well: they must not come into a cluster between its being read and written.
+        if self._aligner is not None and requests[0].op not in (READ, FLUSH):
             return self._aligner.submit(requests)
         return self._submit(requests)
 

@@ -77,10 +77,27 @@ class CopyBeforeWriteNode(Filter):
         self.snapshot_error = 0  # why the snapshot is broken, an errno
         self._cluster = cluster
         self._to_copy = to_copy
+        self._whole = bitmap is None
         self._done = DirtyBitmap(file.size, cluster)
         self._access = DirtyBitmap(file.size, cluster)  # what may be read in the snapshot
         self._access.merge(to_copy)
         self._gate = RangeGate(f"copies and reads of the snapshot of {self.describe()}")
+
+    def refresh_size(self) -> None:
+        """Before anybody uses the filter, the disk may get another size. Afterwards it has become another disk, of
+        which nothing was saved."""
+        super().refresh_size()
+        old = self._to_copy.size
+        if self.size == old:
+            return
+        if self.parents or self._done.any(0, old):
+            self.snapshot_error = self.snapshot_error or errno.EIO
+            return
+        for bitmap in (self._to_copy, self._done, self._access):
+            bitmap.truncate(self.size)
+        if self._whole and self.size > old:
+            for bitmap in (self._to_copy, self._access):
+                bitmap.set(old, self.size - old)
 
     # -- the disk -----------------------------------------------------------------------------------------------
 
@@ -178,7 +195,18 @@ class CopyBeforeWriteNode(Filter):
         """Like co_block_status, of the disk as it was."""
         self._check_access(offset, length)
         saved, count = self._done.run(offset, length)
-        return await (self.target if saved else self.edge).node.co_block_status(offset, count)
+        if not saved:
+            place = await self._gate.enter(offset, offset + count, alone=False)
+            try:
+                saved, count = self._done.run(offset, count)  # as it is after the wait
+                if not saved:
+                    status = await self.edge.node.co_block_status(offset, count)
+            finally:
+                self._gate.leave(place)
+        if saved:
+            status = await self.target.node.co_block_status(offset, count)
+        self._check_access(offset, status[1])  # it may have been broken meanwhile
+        return status
 
     async def co_snapshot_discard(self, offset: int, length: int) -> None:
         """The reader needs the range no more. Clusters that lie within it are not saved any more."""

@@ -8,7 +8,7 @@ Whether there is anything to copy is a question to the image below. One without 
 false) has all there is, and lists pass as they are. Above one that has, a read asks piece by piece where its bytes are
 stored. Copying takes whole clusters, and between the read from below and the write nobody may write there, or the copy
 would overwrite what is newer: copying serialises (``block.serialising``), and whether it is still needed is asked
-again behind the gate.
+again behind the gate. The image itself has the gate (``block.watching``): others may write to it without the filter.
 
 The copy changes no byte that anybody can read. So it needs the permission "write unchanged" only, and always: also
 when nobody above may write.
@@ -16,12 +16,14 @@ when nobody above may write.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 from bottomhalf.block import BlockError
 from bottomhalf.block.filter import Filter
 from bottomhalf.block.node import co_io
 from bottomhalf.block.serialising import RangeGate
+from bottomhalf.block.watching import behind_gate, drop_gate, share_gate
 from bottomhalf.block.zeroes import is_zero
 from bottomhalf.host.protocol import PERM_WRITE_UNCHANGED, File
 from bottomhalf.host.request import FLUSH, READ, WRITE, WRITE_ZEROES, Request
@@ -49,9 +51,36 @@ class CopyOnReadNode(Filter):
     ) -> None:
         if bottom is not None and bottom.is_filter:
             raise BlockError(f"Bottom node '{bottom.name}' is a filter")
-        super().__init__(graph, name, file=file, read_only=read_only, unmap=unmap)
         self.bottom = bottom
-        self._gate = RangeGate(f"other requests that write to {self.describe()}")
+        self._gate: RangeGate | None = None
+        self._gated: Node | None = None  # whose gate it is
+        with graph.holding(file), graph.drained(file) if file.has_backing else nullcontext():
+            super().__init__(graph, name, file=file, read_only=read_only, unmap=unmap)
+            self._take_gate()  # what is on its way already would not pass it: so the image is drained
+
+    def refresh_limits(self) -> None:
+        super().refresh_limits()
+        self._take_gate()
+
+    def _take_gate(self) -> None:
+        """That of an image to which something may have to be copied. It is drained, and the one before."""
+        node = self.edge.node if self.edge.node.has_backing else None
+        if node is self._gated:
+            return
+        self._drop_gate()
+        if node is not None:
+            self._gated, self._gate = node, share_gate(node)
+
+    def _drop_gate(self) -> None:
+        if self._gated is not None:
+            drop_gate(self._gated)
+        self._gated = self._gate = None
+
+    def close(self) -> None:
+        while (node := self._gated) is not None:
+            with self.graph.drained(node):
+                if self._gated is node:  # else another has come in its place meanwhile
+                    self._drop_gate()
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         op, child = requests[0].op, self.edge.node
@@ -59,16 +88,7 @@ class CopyOnReadNode(Filter):
             return child.submit_batch(requests) if op <= FLUSH else super().submit_batch(requests)
         if op == READ:
             return self._submit_reads(requests)
-        if op > FLUSH and not self.unmap and self.ignores(requests):
-            return self.finish(requests, 0)
-        clear = self._gate.clear(requests)
-        pending = list(self._gate.submit(clear, self.edge.node.submit_batch)) if clear else []
-        if len(clear) < len(requests):
-            passed = {id(request) for request in clear}
-            for request in requests:
-                if id(request) not in passed and self.start(request, self._co_write(request)):
-                    pending.append(request)
-        return pending
+        return super().submit_batch(requests)
 
     def _submit_reads(self, requests: list[Request]) -> list[Request]:
         """Those whose bytes are all stored above go on as a list."""
@@ -83,13 +103,6 @@ class CopyOnReadNode(Filter):
             if self.start(request, self._co_read(request)):
                 pending.append(request)
         return pending
-
-    async def _co_write(self, request: Request) -> None:
-        place = await self._gate.enter(request.offset, request.offset + request.length, alone=False)
-        try:
-            await self._co_io(request.op, request.offset, request.length, request.buffer, request.flags)
-        finally:
-            self._gate.leave(place)
 
     async def _co_read(self, request: Request) -> None:
         begin, end = request.offset, request.offset + request.length
@@ -118,7 +131,9 @@ class CopyOnReadNode(Filter):
         cluster = max(child.cluster_bytes, self.request_alignment)
         begin = offset // cluster * cluster
         end = min(-(-(offset + length) // cluster) * cluster, child.size)
-        place = await self._gate.enter(begin, end, alone=True)
+        gate = self._gate
+        assert gate is not None, "the image had no backing image when the filter came to it"
+        place = await gate.enter(begin, end, alone=True)
         try:
             while begin < end:
                 to_copy, count = await self._co_wants_copy(begin, min(end - begin, BOUNCE_BYTES_MAX))
@@ -126,7 +141,7 @@ class CopyOnReadNode(Filter):
                     await self._co_copy_piece(begin, count)
                 begin += count
         finally:
-            self._gate.leave(place)
+            gate.leave(place)
 
     async def _co_copy_piece(self, offset: int, length: int) -> None:
         arena = self.context.host.arena(length)
@@ -143,7 +158,9 @@ class CopyOnReadNode(Filter):
             arena.close()
 
     async def _co_io(self, op: int, offset: int, length: int, buffer: memoryview | None, flags: int) -> None:
-        await co_io(self.edge.node, op, offset, length, buffer, flags, name=self.name)
+        node = self.edge.node
+        submit = behind_gate(node) if op in (WRITE, WRITE_ZEROES) else None
+        await co_io(node, op, offset, length, buffer, flags, submit=submit, name=self.name)
 
     def file_range(self, offset: int, length: int) -> tuple[File, int] | None:
         return None if self.edge.node.has_backing else super().file_range(offset, length)

@@ -58,6 +58,7 @@ class PreallocateNode(Filter):
         self.data_end = self.file_end = file.size
         self._writers = False  # whether somebody above may write
         self._growing = CoMutex(f"another preallocation of {self.describe()}")
+        self._storage = self._find_storage()  # what the two ends are of
 
     def open_size(self) -> int:
         return self.data_end
@@ -67,6 +68,21 @@ class PreallocateNode(Filter):
         if not self._writers and self.data_end == self.file_end:
             self.data_end = self.file_end = self.below.size
         self.refresh_size()
+
+    def refresh_limits(self) -> None:
+        """Another file has an end of its own. Filters that come and go above the same one change nothing."""
+        storage = self._find_storage()
+        if storage is not self._storage:
+            self._storage = storage
+            storage.refresh_size()
+            self.data_end = self.file_end = self.below.size
+        super().refresh_limits()
+
+    def _find_storage(self) -> Node:
+        node = self.below
+        while node.is_filter:
+            node = node.children[0].node
+        return node
 
     def submit_batch(self, requests: list[Request]) -> list[Request]:
         if requests[0].op not in (WRITE, WRITE_ZEROES):
@@ -88,8 +104,8 @@ class PreallocateNode(Filter):
         async with self._growing:
             if end > self.file_end:
                 await self._co_preallocate(end)
+                self.file_end = max(self.file_end, end)  # what others zero begins behind what is on its way
         await self._co_io(request.op, request.offset, request.length, request.buffer, request.flags)
-        self.file_end = max(self.file_end, end)
         self._grown(end)
 
     async def _co_preallocate(self, end: int) -> None:
@@ -106,7 +122,8 @@ class PreallocateNode(Filter):
 
     async def co_truncate(self, size: int) -> None:
         async with self._growing:
-            if size < self.data_end or size > self.file_end:
+            # The file is shorter than it should be if a write that was to make it longer has failed.
+            if size < self.data_end or size > min(self.file_end, self.below.open_size()):
                 await self.below.co_truncate(size)
                 self.file_end = size
             self.data_end = size
@@ -121,20 +138,33 @@ class PreallocateNode(Filter):
             self.context.schedule_oneshot(self._start_cutting)
 
     def _start_cutting(self) -> None:
-        if not self._writers and self.file_end > self.data_end and self.graph.nodes.get(self.name) is self:
+        if self._is_to_be_cut() and self.graph.nodes.get(self.name) is self:
             self.in_flight += 1
             self.context.enter(self._co_cut_back())
 
     async def _co_cut_back(self) -> None:
         try:
             async with self._growing:
-                if not self._writers and self.file_end > self.data_end:
-                    await self.below.co_truncate(self.data_end)
-                    self.file_end = self.data_end
+                if self._is_to_be_cut():
+                    await self._co_cut()
         finally:
             self.in_flight -= 1
             kick()
         permissions.loosen(self)
+
+    def _is_to_be_cut(self) -> bool:
+        return self.active and not self._writers and self.file_end > self.data_end
+
+    async def _co_cut(self) -> None:
+        await self.below.co_truncate(self.data_end)
+        self.file_end = self.data_end
+
+    async def co_inactivate(self) -> None:
+        """Later it is too late: others may have made the file longer by then."""
+        async with self._growing:
+            if self.file_end > self.data_end:
+                await self._co_cut()
+        await super().co_inactivate()
 
     def child_permissions(self, edge: Edge, held: int, shared: int) -> tuple[int, int]:
         """Who may write here makes the file longer, and nobody else may. That ends when the file is cut back."""

@@ -19,6 +19,7 @@ from bottomhalf.aio import AioContext
 from bottomhalf.block import changes, permissions
 from bottomhalf.block.edge import Edge, Parent
 from bottomhalf.block.error_policy import ErrorAction, ErrorPolicy
+from bottomhalf.block.errors import BlockError
 from bottomhalf.block.transaction import Transaction
 from bottomhalf.host.protocol import PERM_ALL
 from bottomhalf.host.request import READ
@@ -86,10 +87,13 @@ class BlockJob(Job, Parent):
     def use(self, node: Node, name: str, held: int, shared: int) -> None:
         """One more node that the job works on. BlockError. Main thread."""
         edge = Edge(self, node, name, held, shared)
-        with self.graph.drained(node), Transaction() as transaction:
-            changes.link(transaction, edge)
-            permissions.refresh(node, transaction=transaction)
-        self.edges.append(edge)
+        with self.graph.holding(node), self.graph.drained(node):
+            if node.closed:
+                raise BlockError(f"Node '{node.name}' was closed meanwhile")
+            with Transaction() as transaction:
+                changes.link(transaction, edge)
+                permissions.refresh(node, transaction=transaction)
+            self.edges.append(edge)
 
     def clean(self) -> None:
         """The nodes are not needed any more."""

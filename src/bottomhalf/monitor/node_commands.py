@@ -29,6 +29,10 @@ async def block_resize(storage: Storage, arguments: BlockResize) -> None:
     try:
         backend.insert(node)
         async with storage.graph.co_drained(node):  # nobody is on his way to what is cut off
+            if backend.node is not node:  # somebody put another in its place while the section waited
+                raise BlockError(f"Node '{node.name}' has changed meanwhile")
+            if node.read_only:
+                raise BlockError("Image is read-only")
             await move_to(node.context)
             try:
                 await co_resize(node, arguments.size)
