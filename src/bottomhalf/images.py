@@ -12,8 +12,9 @@ and ``OSError``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -97,15 +98,36 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
         encrypt = take_options(encryption, options)
     wanted = replace(_create_options(size, options), encrypt=encrypt)
     wanted.header()
+    _check_files(fspath(path), wanted)
     what = f"the making of {fspath(path)}"
-    with _opened(fspath(path), writable=True, create=0) as (context, file):
-        if wanted.data_file is None:
-            create_image(file, wanted)
-        else:
-            with _opened(wanted.data_file, writable=True, create=0, graph=file.graph) as (_, data):
-                create_image(file, wanted, data)
-                context.run(data.co_flush(), what=what)
+    with ExitStack() as stack:
+        graph = data = None
+        if wanted.data_file is not None:  # it loses its content when the image is ours, too
+            opened = _opened(wanted.data_file, writable=True, create=0, keep=True)
+            _, data = stack.enter_context(opened)
+            graph = data.graph
+        context, file = stack.enter_context(_opened(fspath(path), writable=True, create=0, graph=graph))
+        if data is not None:
+            context.run(data.co_truncate(0), what=what)
+        create_image(file, wanted, data)
+        if data is not None:
+            context.run(data.co_flush(), what=what)
         context.run(file.co_flush(), what=what)
+
+
+def _check_files(path: str, wanted: CreateOptions) -> None:
+    """BlockError if the files of a new image, which lose their content, are one, or one of them is its backing file."""
+    from bottomhalf.host.linux.paths import is_same
+
+    backing, data_file = wanted.backing_file, wanted.data_file
+    if backing:
+        backing = os.path.join(os.path.dirname(path), backing.removeprefix("file:"))
+        if is_same(path, backing):
+            raise BlockError("Error: Trying to create an image with the same filename as the backing file")
+    if data_file is not None and is_same(path, data_file):
+        raise BlockError("The image itself cannot be its data file")
+    if data_file is not None and backing and is_same(data_file, backing):
+        raise BlockError("The backing file cannot be the data file")
 
 
 def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
@@ -466,10 +488,10 @@ def _encryption(graph: Graph, path: str, secret: str | bytes) -> dict[str, Any]:
 
 @contextmanager
 def _opened(
-    path: str, *, writable: bool, create: int | None = None, graph: Graph | None = None
+    path: str, *, writable: bool, create: int | None = None, keep: bool = False, graph: Graph | None = None
 ) -> Iterator[tuple[AioContext, Node]]:
-    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size. In a
-    graph that is there already, or in one of its own."""
+    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size, but
+    with ``keep`` only if there is none. In a graph that is there already, or in one of its own."""
     from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
@@ -480,7 +502,7 @@ def _opened(
     held = PERM_CONSISTENT_READ | (PERM_WRITE | PERM_RESIZE if writable else 0)
     backend = BlockBackend(graph, held=held, shared=PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))
     try:
-        if create is not None:
+        if create is not None and not (keep and _is_file(context, path)):
             _create_file(context, path, create)
         driver = file_driver(graph, path)
         options = {"driver": driver, "filename": path, "read-only": not writable, "discard": "unmap"}
@@ -493,6 +515,16 @@ def _opened(
         if own:
             graph.close()
             context.close()
+
+
+def _is_file(context: AioContext, path: str) -> bool:
+    """Whether there is such a file, and it is no device."""
+    try:
+        file = context.host.open_file(path, read_only=True, locking="off")
+    except OSError:
+        return False
+    file.close()
+    return not file.is_device
 
 
 def _create_file(context: AioContext, path: str, size: int) -> None:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the library does to image files is all of what was asked for, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bottomhalf
+from bottomhalf.block import BlockError
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image with content, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.qcow2"
+    bottomhalf.create(path, format="qcow2", size=MIB)
+    with bottomhalf.open(path) as disk:
+        disk.pwrite(b"x" * 4096, 0)
+    return path
+
+
+# -- new images
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"backing_file": "a.qcow2", "backing_fmt": "qcow2"}, "the same filename as the backing file"),
+        ({"backing_file": "./link", "backing_fmt": "qcow2"}, "the same filename as the backing file"),
+        ({"data_file": "a.qcow2"}, "The image itself cannot be its data file"),
+        ({"data_file": "link"}, "The image itself cannot be its data file"),
+        ({"data_file": "nowhere/x"}, "Could not create 'nowhere/x': No such file or directory"),
+        ({"data_file": "b.raw", "backing_file": "b.raw", "backing_fmt": "raw"}, "cannot be the data file"),
+    ],
+)
+def test_what_a_new_image_would_destroy(image: Path, given: dict[str, Any], text: str) -> None:
+    Path("link").symlink_to(image)
+    Path("b.raw").write_bytes(b"b" * MIB)
+    before = image.read_bytes()
+    with pytest.raises(BlockError, match=text):
+        bottomhalf.create(image, format="qcow2", size=MIB, **given)
+    assert image.read_bytes() == before
+    assert Path("b.raw").read_bytes() == b"b" * MIB
+
+
+def test_a_backing_file_lies_beside_the_image(image: Path) -> None:
+    """So one of the same name elsewhere is another one."""
+    Path("sub").mkdir()
+    bottomhalf.create("sub/a.qcow2", format="qcow2", size=MIB, backing_file="../a.qcow2", backing_fmt="qcow2")
+    with pytest.raises(BlockError, match="the same filename as the backing file"):
+        bottomhalf.create("sub/a.qcow2", format="qcow2", size=MIB, backing_file="a.qcow2", backing_fmt="qcow2")
+    with bottomhalf.open("sub/a.qcow2", backing_files=True) as disk:
+        assert disk.pread(4096, 0) == b"x" * 4096
+
+
+def test_a_file_in_use_keeps_the_other_one(image: Path) -> None:
+    """Neither the image nor its data file loses anything before both are ours."""
+    data = Path("data.raw")
+    data.write_bytes(b"d" * MIB)
+    before = image.read_bytes()
+    for busy in (image, data):
+        with bottomhalf.open({"driver": "file", "filename": str(busy)}):
+            with pytest.raises(BlockError):
+                bottomhalf.create(image, format="qcow2", size=MIB, data_file=data)
+            assert image.read_bytes() == before and data.read_bytes() == b"d" * MIB
+    bottomhalf.create(image, format="qcow2", size=2 * MIB, data_file=data)
+    assert data.read_bytes() == bytes(2 * MIB)
