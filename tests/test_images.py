@@ -71,3 +71,21 @@ def test_a_file_in_use_keeps_the_other_one(image: Path) -> None:
             assert image.read_bytes() == before and data.read_bytes() == b"d" * MIB
     bottomhalf.create(image, format="qcow2", size=2 * MIB, data_file=data)
     assert data.read_bytes() == bytes(2 * MIB)
+
+
+# -- snapshots
+
+
+def test_a_snapshot_is_deleted_by_its_name_rather_than_its_id(image: Path) -> None:
+    """As qemu-img does; what is applied is looked for by id first, as QEMU does that."""
+    for name in "21":
+        with bottomhalf.open(image) as disk:
+            disk.pwrite(name.encode() * 4096, 0)
+        bottomhalf.snapshot_create(image, name)
+    bottomhalf.snapshot_apply(image, "1")
+    with bottomhalf.open(image) as disk:
+        assert disk.pread(4096, 0) == b"2" * 4096
+    bottomhalf.snapshot_delete(image, "1")
+    assert [(each.id, each.name) for each in bottomhalf.snapshots(image)] == [("1", "2")]
+    bottomhalf.snapshot_delete(image, "1")
+    assert not bottomhalf.snapshots(image)

@@ -429,16 +429,18 @@ def snapshot_apply(path: str | PathLike[str], snapshot: str, *, secret: str | by
 
 
 def snapshot_delete(path: str | PathLike[str], snapshot: str, *, secret: str | bytes | None = None) -> None:
-    """Forget the snapshot of that id or name. BlockError, OSError."""
+    """Forget the snapshot of that name or, if none is called so, id; as qemu-img. BlockError, OSError."""
     with _opened_image(fspath(path), False, secret) as (context, node):
-        found = _find_snapshot(context, node, snapshot)
+        found = _find_snapshot(context, node, snapshot, names_first=True)
         context.run(node.snapshots.delete(found), what=f"the end of snapshot '{found.name}' in {fspath(path)}")
 
 
-def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str) -> Snapshot:
+def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str, *, names_first: bool = False) -> Snapshot:
     known = context.run(node.snapshots.read(), what=f"the snapshots of {node.describe()}")
-    for each in [*(one for one in known if one.id == wanted), *(one for one in known if one.name == wanted)]:
-        return each  # type: ignore[no-any-return]
+    for which in ("name", "id") if names_first else ("id", "name"):
+        for each in known:
+            if getattr(each, which) == wanted:
+                return each  # type: ignore[no-any-return]
     raise BlockError(f"there is no snapshot '{wanted}', but {', '.join(repr(one.name) for one in known) or 'none'}")
 
 
