@@ -89,3 +89,15 @@ def test_a_snapshot_is_deleted_by_its_name_rather_than_its_id(image: Path) -> No
     assert [(each.id, each.name) for each in bottomhalf.snapshots(image)] == [("1", "2")]
     bottomhalf.snapshot_delete(image, "1")
     assert not bottomhalf.snapshots(image)
+
+
+# -- amended images
+
+
+def test_a_name_that_does_not_fit_leaves_the_counters(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    bottomhalf.create(path, format="qcow2", size=MIB, cluster_size=512, data_file=tmp_path / "d", refcount_bits=16)
+    before = path.read_bytes()
+    with pytest.raises(BlockError, match="does not fit into 512 bytes"):
+        bottomhalf.amend(path, data_file="x" * 400, refcount_bits=64, follow_names=True)
+    assert path.read_bytes() == before

@@ -248,7 +248,7 @@ def amend(
     takes away those slots that ``encrypt_old_secret`` opens, or ``encrypt_keyslot``; the last one only with ``force``,
     which also overwrites a slot that is in use. For the format luks the names are without ``encrypt_``."""
     from bottomhalf.drivers.luks.keyslots import take_change
-    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend
+    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend, co_check
 
     if _is_luks(fspath(path)):
         _amend_luks(fspath(path), secret, force, options)
@@ -264,11 +264,13 @@ def amend(
     larger = options.get("size") is not None and options["size"] > info(path).virtual_size
     with _opened_image(fspath(path), follow_names, secret, backing=larger) as (context, node):
         what = f"the change of {fspath(path)}"
+        wanted = AmendOptions(**options)
         if slots is not None:
             from bottomhalf.drivers.qcow2.encryption import co_amend_keys
 
+            context.run(co_check(node, wanted), what=what)
             context.run(co_amend_keys(node, secret, slots, force=force), what=what)
-        context.run(co_amend(node, AmendOptions(**options)), what=what)
+        context.run(co_amend(node, wanted), what=what)
 
 
 def _is_luks(path: str) -> bool:

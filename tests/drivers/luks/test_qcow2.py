@@ -182,3 +182,21 @@ def test_what_the_library_makes_of_bad_options(tmp_path: Path) -> None:
             bottomhalf.create(tmp_path / "a", format="qcow2", size=SIZE, **options)
     bottomhalf.create(tmp_path / "b", format="luks", size=SIZE, secret="x", iter_time=1)
     assert (tmp_path / "b").read_bytes()[:6] == b"LUKS\xba\xbe"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ({"refcount_bits": 3}, "Refcount width must be a power of two"),
+        ({"compat": "0.10", "lazy_refcounts": True}, "Lazy refcounts only supported"),
+        ({"size": 1 << 60}, "the L1 table would be larger"),
+    ],
+)
+def test_passwords_stay_where_something_else_is_refused(tmp_path: Path, wanted: dict[str, Any], text: str) -> None:
+    path = tmp_path / "a"
+    make(path)
+    before = path.read_bytes()
+    more = {"encrypt_state": "active", "encrypt_new_secret": "new", "encrypt_iter_time": 1}
+    with pytest.raises((BlockError, OSError), match=text):
+        bottomhalf.amend(path, secret=PASSWORD, follow_names=True, **more, **wanted)
+    assert path.read_bytes() == before
