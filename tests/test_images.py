@@ -101,3 +101,19 @@ def test_a_name_that_does_not_fit_leaves_the_counters(tmp_path: Path) -> None:
     with pytest.raises(BlockError, match="does not fit into 512 bytes"):
         bottomhalf.amend(path, data_file="x" * 400, refcount_bits=64, follow_names=True)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("given", [{"keyslot": 0}, {"old_secret": "one"}, {"keyslot": 1, "old_secret": "two"}], ids=str)
+def test_only_who_knows_a_password_takes_one_away(tmp_path: Path, given: dict[str, Any]) -> None:
+    pytest.importorskip("cryptography")
+    path = tmp_path / "a"
+    bottomhalf.create(path, format="luks", size=MIB, secret="one", iter_time=1)
+    bottomhalf.amend(path, secret="one", state="active", new_secret="two", iter_time=1)
+    before = path.read_bytes()
+    for secret in ("three", ""):
+        for force in (False, True):
+            with pytest.raises(BlockError, match=r"^Invalid password, cannot unlock any keyslot$"):
+                bottomhalf.amend(path, secret=secret, force=force, state="inactive", **given)
+    assert path.read_bytes() == before
+    bottomhalf.amend(path, secret=b"two", state="inactive", **given)
+    assert path.read_bytes() != before

@@ -285,6 +285,7 @@ _FOR_CREATION = "This option is only supported for image creation"
 
 def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dict[str, Any]) -> None:
     from bottomhalf.drivers.luks.keyslots import CREATE_ONLY, co_amend, take_change
+    from bottomhalf.drivers.luks.node import co_unlock
 
     change = take_change(options)
     for name in options:
@@ -297,8 +298,11 @@ def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dic
     if secret is None:
         raise BlockError("Parameter 'key-secret' is required for cipher")
     password = secret.encode() if isinstance(secret, str) else secret
+    what = f"the change of {path}"
     with _opened(path, writable=True) as (context, file):
-        context.run(co_amend(file, password, change, force=force), what=f"the change of {path}")
+        if change.state == "inactive":  # which needs no key, and so would ask for no password
+            context.run(co_unlock(file, password), what=what)
+        context.run(co_amend(file, password, change, force=force), what=what)
 
 
 def rebase(
