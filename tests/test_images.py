@@ -117,3 +117,76 @@ def test_only_who_knows_a_password_takes_one_away(tmp_path: Path, given: dict[st
     assert path.read_bytes() == before
     bottomhalf.amend(path, secret=b"two", state="inactive", **given)
     assert path.read_bytes() != before
+
+
+def test_the_image_is_not_its_own_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    bottomhalf.create(path, format="qcow2", size=MIB, data_file=tmp_path / "d")
+    with pytest.raises(BlockError, match="The image itself cannot be its data file"):
+        bottomhalf.amend(path, data_file=path, follow_names=True)
+    bottomhalf.amend(path, data_file=tmp_path / "e", follow_names=True)
+    assert bottomhalf.info(path).header.data_file == str(tmp_path / "e")
+
+
+# -- values
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"lazy_refcounts": "off"}, "lazy_refcounts is True or False, not 'off'"),
+        ({"lazy_refcounts": 1}, "lazy_refcounts is True or False, not 1"),
+        ({"data_file_raw": 0}, "data_file_raw is True or False, not 0"),
+        ({"refcount_bits": True}, "refcount_bits is a number, not True"),
+        ({"refcount_bits": "8"}, "refcount_bits is a number, not '8'"),
+        ({"size": 1024.0}, "size is a number, not 1024.0"),
+        ({"data_file": b"x"}, "data_file is a text, not b'x'"),
+        ({"compat": 1.1}, "compat is a text, not 1.1"),
+        ({"force": "no"}, "force is True or False, not 'no'"),
+        ({"what": 1}, "there is no option 'what', but backing_file, "),
+    ],
+)
+def test_what_amend_does_not_take(image: Path, given: dict[str, Any], text: str) -> None:
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match=text):
+        bottomhalf.amend(image, **given)
+    assert image.read_bytes() == before
+
+
+def test_flags_are_true_or_false(image: Path) -> None:
+    for call in (
+        lambda: bottomhalf.resize(image, 4096, shrink="no"),  # type: ignore[arg-type]
+        lambda: bottomhalf.rebase(image, None, unsafe="no"),  # type: ignore[arg-type]
+        lambda: bottomhalf.bitmap_add(image, "b", enabled="off"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"is True or False, not '(no|off)'"):
+            call()
+    assert bottomhalf.info(image).virtual_size == MIB and not bottomhalf.bitmaps(image)
+
+
+@pytest.mark.parametrize(
+    ("given", "version"),
+    [
+        ({"compat": "0.10", "version": None}, 2),
+        ({"compat": None, "version": 2}, 2),
+        ({"compat": None, "version": None}, 3),
+        ({"compat": "1.1", "version": "v3"}, 3),
+    ],
+)
+def test_versions(image: Path, given: dict[str, Any], version: int) -> None:
+    bottomhalf.create(image, format="qcow2", size=MIB, **given)
+    assert bottomhalf.info(image).header.version == version
+
+
+def test_two_versions(image: Path) -> None:
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match=r"compat '0\.10' is not version 'v3'; give one of them"):
+        bottomhalf.create(image, format="qcow2", size=MIB, compat="0.10", version="v3")
+    assert image.read_bytes() == before
+
+
+def test_a_backing_file_may_be_a_path(image: Path) -> None:
+    base = image.parent / "base.raw"
+    base.write_bytes(b"b" * MIB)
+    bottomhalf.rebase(image, base, "raw", unsafe=True)
+    assert bottomhalf.info(image).backing_file == str(base)

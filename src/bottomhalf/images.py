@@ -125,7 +125,7 @@ def _check_files(path: str, wanted: CreateOptions) -> None:
         if is_same(path, backing):
             raise BlockError("Error: Trying to create an image with the same filename as the backing file")
     if data_file is not None and is_same(path, data_file):
-        raise BlockError("The image itself cannot be its data file")
+        raise BlockError(_OWN_DATA_FILE)
     if data_file is not None and backing and is_same(data_file, backing):
         raise BlockError("The backing file cannot be the data file")
 
@@ -137,7 +137,7 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
     from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2
 
     given = dict(options)
-    version = _version(given.pop("compat", None) or given.pop("version", 3))
+    version = _version(given.pop("compat", None), given.pop("version", None))
     data_file = given.pop("data_file", None)
     backing_fmt = given.pop("backing_fmt", None)  # also one of those formats that others know
     chosen = options_of(
@@ -154,9 +154,13 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
     return replace(made, backing_fmt=backing_fmt)
 
 
-def _version(given: Any) -> str:
-    text = str(given)
-    return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
+def _version(compat: Any, version: Any) -> str:
+    """Two ways to say the same. ValueError if both are given and they do not."""
+    names = {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}
+    said = [names.get(str(each), str(each)) for each in (compat, version) if each is not None]
+    if len(set(said)) > 1:
+        raise ValueError(f"compat {compat!r} is not version {version!r}; give one of them")
+    return said[0] if said else "v3"
 
 
 def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
@@ -239,32 +243,35 @@ def amend(
     **options: Any,
 ) -> None:
     """Change what an image is, by the names of qemu-img amend. qcow2: ``compat`` ("0.10", "1.1"), ``refcount_bits``,
-    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options that there
-    are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file that the image
-    names may be opened, which images that have one need; and the backing file, which ``size`` needs to be larger.
+    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options and values
+    that there are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file
+    that the image names may be opened, which images that have one need; and the backing file, which ``size`` needs to
+    be larger.
 
     Where an image is encrypted by LUKS, which ``secret`` opens, ``encrypt_state="active"`` adds the password
     ``encrypt_new_secret`` (in ``encrypt_keyslot``, with ``encrypt_iter_time`` milliseconds of work), and "inactive"
     takes away those slots that ``encrypt_old_secret`` opens, or ``encrypt_keyslot``; the last one only with ``force``,
     which also overwrites a slot that is in use. For the format luks the names are without ``encrypt_``."""
+    from bottomhalf.drivers.keywords import check_kind
     from bottomhalf.drivers.luks.keyslots import take_change
     from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend, co_check
+    from bottomhalf.host.linux.paths import is_same
 
+    check_kind("force", force, bool)
     if _is_luks(fspath(path)):
         _amend_luks(fspath(path), secret, force, options)
         return
     slots = take_change(options, prefix="encrypt_")
-    known = AmendOptions.__dataclass_fields__
     for name in options:
         if name in CREATE_ONLY or name.startswith("encrypt_"):
             name = name.replace("encrypt_", "encrypt.").replace("_", "-") if name.startswith("encrypt_") else name
             raise BlockError(f"Invalid parameter '{name}'\n{_FOR_CREATION}")
-        if name not in known:
-            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
-    larger = options.get("size") is not None and options["size"] > info(path).virtual_size
+    wanted = AmendOptions.of(options)
+    if wanted.data_file is not None and is_same(fspath(path), wanted.data_file):
+        raise BlockError(_OWN_DATA_FILE)
+    larger = wanted.size is not None and wanted.size > info(path).virtual_size
     with _opened_image(fspath(path), follow_names, secret, backing=larger) as (context, node):
         what = f"the change of {fspath(path)}"
-        wanted = AmendOptions(**options)
         if slots is not None:
             from bottomhalf.drivers.qcow2.encryption import co_amend_keys
 
@@ -281,6 +288,7 @@ def _is_luks(path: str) -> bool:
 
 
 _FOR_CREATION = "This option is only supported for image creation"
+_OWN_DATA_FILE = "The image itself cannot be its data file"
 
 
 def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dict[str, Any]) -> None:
@@ -307,7 +315,7 @@ def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dic
 
 def rebase(
     path: str | PathLike[str],
-    backing: str | None,
+    backing: str | PathLike[str] | None,
     backing_format: str | None = None,
     *,
     unsafe: bool = False,
@@ -323,6 +331,10 @@ def rebase(
 
     With ``unsafe`` the name is changed and nothing else: no file is opened, and the content changes unless both have
     the same. BlockError, OSError."""
+    from bottomhalf.drivers.keywords import check_kind
+
+    check_kind("unsafe", unsafe, bool)
+    backing = None if backing is None else fspath(backing)
     what = f"the rebase of {fspath(path)}"
     if backing and backing_format is None:
         raise BlockError(f"Could not change the backing file to '{backing}': backing format must be specified")
@@ -383,7 +395,9 @@ def resize(
     that the image names may be opened. Images with a data file need that, and those with a backing file need it to
     become larger: where that is longer than the disk was, its content has to be hidden. BlockError, OSError."""
     from bottomhalf.block.resize import Preallocation, co_resize
+    from bottomhalf.drivers.keywords import check_kind
 
+    check_kind("shrink", shrink, bool)
     if preallocation not in list(Preallocation):
         raise ValueError(f"preallocation is one of {', '.join(Preallocation)}, not {preallocation!r}")
     with _opened(fspath(path), writable=True) as (context, file):

@@ -17,10 +17,13 @@ Test: tests/drivers/qcow2/test_amend.py
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from os import fspath
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.errors import BlockError
+from bottomhalf.drivers.keywords import check_kind
 from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
 from bottomhalf.drivers.qcow2.expanding import co_expand
 from bottomhalf.drivers.qcow2.resizing import check_size
@@ -47,6 +50,22 @@ class AmendOptions:
     size: int | None = None
     backing_file: str | None = None
     backing_fmt: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AmendOptions:
+        """From the library's keywords. ValueError for one that there is not, or that has no such value."""
+        known = {field.name for field in fields(cls)}
+        for name in given.keys() - known:
+            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
+        made = {name: value for name, value in given.items() if value is not None}
+        if "data_file" in made:
+            made["data_file"] = fspath(made["data_file"])
+        for name, value in made.items():
+            check_kind(name, value, _KINDS.get(name, str))
+        return cls(**made)
+
+
+_KINDS: Final = {"lazy_refcounts": bool, "data_file_raw": bool, "refcount_bits": int, "size": int}
 
 
 async def co_amend(node: Qcow2Node, options: AmendOptions) -> None:
