@@ -200,3 +200,31 @@ def test_passwords_stay_where_something_else_is_refused(tmp_path: Path, wanted: 
     with pytest.raises((BlockError, OSError), match=text):
         bottomhalf.amend(path, secret=PASSWORD, follow_names=True, **more, **wanted)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["luks", "aes"])
+def test_zeroes_of_a_snapshot_stay_zeroes_in_version_2(tmp_path: Path, format: str) -> None:
+    """Above a backing file they are written then, and encrypted like all else."""
+    path, base = tmp_path / "a", tmp_path / "base"
+    size = 40 * SIZE  # more than one table of clusters of 4096 bytes
+    base.write_bytes(b"b" * size)
+    more: dict[str, Any] = {"encrypt_iter_time": 1} if format == "luks" else {}
+    bottomhalf.create(
+        path, format="qcow2", size=size, cluster_size=4096, encrypt_format=format, encrypt_secret=PASSWORD,
+        backing_file=str(base), backing_fmt="raw", **more,
+    )  # fmt: skip
+    at = 33 * SIZE
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        disk.write_zeroes(at, 65536, unmap=True)
+    bottomhalf.snapshot_create(path, "s", secret=PASSWORD)
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        disk.pwrite(b"n" * 65536, at)
+    bottomhalf.amend(path, compat="0.10", secret=PASSWORD)
+    assert bottomhalf.info(path).header.version == 2
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        assert disk.pread(65536, at) == b"n" * 65536
+    bottomhalf.snapshot_apply(path, "s", secret=PASSWORD)
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        assert disk.pread(65536, at) == bytes(65536)
+        assert disk.pread(4096, at + 65536) == b"b" * 4096
+    assert not bottomhalf.check(path).corruptions
