@@ -59,6 +59,13 @@ def test_a_backing_file_lies_beside_the_image(image: Path) -> None:
         assert disk.pread(4096, 0) == b"x" * 4096
 
 
+def test_a_name_that_no_file_has(tmp_path: Path) -> None:
+    """It is no reason not to make the image, for which nobody opens its backing file."""
+    for path in (tmp_path / "a", tmp_path / "a"):
+        bottomhalf.create(path, format="qcow2", size=MIB, backing_file="a\0b", backing_fmt="raw")
+        assert bottomhalf.info(path).backing_file == "a\0b"
+
+
 def test_a_file_in_use_keeps_the_other_one(image: Path) -> None:
     """Neither the image nor its data file loses anything before both are ours."""
     data = Path("data.raw")

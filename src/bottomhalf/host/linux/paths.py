@@ -13,12 +13,12 @@ absolute = os.path.abspath
 
 def is_same(one: str, other: str) -> bool:
     """Whether two paths lead to the same file, or would if there was one."""
+    if "\0" in one + other:  # a name that no file can have
+        return False
     try:
         return os.path.samefile(one, other)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
-    except ValueError:  # a name that no file can have
-        return False
 
 
 def free_socket_path(stem: str) -> str:
