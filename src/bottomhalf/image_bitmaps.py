@@ -20,6 +20,7 @@ from typing import NamedTuple
 from bottomhalf.aio import AioContext
 from bottomhalf.block import BlockBackend, BlockError, Graph, Node, dirty
 from bottomhalf.block.dirty import NamedBitmap
+from bottomhalf.drivers.keywords import check_kind
 from bottomhalf.drivers.qcow2.node import Qcow2Node
 from bottomhalf.host.protocol import PERM_CONSISTENT_READ, PERM_WRITE
 
@@ -75,6 +76,7 @@ def bitmap_add(
 ) -> None:
     """Let an image have a bitmap, which is clean. ``granularity`` in bytes, a power of two; None: the image's clusters,
     within 4 KiB and 64 KiB."""
+    check_kind("enabled", enabled, bool)
     with _opened(fspath(path), follow_names=follow_names) as node:
         dirty.add_bitmap(node, name, granularity, enabled=enabled, persistent=True)
 

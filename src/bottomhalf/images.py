@@ -12,8 +12,9 @@ and ``OSError``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -97,15 +98,36 @@ def create(path: str | PathLike[str], *, format: str = "raw", size: int, **optio
         encrypt = take_options(encryption, options)
     wanted = replace(_create_options(size, options), encrypt=encrypt)
     wanted.header()
+    _check_files(fspath(path), wanted)
     what = f"the making of {fspath(path)}"
-    with _opened(fspath(path), writable=True, create=0) as (context, file):
-        if wanted.data_file is None:
-            create_image(file, wanted)
-        else:
-            with _opened(wanted.data_file, writable=True, create=0, graph=file.graph) as (_, data):
-                create_image(file, wanted, data)
-                context.run(data.co_flush(), what=what)
+    with ExitStack() as stack:
+        graph = data = None
+        if wanted.data_file is not None:  # it loses its content when the image is ours, too
+            opened = _opened(wanted.data_file, writable=True, create=0, keep=True)
+            _, data = stack.enter_context(opened)
+            graph = data.graph
+        context, file = stack.enter_context(_opened(fspath(path), writable=True, create=0, graph=graph))
+        if data is not None:
+            context.run(data.co_truncate(0), what=what)
+        create_image(file, wanted, data)
+        if data is not None:
+            context.run(data.co_flush(), what=what)
         context.run(file.co_flush(), what=what)
+
+
+def _check_files(path: str, wanted: CreateOptions) -> None:
+    """BlockError if the files of a new image, which lose their content, are one, or one of them is its backing file."""
+    from bottomhalf.host.linux.paths import is_same
+
+    backing, data_file = wanted.backing_file, wanted.data_file
+    if backing:
+        backing = os.path.join(os.path.dirname(path), backing.removeprefix("file:"))
+        if is_same(path, backing):
+            raise BlockError("Error: Trying to create an image with the same filename as the backing file")
+    if data_file is not None and is_same(path, data_file):
+        raise BlockError(_OWN_DATA_FILE)
+    if data_file is not None and backing and is_same(data_file, backing):
+        raise BlockError("The backing file cannot be the data file")
 
 
 def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
@@ -115,7 +137,7 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
     from bottomhalf.qapi.block_create import BlockdevCreateOptionsQcow2
 
     given = dict(options)
-    version = _version(given.pop("compat", None) or given.pop("version", 3))
+    version = _version(given.pop("compat", None), given.pop("version", None))
     data_file = given.pop("data_file", None)
     backing_fmt = given.pop("backing_fmt", None)  # also one of those formats that others know
     chosen = options_of(
@@ -132,9 +154,13 @@ def _create_options(size: int, options: dict[str, Any]) -> CreateOptions:
     return replace(made, backing_fmt=backing_fmt)
 
 
-def _version(given: Any) -> str:
-    text = str(given)
-    return {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}.get(text, text)
+def _version(compat: Any, version: Any) -> str:
+    """Two ways to say the same. ValueError if both are given and they do not."""
+    names = {"0.10": "v2", "1.1": "v3", "2": "v2", "3": "v3"}
+    said = [names.get(str(each), str(each)) for each in (compat, version) if each is not None]
+    if len(set(said)) > 1:
+        raise ValueError(f"compat {compat!r} is not version {version!r}; give one of them")
+    return said[0] if said else "v3"
 
 
 def _create_raw(path: str, size: int, options: dict[str, Any]) -> None:
@@ -217,36 +243,41 @@ def amend(
     **options: Any,
 ) -> None:
     """Change what an image is, by the names of qemu-img amend. qcow2: ``compat`` ("0.10", "1.1"), ``refcount_bits``,
-    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options that there
-    are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file that the image
-    names may be opened, which images that have one need; and the backing file, which ``size`` needs to be larger.
+    ``lazy_refcounts``, ``size``, ``data_file`` (the name only), ``data_file_raw``. ValueError for options and values
+    that there are not, BlockError for what cannot be changed, and then nothing was. ``follow_names``: the data file
+    that the image names may be opened, which images that have one need; and the backing file, which ``size`` needs to
+    be larger.
 
     Where an image is encrypted by LUKS, which ``secret`` opens, ``encrypt_state="active"`` adds the password
     ``encrypt_new_secret`` (in ``encrypt_keyslot``, with ``encrypt_iter_time`` milliseconds of work), and "inactive"
     takes away those slots that ``encrypt_old_secret`` opens, or ``encrypt_keyslot``; the last one only with ``force``,
     which also overwrites a slot that is in use. For the format luks the names are without ``encrypt_``."""
+    from bottomhalf.drivers.keywords import check_kind
     from bottomhalf.drivers.luks.keyslots import take_change
-    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend
+    from bottomhalf.drivers.qcow2.amend import CREATE_ONLY, AmendOptions, co_amend, co_check
+    from bottomhalf.host.linux.paths import is_same
 
+    check_kind("force", force, bool)
     if _is_luks(fspath(path)):
         _amend_luks(fspath(path), secret, force, options)
         return
     slots = take_change(options, prefix="encrypt_")
-    known = AmendOptions.__dataclass_fields__
     for name in options:
         if name in CREATE_ONLY or name.startswith("encrypt_"):
             name = name.replace("encrypt_", "encrypt.").replace("_", "-") if name.startswith("encrypt_") else name
             raise BlockError(f"Invalid parameter '{name}'\n{_FOR_CREATION}")
-        if name not in known:
-            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
-    larger = options.get("size") is not None and options["size"] > info(path).virtual_size
+    wanted = AmendOptions.of(options)
+    if wanted.data_file is not None and is_same(fspath(path), wanted.data_file):
+        raise BlockError(_OWN_DATA_FILE)
+    larger = wanted.size is not None and wanted.size > info(path).virtual_size
     with _opened_image(fspath(path), follow_names, secret, backing=larger) as (context, node):
         what = f"the change of {fspath(path)}"
         if slots is not None:
             from bottomhalf.drivers.qcow2.encryption import co_amend_keys
 
+            context.run(co_check(node, wanted), what=what)
             context.run(co_amend_keys(node, secret, slots, force=force), what=what)
-        context.run(co_amend(node, AmendOptions(**options)), what=what)
+        context.run(co_amend(node, wanted), what=what)
 
 
 def _is_luks(path: str) -> bool:
@@ -257,10 +288,12 @@ def _is_luks(path: str) -> bool:
 
 
 _FOR_CREATION = "This option is only supported for image creation"
+_OWN_DATA_FILE = "The image itself cannot be its data file"
 
 
 def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dict[str, Any]) -> None:
     from bottomhalf.drivers.luks.keyslots import CREATE_ONLY, co_amend, take_change
+    from bottomhalf.drivers.luks.node import co_unlock
 
     change = take_change(options)
     for name in options:
@@ -273,13 +306,16 @@ def _amend_luks(path: str, secret: str | bytes | None, force: bool, options: dic
     if secret is None:
         raise BlockError("Parameter 'key-secret' is required for cipher")
     password = secret.encode() if isinstance(secret, str) else secret
+    what = f"the change of {path}"
     with _opened(path, writable=True) as (context, file):
-        context.run(co_amend(file, password, change, force=force), what=f"the change of {path}")
+        if change.state == "inactive":  # which needs no key, and so would ask for no password
+            context.run(co_unlock(file, password), what=what)
+        context.run(co_amend(file, password, change, force=force), what=what)
 
 
 def rebase(
     path: str | PathLike[str],
-    backing: str | None,
+    backing: str | PathLike[str] | None,
     backing_format: str | None = None,
     *,
     unsafe: bool = False,
@@ -295,6 +331,10 @@ def rebase(
 
     With ``unsafe`` the name is changed and nothing else: no file is opened, and the content changes unless both have
     the same. BlockError, OSError."""
+    from bottomhalf.drivers.keywords import check_kind
+
+    check_kind("unsafe", unsafe, bool)
+    backing = None if backing is None else fspath(backing)
     what = f"the rebase of {fspath(path)}"
     if backing and backing_format is None:
         raise BlockError(f"Could not change the backing file to '{backing}': backing format must be specified")
@@ -355,7 +395,9 @@ def resize(
     that the image names may be opened. Images with a data file need that, and those with a backing file need it to
     become larger: where that is longer than the disk was, its content has to be hidden. BlockError, OSError."""
     from bottomhalf.block.resize import Preallocation, co_resize
+    from bottomhalf.drivers.keywords import check_kind
 
+    check_kind("shrink", shrink, bool)
     if preallocation not in list(Preallocation):
         raise ValueError(f"preallocation is one of {', '.join(Preallocation)}, not {preallocation!r}")
     with _opened(fspath(path), writable=True) as (context, file):
@@ -407,16 +449,18 @@ def snapshot_apply(path: str | PathLike[str], snapshot: str, *, secret: str | by
 
 
 def snapshot_delete(path: str | PathLike[str], snapshot: str, *, secret: str | bytes | None = None) -> None:
-    """Forget the snapshot of that id or name. BlockError, OSError."""
+    """Forget the snapshot of that name or, if none is called so, id; as qemu-img. BlockError, OSError."""
     with _opened_image(fspath(path), False, secret) as (context, node):
-        found = _find_snapshot(context, node, snapshot)
+        found = _find_snapshot(context, node, snapshot, names_first=True)
         context.run(node.snapshots.delete(found), what=f"the end of snapshot '{found.name}' in {fspath(path)}")
 
 
-def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str) -> Snapshot:
+def _find_snapshot(context: AioContext, node: Qcow2Node, wanted: str, *, names_first: bool = False) -> Snapshot:
     known = context.run(node.snapshots.read(), what=f"the snapshots of {node.describe()}")
-    for each in [*(one for one in known if one.id == wanted), *(one for one in known if one.name == wanted)]:
-        return each  # type: ignore[no-any-return]
+    for which in ("name", "id") if names_first else ("id", "name"):
+        for each in known:
+            if getattr(each, which) == wanted:
+                return each  # type: ignore[no-any-return]
     raise BlockError(f"there is no snapshot '{wanted}', but {', '.join(repr(one.name) for one in known) or 'none'}")
 
 
@@ -466,10 +510,10 @@ def _encryption(graph: Graph, path: str, secret: str | bytes) -> dict[str, Any]:
 
 @contextmanager
 def _opened(
-    path: str, *, writable: bool, create: int | None = None, graph: Graph | None = None
+    path: str, *, writable: bool, create: int | None = None, keep: bool = False, graph: Graph | None = None
 ) -> Iterator[tuple[AioContext, Node]]:
-    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size. In a
-    graph that is there already, or in one of its own."""
+    """The file of an image as a node that nobody else may change meanwhile; ``create``: made anew, of that size, but
+    with ``keep`` only if there is none. In a graph that is there already, or in one of its own."""
     from bottomhalf.drivers.registry import file_driver, open_node
     from bottomhalf.qapi.block import BlockdevOptions
     from bottomhalf.qapi.visit import from_json
@@ -480,7 +524,7 @@ def _opened(
     held = PERM_CONSISTENT_READ | (PERM_WRITE | PERM_RESIZE if writable else 0)
     backend = BlockBackend(graph, held=held, shared=PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))
     try:
-        if create is not None:
+        if create is not None and not (keep and _is_file(context, path)):
             _create_file(context, path, create)
         driver = file_driver(graph, path)
         options = {"driver": driver, "filename": path, "read-only": not writable, "discard": "unmap"}
@@ -493,6 +537,16 @@ def _opened(
         if own:
             graph.close()
             context.close()
+
+
+def _is_file(context: AioContext, path: str) -> bool:
+    """Whether there is such a file, and it is no device."""
+    try:
+        file = context.host.open_file(path, read_only=True, locking="off")
+    except OSError:
+        return False
+    file.close()
+    return not file.is_device
 
 
 def _create_file(context: AioContext, path: str, size: int) -> None:

@@ -69,6 +69,17 @@ def test_on_a_node_of_an_iothread(seed: int) -> None:
         assert content == bytes(MIB), "nothing of what was in the file before is seen"
 
 
+def test_an_image_that_would_be_its_own_data_file_keeps_its_content(seed: int) -> None:
+    with QmpBench(seed) as bench:
+        bench.monitor()
+        client = bench.client()
+        bench.host.add_file("/a", b"junk" * 50_000)
+        client.call("blockdev-add", {"driver": "file", "node-name": "f", "filename": "/a"})
+        create(client, {"driver": "qcow2", "file": "f", "data-file": "f", "size": MIB})
+        assert "Permission conflict on node 'f': permissions 'resize' are both" in concluded(bench, client)["error"]
+        assert bench.host.content("/a") == b"junk" * 50_000 and list(bench.storage.graph.nodes) == ["f"]
+
+
 def test_everything_at_any_moment(seed: int) -> None:
     """Images made, cancelled, dismissed and drained in any order: each job ends once, no node and no permission is left
     behind, and what was said to be made is an image."""

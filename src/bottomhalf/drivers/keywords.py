@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that come as keyword arguments of the library, as an object of the schema's class.
+"""Options that come as keyword arguments of the library: as an object of the schema's class, or one by one.
 
 The schema says which there are and what they may be, so they have the names that QMP has, with underscores.
 """
@@ -7,7 +7,7 @@ The schema says which there are and what they may be, so they have the names tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from bottomhalf.block.errors import BlockError
 from bottomhalf.qapi.errors import OptionError
@@ -42,3 +42,12 @@ def options_of(
         return from_json(kind, {**said, **values})
     except OptionError as error:
         raise BlockError(str(error)) from error
+
+
+_WORDS: Final = {bool: "True or False", int: "a number", str: "a text"}
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """ValueError unless a keyword's value is of that kind: "off" would be true, and True a number."""
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {_WORDS[kind]}, not {value!r}")

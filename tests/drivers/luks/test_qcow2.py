@@ -182,3 +182,49 @@ def test_what_the_library_makes_of_bad_options(tmp_path: Path) -> None:
             bottomhalf.create(tmp_path / "a", format="qcow2", size=SIZE, **options)
     bottomhalf.create(tmp_path / "b", format="luks", size=SIZE, secret="x", iter_time=1)
     assert (tmp_path / "b").read_bytes()[:6] == b"LUKS\xba\xbe"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ({"refcount_bits": 3}, "Refcount width must be a power of two"),
+        ({"compat": "0.10", "lazy_refcounts": True}, "Lazy refcounts only supported"),
+        ({"size": 1 << 60}, "the L1 table would be larger"),
+    ],
+)
+def test_passwords_stay_where_something_else_is_refused(tmp_path: Path, wanted: dict[str, Any], text: str) -> None:
+    path = tmp_path / "a"
+    make(path)
+    before = path.read_bytes()
+    more = {"encrypt_state": "active", "encrypt_new_secret": "new", "encrypt_iter_time": 1}
+    with pytest.raises((BlockError, OSError), match=text):
+        bottomhalf.amend(path, secret=PASSWORD, follow_names=True, **more, **wanted)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["luks", "aes"])
+def test_zeroes_of_a_snapshot_stay_zeroes_in_version_2(tmp_path: Path, format: str) -> None:
+    """Above a backing file they are written then, and encrypted like all else."""
+    path, base = tmp_path / "a", tmp_path / "base"
+    size = 40 * SIZE  # more than one table of clusters of 4096 bytes
+    base.write_bytes(b"b" * size)
+    more: dict[str, Any] = {"encrypt_iter_time": 1} if format == "luks" else {}
+    bottomhalf.create(
+        path, format="qcow2", size=size, cluster_size=4096, encrypt_format=format, encrypt_secret=PASSWORD,
+        backing_file=str(base), backing_fmt="raw", **more,
+    )  # fmt: skip
+    at = 33 * SIZE
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        disk.write_zeroes(at, 65536, unmap=True)
+    bottomhalf.snapshot_create(path, "s", secret=PASSWORD)
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        disk.pwrite(b"n" * 65536, at)
+    bottomhalf.amend(path, compat="0.10", secret=PASSWORD)
+    assert bottomhalf.info(path).header.version == 2
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        assert disk.pread(65536, at) == b"n" * 65536
+    bottomhalf.snapshot_apply(path, "s", secret=PASSWORD)
+    with bottomhalf.open(path, backing_files=True, secret=PASSWORD) as disk:
+        assert disk.pread(65536, at) == bytes(65536)
+        assert disk.pread(4096, at + 65536) == b"b" * 4096
+    assert not bottomhalf.check(path).corruptions

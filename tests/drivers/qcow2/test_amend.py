@@ -246,6 +246,8 @@ def test_the_name_of_the_backing_file_is_one_or_the_other(seed: int, first: str,
     ({}, {"data_file": "x"}, "data-file can only be set for images that use an external data file"),
     ({}, {"data_file_raw": True}, "data-file-raw cannot be set on existing images"),
     ({}, {"backing_file": "x"}, "Cannot amend the backing file"),
+    ({"version": 2}, {"compat": "1.1", "size": 1 << 60}, "the L1 table would be larger than 33554432 bytes"),
+    ({"version": 2, "backing_file": "x" * 400}, {"compat": "1.1"}, "does not fit into 512 bytes"),
 ])
 def test_refused(made: dict[str, Any], wanted: dict[str, Any], text: str) -> None:
     """Before anything has changed."""
@@ -253,7 +255,31 @@ def test_refused(made: dict[str, Any], wanted: dict[str, Any], text: str) -> Non
     opened, _ = scene(host, made)
     opened.run(opened.node.co_flush())
     before = host.content("disk.qcow2")
-    with pytest.raises(BlockError, match=text):
+    with pytest.raises((BlockError, OSError), match=text):
+        opened.run(co_amend(opened.node, AmendOptions(**wanted)))
+    assert host.content("disk.qcow2") == before
+    opened.close()
+
+
+@pytest.mark.parametrize("made, state, later, wanted, text", [
+    ({}, 0, 200 * 512, {"compat": "0.10"}, "Internal snapshots prevent downgrade of image"),
+    ({}, 1 << 32, None, {"compat": "0.10"}, "Internal snapshots prevent downgrade of image"),
+    ({}, 0, None, {"compat": "0.10", "size": 200 * 512}, "Internal snapshots prevent downgrade of image"),
+    ({"version": 2}, 0, None, {"size": 200 * 512}, "Can't resize a v2 image which has snapshots"),
+    ({"version": 2}, 0, None, {"compat": "1.1", "refcount_bits": 1}, "Cannot decrease refcount entry width to 1 bits"),
+])
+def test_refused_for_its_snapshot(
+    made: dict[str, Any], state: int, later: int | None, wanted: dict[str, Any], text: str
+) -> None:
+    """``state`` is how much the snapshot says it has of a machine's, ``later`` the disk's size after that."""
+    host = SimHost(0)
+    opened, _ = scene(host, made)
+    opened.run(opened.node.snapshots.create("s", date_ns=0, vm_state_bytes=state))
+    if later is not None:
+        opened.run(opened.node.co_truncate(later))
+    opened.run(opened.node.co_flush())
+    before = host.content("disk.qcow2")
+    with pytest.raises((BlockError, OSError), match=text):
         opened.run(co_amend(opened.node, AmendOptions(**wanted)))
     assert host.content("disk.qcow2") == before
     opened.close()

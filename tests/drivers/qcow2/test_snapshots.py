@@ -391,6 +391,35 @@ def test_the_table_is_packed_as_it_was_read() -> None:
     assert snapshots.parse(snapshots.pack([old], 4096), 1, 512)[0] == [replace(old, disk_bytes=4096)]
 
 
+def test_of_two_with_the_same_id_one_is_deleted() -> None:
+    """Nobody makes such an image, but somebody may have edited it."""
+    host = SimHost(0)
+    make(host, "disk.qcow2", size=64 * 512, cluster_size=512)
+    with disk(host, "disk.qcow2") as opened:
+        for letter in b"ab":
+            opened.run(opened.backend.co_pwrite(0, bytes([letter]) * 512))
+            opened.run(opened.node.snapshots.create(chr(letter), date_ns=0))
+        opened.run(opened.backend.co_flush())
+        table = opened.node.header.snapshots_offset
+    image = bytearray(host.content("disk.qcow2"))
+    at = image.index(b"2b", table)
+    image[at : at + 1] = b"1"
+    replace_file(host, "disk.qcow2", image)
+    with disk(host, "disk.qcow2") as opened:
+        one, other = opened.run(opened.node.snapshots.read())
+        assert (one.id, one.name, other.id, other.name) == ("1", "a", "1", "b")
+        opened.run(opened.node.snapshots.delete(other))
+        (left,) = opened.run(opened.node.snapshots.read())
+        assert left.name == "a"
+        with pytest.raises(OSError, match="there is no snapshot 'b' with the id 1") as caught:
+            opened.run(opened.node.snapshots.delete(other))
+        assert caught.value.errno == errno.ENOENT
+        opened.run(opened.node.snapshots.apply(left))
+        assert opened.content()[:512] == b"a" * 512
+    found = check(host, "disk.qcow2")
+    assert not found.corruptions and not found.leaks, found.findings
+
+
 def test_a_cluster_that_is_not_counted() -> None:
     """It cannot be shared: whoever finds its counter zero may use it."""
     host = SimHost(0)

@@ -17,12 +17,16 @@ Test: tests/drivers/qcow2/test_amend.py
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from os import fspath
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.errors import BlockError
+from bottomhalf.drivers.keywords import check_kind
 from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
 from bottomhalf.drivers.qcow2.expanding import co_expand
+from bottomhalf.drivers.qcow2.resizing import check_size
 
 if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.header import Header
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from bottomhalf.drivers.qcow2.node import Qcow2Node
 
 VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+VM_STATE_BYTES_V2_MAX: Final = 0xFFFFFFFF  # of a snapshot, which has 32 bits for it
 CREATE_ONLY: Final = frozenset(("cluster_size", "preallocation", "compression_type", "extended_l2", "encryption"))
 
 
@@ -46,21 +51,36 @@ class AmendOptions:
     backing_file: str | None = None
     backing_fmt: str | None = None
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AmendOptions:
+        """From the library's keywords. ValueError for one that there is not, or that has no such value."""
+        known = {field.name for field in fields(cls)}
+        for name in given.keys() - known:
+            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
+        made = {name: value for name, value in given.items() if value is not None}
+        if "data_file" in made:
+            made["data_file"] = fspath(made["data_file"])
+        for name, value in made.items():
+            check_kind(name, value, _KINDS.get(name, str))
+        return cls(**made)
+
+
+_KINDS: Final = {"lazy_refcounts": bool, "data_file_raw": bool, "refcount_bits": int, "size": int}
+
 
 async def co_amend(node: Qcow2Node, options: AmendOptions) -> None:
     """Carry it out, or refuse it before anything has changed. BlockError, OSError."""
     header, metadata = node.header, node.metadata
-    version = header.version if options.compat is None else _version(options.compat)
     metadata.settings = replace(metadata.settings, lazy=False)  # nothing is left to be counted later
-    async with metadata.lock:
-        await metadata.settle()
-    _check(node, options, version)
+    version = await co_check(node, options)
     if version > header.version:
         await _upgrade(node)
     if options.refcount_bits is not None:
         await _change_width(node, options.refcount_bits.bit_length() - 1)
     async with metadata.lock:
-        _set_names(node, options)
+        if options.data_file is not None or options.data_file_raw is False:
+            _set_names(header, options)
+            metadata.header_changed()
         if options.lazy_refcounts is not None:
             header.compatible &= ~layout.LAZY_REFCOUNTS
             header.compatible |= layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
@@ -78,8 +98,36 @@ def _version(compat: str) -> int:
     return VERSIONS[compat]
 
 
+async def co_check(node: Qcow2Node, options: AmendOptions) -> int:
+    """Whether it can be carried out, as far as can be known before anything has changed; the version that the image is
+    to have. BlockError, OSError."""
+    header, metadata = node.header, node.metadata
+    version = header.version if options.compat is None else _version(options.compat)
+    async with metadata.lock:
+        await metadata.settle()
+        _check(node, options, version)
+        if version != header.version:
+            size = header.size if options.size is None else options.size
+            _check_snapshots((await snapshots.co_read(metadata, names=False))[0], version, size)
+        if options.refcount_bits is not None and options.refcount_bits < 1 << header.refcount_order:
+            await _used(metadata, refcounts.refcount_max(options.refcount_bits.bit_length() - 1))
+    return version
+
+
+def _check_snapshots(known: list[snapshots.Snapshot], version: int, size: int) -> None:
+    """Whether they can be in an image of another version, whose disk has that size."""
+    for snapshot in known:
+        if version >= 3 and snapshot.disk_bytes is None:
+            raise BlockError("a snapshot does not say the size of its disk, as version 3 requires; delete it first")
+        # Version 2 need not know where a snapshot says more than that its disk is like the image's.
+        if version < 3 and (
+            snapshot.disk_bytes not in (None, size) or snapshot.vm_state_bytes > VM_STATE_BYTES_V2_MAX
+        ):
+            raise BlockError("Internal snapshots prevent downgrade of image")
+
+
 def _check(node: Qcow2Node, options: AmendOptions, version: int) -> None:
-    """BlockError for what cannot be; the texts are QEMU's."""
+    """What the header and the options say. BlockError, OSError; the texts are QEMU's."""
     header = node.header
     for given, now in ((options.backing_file, header.backing_file), (options.backing_fmt, header.backing_format)):
         if given is not None and given != (now or ""):
@@ -106,6 +154,11 @@ def _check(node: Qcow2Node, options: AmendOptions, version: int) -> None:
         raise BlockError("data-file-raw cannot be set on existing images")
     if options.size is not None and (options.size < 0 or options.size % layout.SECTOR_BYTES):
         raise BlockError("The new size must be a multiple of 512")
+    if options.size is not None and options.size != header.size:
+        check_size(node, options.size, max(version, header.version))
+    larger = replace(header, version=max(version, header.version), extensions=list(header.extensions))
+    _set_names(larger, options)
+    larger.to_bytes()  # whether it fits
 
 
 def _check_downgrade(node: Qcow2Node) -> None:
@@ -118,15 +171,12 @@ def _check_downgrade(node: Qcow2Node) -> None:
         raise BlockError("Cannot downgrade an image with bitmaps; remove them first")
 
 
-def _set_names(node: Qcow2Node, options: AmendOptions) -> None:
-    header = node.header
+def _set_names(header: Header, options: AmendOptions) -> None:
     if options.data_file is not None:
         name = options.data_file.encode("utf-8", "surrogateescape")
         header.set_extension(layout.EXTENSION_DATA_FILE, name or None)
-        node.metadata.header_changed()
-    if options.data_file_raw is False and header.raw_data:
+    if options.data_file_raw is False:
         header.autoclear &= ~layout.RAW_DATA
-        node.metadata.header_changed()
 
 
 async def co_rebase(node: Qcow2Node, backing: str | None, format: str | None) -> None:
@@ -156,13 +206,7 @@ def _set_backing(header: Header, backing: str | None, format: str | None) -> Non
 # -- version --------------------------------------------------------------------------------------------------------
 
 
-async def _snapshots(node: Qcow2Node) -> list[snapshots.Snapshot]:
-    return (await snapshots.co_read(node.metadata))[0]
-
-
 async def _upgrade(node: Qcow2Node) -> None:
-    if any(snapshot.disk_bytes is None for snapshot in await _snapshots(node)):
-        raise BlockError("a snapshot does not say the size of its disk, as version 3 requires; delete it first")
     header, metadata = node.header, node.metadata
     async with metadata.lock:
         header.version = 3

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from bottomhalf.aio import move_to
 from bottomhalf.block.errors import BlockError, ImageError
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from bottomhalf.block import Node
     from bottomhalf.drivers.luks.create import LuksOptions
     from bottomhalf.drivers.qcow2.encryption import OldEncryption
+
+_CHANGES: Final = PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,18 @@ async def co_create(
     """create() from a coroutine of the main context. With ``asks`` it takes the permissions that it needs; else the
     caller has them. OSError, BlockError."""
     graph, header = file.graph, options.header()
+    what = f"an image in {file.describe()}"
+
+    def make() -> Qcow2Node:
+        return Qcow2Node(graph, file=file, header=header, data_file=data_file)
+
+    if data_file is file:  # found out before the file loses its content
+        node = await graph.co_run(make, what)
+        try:
+            async with _allowed(node, _CHANGES, asks):  # says which permissions there cannot be
+                raise BlockError("The image itself cannot be its data file")
+        finally:
+            await graph.co_run(lambda: graph.forget(node), what)
     async with _allowed(file, PERM_WRITE | PERM_RESIZE, asks):
         await move_to(file.context)
         if asks:
@@ -177,12 +191,9 @@ async def co_create(
             await co_read_header(file)  # there are files that keep nothing
         except ImageError as error:
             raise BlockError("Image is not in qcow2 format") from error
-    what = f"an image in {file.describe()}"
-    node: Qcow2Node = await graph.co_run(
-        lambda: Qcow2Node(graph, file=file, header=header, data_file=data_file), what
-    )
+    node = await graph.co_run(make, what)
     try:
-        async with _allowed(node, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, asks):
+        async with _allowed(node, _CHANGES, asks):
             await move_to(file.context)
             await _co_grow(node, options)
             if data_file is not None:

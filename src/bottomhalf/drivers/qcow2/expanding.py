@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.errors import ImageError
 from bottomhalf.drivers.qcow2 import snapshots, tables
@@ -39,12 +39,14 @@ async def co_expand(node: Qcow2Node) -> None:
         if sum(entries for _, entries in places) > L1_ENTRIES_MAX:
             raise ImageError(f"the snapshots' L1 tables have more than {L1_ENTRIES_MAX} entries")
         paths: Counter[int] = Counter()  # how many snapshots have a table
+        indices: dict[int, int] = {}  # where it is in their L1 tables
         for (l1_offset, entries), times in places.items():
-            for entry in filter(None, tables.unpack(await node.metadata.read(l1_offset, entries * 8))):
+            for index, entry in enumerate(tables.unpack(await node.metadata.read(l1_offset, entries * 8))):
                 if entry & OFFSET_MASK:
                     paths[entry & OFFSET_MASK] += times
+                    indices[entry & OFFSET_MASK] = index
         for offset, count in paths.items():
-            await _expand_shared(node, offset, count)
+            await _expand_shared(node, offset, count, indices[offset] << node.mapping.l1_shift)
         await node.metadata.settle()
 
 
@@ -68,8 +70,9 @@ async def _expand_own(node: Qcow2Node, index: int) -> None:
                 await node.writer.link(cluster, 0, 0)
 
 
-async def _expand_shared(node: Qcow2Node, offset: int, paths: int) -> None:
-    """Those in an L2 table that so many snapshots have, and the disk has not. With the lock held."""
+async def _expand_shared(node: Qcow2Node, offset: int, paths: int, guest: int) -> None:
+    """Those in an L2 table that so many snapshots have, from the guest's byte ``guest`` on, and the disk has not. With
+    the lock held."""
     metadata, bits, size = node.metadata, node.mapping.cluster_bits, node.mapping.cluster_size
     entries = tables.unpack(await metadata.read(offset, size))
     zero = [n for n, entry in enumerate(entries) if entry & ZERO and not entry & COMPRESSED]
@@ -88,7 +91,12 @@ async def _expand_shared(node: Qcow2Node, offset: int, paths: int) -> None:
                 for _ in range(paths - 1):
                     await metadata.refer(cluster)
                     taken.append(cluster)
-                await metadata.write_data([(cluster << bits, bytes(size))])
+                zeroes: Any = bytes(size)
+                if node.crypt is not None:  # what is stored in plain would be decrypted to noise
+                    zeroes = node.crypt.encrypted(
+                        guest + (n << bits) if node.crypt.by_guest else cluster << bits, zeroes
+                    )
+                await metadata.write_data([(cluster << bits, zeroes)])
                 entries[n] = cluster << bits
         await metadata.commit(counters=True)
     except BaseException:

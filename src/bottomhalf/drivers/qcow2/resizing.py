@@ -37,22 +37,26 @@ if TYPE_CHECKING:
 
 async def co_truncate(node: Qcow2Node, size: int, preallocation: str = "off") -> None:
     """Give the disk another size in bytes; ``preallocation`` of a new part as for a new image. OSError, ImageError."""
-    mapping, header, old = node.mapping, node.header, node.header.size
-    if size < 0 or size % 512:
-        raise OSError(errno.EINVAL, "The new size must be a multiple of 512", node.name)
-    if header.snapshot_count and header.version < 3:
-        raise OSError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots", node.name)
-    entries = -(-size >> mapping.l1_shift)
-    if entries * 8 > L1_BYTES_MAX:
-        raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
-    node.bitmap_keeper.check_resize()
+    check_size(node, size, node.header.version)
     try:
-        if size < old:
+        if size < node.header.size:
             await _shrink(node, size)
         else:
             await _grow(node, size, preallocation)
     finally:
         node.refresh_size()
+
+
+def check_size(node: Qcow2Node, size: int, version: int) -> None:
+    """Whether the disk can have that size, where the image has that version by then. OSError, BlockError."""
+    if size < 0 or size % 512:
+        raise OSError(errno.EINVAL, "The new size must be a multiple of 512", node.name)
+    if node.header.snapshot_count and version < 3:
+        raise OSError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots", node.name)
+    entries = -(-size >> node.mapping.l1_shift)
+    if entries * 8 > L1_BYTES_MAX:
+        raise OSError(errno.EFBIG, f"the L1 table would be larger than {L1_BYTES_MAX} bytes", node.name)
+    node.bitmap_keeper.check_resize()
 
 
 async def _publish(node: Qcow2Node, size: int) -> None:

@@ -247,10 +247,17 @@ class Snapshots:
     # -- deleting -----------------------------------------------------------------------------------------------
 
     async def delete(self, snapshot: Snapshot) -> None:
-        """Take a snapshot away. OSError, ImageError."""
+        """Take a snapshot away. OSError (ENOENT: it is not there any more), ImageError."""
         metadata, mapping, header = self._metadata, self._mapping, self._node.header
         async with metadata.lock:
             known, known_bytes = await self._read()
+            # In a damaged image others may have its id, and they stay.
+            same = [(each.id, each.name, each.l1_offset) for each in known]
+            try:
+                place = same.index((snapshot.id, snapshot.name, snapshot.l1_offset))
+            except ValueError:
+                text = f"there is no snapshot '{snapshot.name}' with the id {snapshot.id}"
+                raise OSError(errno.ENOENT, text, self._node.name) from None
             await metadata.find_places()
             await metadata.settle()
             wanted = await self._l1_of(snapshot)
@@ -268,7 +275,8 @@ class Snapshots:
                         blocks.add(cluster // per_block)
                     if others == 1:
                         single.add([cluster])
-            left = [each for each in known if each.id != snapshot.id]
+            left = list(known)
+            left.pop(place)
             switch = Switch(metadata)
             try:
                 where = await self._write_table(left, switch)

@@ -11,6 +11,16 @@ SOCKETS_TRIED_MAX: Final = 100
 absolute = os.path.abspath
 
 
+def is_same(one: str, other: str) -> bool:
+    """Whether two paths lead to the same file, or would if there was one."""
+    if "\0" in one + other:  # a name that no file can have
+        return False
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 def free_socket_path(stem: str) -> str:
     """A path for a new socket that nothing has yet: in the user's own run-time directory if there is one
     (XDG_RUNTIME_DIR), else where temporary files go."""
