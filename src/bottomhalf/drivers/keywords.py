@@ -33,15 +33,19 @@ def options_of(
     ValueError for a keyword that there is not: ``subject`` is who has none such ("raw images have"), ``without`` are
     members that are not given this way, ``also`` are keywords that somebody else has taken, and ``prefix`` is what the
     caller has taken off all of them."""
-    known = {member.attribute for member in members(kind)} - {*without} | {*also}
-    for wrong in given.keys() - known:
-        there_are = ", ".join(prefix + name for name in sorted(known))
-        raise ValueError(f"{subject} no option {prefix + wrong!r}, but {there_are}")
+    check_names(given, {member.attribute for member in members(kind)} - {*without} | {*also}, subject, prefix)
     values = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
     try:
         return from_json(kind, {**said, **values})
     except OptionError as error:
         raise BlockError(str(error)) from error
+
+
+def check_names(given: Iterable[str], known: Iterable[str], subject: str, prefix: str = "") -> None:
+    """ValueError for a keyword that there is not, as in options_of()."""
+    for wrong in {*given} - {*known}:
+        there_are = ", ".join(prefix + name for name in sorted(known))
+        raise ValueError(f"{subject} no option {prefix + wrong!r}, but {there_are}")
 
 
 _WORDS: Final = {bool: "True or False", int: "a number", str: "a text"}

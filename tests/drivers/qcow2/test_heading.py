@@ -101,6 +101,24 @@ def test_the_old_one_or_the_new_one(change: str, name: str, cluster_size: int) -
     raise AssertionError("there is no end of flushes")
 
 
+def test_a_field_costs_one_flush_also_when_the_name_has_moved() -> None:
+    host = SimHost(0)
+    make(host, IMAGE, size=1 << 20, cluster_size=65536, backing_file="b" * 40, backing_fmt="raw")
+    opened = Disk(host, IMAGE, backing=None)
+    header, metadata = opened.node.header, opened.node.metadata
+    natural = Header.name_of(bytearray(header.to_bytes()))[0]
+    CHANGES["a long extension"](header)
+    opened.run(metadata.write_header())
+    CHANGES["an extension"](header)  # shorter again: the name stays where it is
+    opened.run(metadata.write_header())
+    assert Header.name_of(bytearray(host.content(IMAGE)))[0] > natural + 100
+    second = host.fault(op=FLUSH, errno=errno.EIO, after=1, times=None)
+    CHANGES["a field"](header)
+    opened.run(metadata.write_header())
+    assert not second.hits and seen(host.survivor(IMAGE))[2] == 1 << 40
+    opened.abandon()
+
+
 @pytest.mark.parametrize("length", [1, 9, 16, 23, 40, 300])
 @pytest.mark.parametrize("backing_fmt", ["raw", None])
 def test_a_bitmap_of_an_image_with_a_backing_file(length: int, backing_fmt: str | None, tmp_path: Path) -> None:

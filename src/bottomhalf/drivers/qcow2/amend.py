@@ -23,7 +23,7 @@ from os import fspath
 from typing import TYPE_CHECKING, Any, Final
 
 from bottomhalf.block.errors import BlockError
-from bottomhalf.drivers.keywords import check_kind
+from bottomhalf.drivers.keywords import check_kind, check_names
 from bottomhalf.drivers.qcow2 import layout, refcounts, snapshots, tables
 from bottomhalf.drivers.qcow2.expanding import co_expand
 from bottomhalf.drivers.qcow2.resizing import check_size
@@ -54,9 +54,7 @@ class AmendOptions:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AmendOptions:
         """From the library's keywords. ValueError for one that there is not, or that has no such value."""
-        known = {field.name for field in fields(cls)}
-        for name in given.keys() - known:
-            raise ValueError(f"there is no option {name!r}, but {', '.join(sorted(known))}")
+        check_names(given, [field.name for field in fields(cls)], "there is")
         made = {name: value for name, value in given.items() if value is not None}
         if "data_file" in made:
             made["data_file"] = fspath(made["data_file"])

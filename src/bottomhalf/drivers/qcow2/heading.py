@@ -37,11 +37,11 @@ async def co_write_header(metadata: Metadata) -> None:
     """Make the header as it is in memory durable. OSError, ImageError if it does not fit."""
     data = metadata.header.to_bytes()
     if len(data) > SECTOR_BYTES:
-        before = await metadata.read(0, len(data))
-        if before[SECTOR_BYTES:] != data[SECTOR_BYTES:]:
-            before = await metadata.read(0, metadata.mapping.cluster_size)
+        before = await metadata.read(0, metadata.mapping.cluster_size)
+        data = _beside(metadata.header, before)
+        if before[SECTOR_BYTES : len(data)] != data[SECTOR_BYTES:]:
             await _co_make_way(metadata, before)
-            data = _beside(metadata.header, before, data)
+            data = _beside(metadata.header, before)
             await metadata.write([(SECTOR_BYTES, data[SECTOR_BYTES:])])
             await metadata.file.co_flush()
     await metadata.write([(0, data[:SECTOR_BYTES])])
@@ -70,18 +70,18 @@ async def _co_make_way(metadata: Metadata, before: bytearray) -> None:
             await metadata.file.co_flush()
 
 
-def _beside(header: Header, before: bytearray, data: bytes) -> bytes:
-    """The new header, laid out so that the old name stays where it is; ``data``, if there is no room for that."""
+def _beside(header: Header, before: bytearray) -> bytes:
+    """The new header, laid out so that the old name stays where it is, if there is room for that."""
     offset, length = Header.name_of(before)
     end = offset + length
     if end <= SECTOR_BYTES or offset < _extensions_end(header):
-        return data
+        return header.to_bytes()
     name = bytes(before[offset:end])
     same = header.backing_file is not None and header.backing_file.encode("utf-8", "surrogateescape") == name
     try:
         made = bytearray(header.to_bytes(offset if same else _aligned(end)))
     except ImageError:
-        return data
+        return header.to_bytes()
     made.extend(bytes(max(end - len(made), 0)))
     made[max(offset, SECTOR_BYTES) : end] = name[max(SECTOR_BYTES - offset, 0) :]
     return bytes(made)

@@ -71,14 +71,15 @@ class Squeezer:
 
     async def _store(self, offset: int, pieces: list[memoryview], small: list[bytes | None]) -> None:
         size, first = self._mapping.cluster_size, offset >> self._mapping.cluster_bits
-        async with self._metadata.lock:
-            end = offset + (len(pieces) - 1) * size + len(pieces[-1])
-            if end % size and end != self._node.header.size:
-                small[-1] = None  # the disk has grown meanwhile, and the rest of its last cluster is somebody else's
-            squeezed = [(first + n, data) for n, data in enumerate(small) if data is not None]
-            if squeezed:
-                await self._metadata.make_room_for_changes()
-                await self._put(squeezed)
+        if any(small):
+            async with self._metadata.lock:
+                end = offset + (len(pieces) - 1) * size + len(pieces[-1])
+                if end % size and end != self._node.header.size:
+                    small[-1] = None  # the disk has grown meanwhile, the rest of its last cluster is somebody else's
+                squeezed = [(first + n, data) for n, data in enumerate(small) if data is not None]
+                if squeezed:
+                    await self._metadata.make_room_for_changes()
+                    await self._put(squeezed)
         plain = [
             Request(WRITE, offset + n * size, len(piece), piece)
             for n, (piece, data) in enumerate(zip(pieces, small, strict=True))
